@@ -1,0 +1,58 @@
+"""probe: what post-training did to the inside of a language model.
+
+The public names below are all a script needs; they load on first use, so that `import probe`
+and `probe --help` cost nothing.
+
+    >>> import probe
+    >>> model = probe.load_model("probe:tiny-math/sft")
+    >>> edges = probe.attribute(model, [probe.Sequence(prompt=[5, 16, 4], answer=[5, 16, 4, 17])])
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from probe import metrics as metrics
+    from probe.attribution import EdgeScores as EdgeScores
+    from probe.attribution import Sequence as Sequence
+    from probe.attribution import attribute as attribute
+    from probe.errors import ProbeError as ProbeError
+    from probe.graph import Graph as Graph
+    from probe.models import Model as Model
+    from probe.models import load_model as load_model
+    from probe.run import run_recipe as run_recipe
+    from probe.selection import Selection as Selection
+    from probe.selection import Solution as Solution
+    from probe.selection import select as select
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "EdgeScores": "attribution",
+    "Sequence": "attribution",
+    "attribute": "attribution",
+    "ProbeError": "errors",
+    "Graph": "graph",
+    "Model": "models",
+    "load_model": "models",
+    "run_recipe": "run",
+    "Selection": "selection",
+    "Solution": "selection",
+    "select": "selection",
+}
+
+__all__ = [*_MODULES, "__version__", "metrics"]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module when it is first asked for (PEP 562)."""
+    if name == "metrics":
+        return import_module("probe.metrics")
+    if name in _MODULES:
+        return getattr(import_module(f"probe.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'probe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Every public name."""
+    return sorted(__all__)

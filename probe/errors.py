@@ -1,0 +1,11 @@
+"""The one exception that means "the user can mend this".
+
+The command line prints a `ProbeError` as one line and exits with 2; every other exception is
+a bug and keeps its traceback. A message says what is wrong, where, and what to do:
+
+    raise ProbeError(f"{path}:{line}: not JSON; mend or remove the line")
+"""
+
+
+class ProbeError(Exception):
+    """A mistake in what was asked for: a wrong name, a damaged file, two models that do not fit."""

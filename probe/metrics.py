@@ -1,0 +1,137 @@
+"""Metrics of a set of edge matrices, one number each (paper, section 4.2).
+
+Every metric takes scores [sequence, source, target] and, as `mask`, the real edges. Without a mask
+it runs over the dense matrix, structural zeros included: that is the paper's convention, whose
+means run over n_o * n_i entries. With `Graph.mask` it runs over real edges only.
+
+    >>> activation_intensity(torch.tensor([[[1.0, -3.0], [0.0, 2.0]]]))
+    1.5
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from probe.errors import ProbeError
+
+BINS = 100
+EPS = 1e-10
+
+
+def activation_intensity(scores: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+    """Mean of |W| over sequences and entries (Eq. 14)."""
+    return float(np.abs(_entries(scores, mask)).mean())
+
+
+def information_complexity(
+    scores: torch.Tensor, mask: torch.Tensor | None = None, *, bins: int = BINS, eps: float = EPS
+) -> float:
+    """Shannon entropy, in nats, of the histogram of |W|, all sequences pooled (Eq. 15).
+
+    The histogram has `bins` equal bins from 0 to the largest |W|; p log(p + eps) is summed. Bins
+    and eps are not published: compare values of this metric only under the same `bins`.
+    """
+    return _histogram_entropy(np.abs(_entries(scores, mask)), bins, eps)
+
+
+def distribution_kurtosis(scores: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+    """Excess kurtosis of each sequence's entries, averaged over sequences (Eq. 16).
+
+    Population moments. NaN if a sequence's entries are all equal.
+    """
+    entries = _entries(scores, mask)
+    centred = entries - entries.mean(1, keepdims=True)
+    variance = (centred**2).mean(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(((centred**4).mean(1) / variance**2 - 3).mean())
+
+
+def sample_diversity(scores: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+    """1 - Pearson correlation of two sequences' matrices, averaged over all pairs (Fig. 3a).
+
+    NaN for fewer than two sequences.
+    """
+    entries = _entries(scores, mask)
+    if len(entries) < 2:
+        return float("nan")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        correlation = np.corrcoef(entries)
+    pairs = np.asarray(correlation)[np.triu_indices(len(entries), k=1)]
+    return float(1 - pairs.mean())
+
+
+def output_entropy(
+    scores: torch.Tensor, mask: torch.Tensor | None = None, *, bins: int = BINS, eps: float = EPS
+) -> float:
+    """Information complexity of the edges into the final node alone (Fig. 3b).
+
+    The paper gives no formula. This one is the reading under which its values (about 0.01, and
+    rises of several hundred percent) are possible: with few edges pooled over sequences, one bin
+    holds nearly all. Every edge into `logits` is real, so the mask changes nothing.
+    """
+    del mask
+    return _histogram_entropy(np.abs(_entries(scores[..., -1:], None)), bins, eps)
+
+
+class Metric(NamedTuple):
+    """A metric as the report knows it."""
+
+    function: Callable[..., float]
+    """`function(scores, mask)`; those of a histogram also take `bins`."""
+
+    label: str
+    """Its name in tables; the paper's where it has one."""
+
+    direction: Literal["up", "down"]
+    """How the paper reports that online RL moves it."""
+
+    histogram: bool = False
+    """Whether it takes `bins`."""
+
+
+METRICS: dict[str, Metric] = {
+    "activation_intensity": Metric(activation_intensity, "Act.Intens.", "up"),
+    "information_complexity": Metric(information_complexity, "Info.Complex.", "up", True),
+    "distribution_kurtosis": Metric(distribution_kurtosis, "Dist.Kurt.", "down"),
+    "sample_diversity": Metric(sample_diversity, "Sample diversity", "up"),
+    "output_entropy": Metric(output_entropy, "Output entropy", "up", True),
+}
+"""Every metric by its name, in the order of the report; the one place to add one."""
+
+
+def compute_metric(
+    name: str, scores: torch.Tensor, mask: torch.Tensor | None = None, *, bins: int = BINS
+) -> float:
+    """Compute a metric by its name.
+
+    Raises:
+        ProbeError: There is no metric of that name.
+    """
+    if name not in METRICS:
+        raise ProbeError(f"metric {name!r} is not known; one of: {', '.join(METRICS)}")
+    metric = METRICS[name]
+    options = {"bins": bins} if metric.histogram else {}
+    return metric.function(scores, mask, **options)
+
+
+def _entries(
+    scores: torch.Tensor, mask: torch.Tensor | None
+) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """The entries of each sequence as float64 [sequence, entry]."""
+    if scores.ndim != 3 or not len(scores):
+        raise ProbeError(
+            f"scores have shape {list(scores.shape)}; a metric needs [sequence, source, target] "
+            "with at least one sequence"
+        )
+    flat = scores.flatten(1) if mask is None else scores[:, mask]
+    return flat.detach().cpu().double().numpy()
+
+
+def _histogram_entropy(
+    values: np.ndarray[tuple[int, int], np.dtype[np.float64]], bins: int, eps: float
+) -> float:
+    counts, _ = np.histogram(values, bins=bins, range=(0, values.max() or 1))
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares + eps)).sum())

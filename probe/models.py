@@ -1,0 +1,258 @@
+"""Loading a model: its weights, its tokenizer and its row of the architecture table.
+
+A reference names a model in one of three ways: a folder, a Hugging Face id (`org/name`), or a
+model that ships with this package (`probe:tiny-math/sft`). Parameters are frozen on loading:
+attribution needs gradients of activations only, and unfrozen weights would cost a third more
+work and far more memory.
+
+    >>> model = load_model("probe:tiny-math/sft")
+    >>> model.n_layers, model.d_model
+    (4, 160)
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from probe.architectures import Architecture, architecture_of
+from probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    import torch
+    from nnsight.modeling.transformers import TransformersModel
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+
+PACKAGE_DATA = Path(__file__).parent / "data"
+PACKAGE_PREFIX = "probe:"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A causal language model, ready to generate and to be traced."""
+
+    reference: str
+    """The folder, hub id or `probe:` name it was loaded from."""
+
+    network: "TransformersModel"
+    """The nnsight model; `network._module` is the transformers module itself."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    """Its tokenizer."""
+
+    config: "PretrainedConfig"
+    """Its transformers configuration."""
+
+    architecture: Architecture
+    """Where its residual stream is written and read."""
+
+    device: "torch.device"
+    """Where its weights are."""
+
+    dtype: "torch.dtype"
+    """The precision of its weights and activations."""
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.config.hidden_size)
+
+
+def local_folder(reference: str) -> Path | None:
+    """The folder that a reference names, or None when it is a hub id.
+
+    Raises:
+        ProbeError: It looks like a folder, but there is none.
+    """
+    if reference.startswith(PACKAGE_PREFIX):
+        folder = PACKAGE_DATA / reference.removeprefix(PACKAGE_PREFIX)
+        if not folder.is_dir():
+            shipped = sorted(p.parent for p in PACKAGE_DATA.glob("*/*/config.json"))
+            names = ", ".join(
+                PACKAGE_PREFIX + p.relative_to(PACKAGE_DATA).as_posix() for p in shipped
+            )
+            raise ProbeError(f"no model {reference!r} ships with probe; there are: {names}")
+        return folder
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ProbeError(f"{folder} holds no config.json, so it is not a model folder")
+        return folder
+    if reference.count("/") != 1 or reference.startswith((".", "~", "/")):
+        raise ProbeError(f"model folder {reference!r} does not exist; give a folder or a hub id")
+    return None
+
+
+def read_config(reference: str) -> "PretrainedConfig":
+    """Read a model's configuration without its weights.
+
+    Raises:
+        ProbeError: There is no such model here or on the hub, or its config is damaged.
+    """
+    from transformers import AutoConfig
+
+    folder = local_folder(reference)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder or reference)
+    except (OSError, ValueError) as error:
+        raise ProbeError(_cannot_read("the config", reference, error)) from error
+    return config
+
+
+def read_tokenizer(reference: str) -> "PreTrainedTokenizerBase":
+    """Read a model's tokenizer.
+
+    Raises:
+        ProbeError: There is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    folder = local_folder(reference)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder or reference)
+    except (OSError, ValueError) as error:
+        raise ProbeError(_cannot_read("the tokenizer", reference, error)) from error
+    return tokenizer
+
+
+def load_model(reference: str, device: str = "cpu", dtype: str = "float32") -> Model:
+    """Load a causal language model, frozen and in evaluation mode.
+
+    Args:
+        reference: A folder, a hub id, or the `probe:` name of a model that ships with the package.
+        device: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one.
+        dtype: `float32`, `bfloat16`, `float16` or `float64`.
+
+    Raises:
+        ProbeError: The model cannot be found or read, its architecture is not in the table, or
+            the device or dtype is not to be had here.
+    """
+    import torch
+    from nnsight.modeling.transformers import TransformersModel
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in get_args(DType):
+        raise ProbeError(f"dtype {dtype!r} is not known; one of: {', '.join(get_args(DType))}")
+    (place,) = resolve_devices(device, most=1)
+    config = read_config(reference)
+    architecture = architecture_of(config.model_type)
+    tokenizer = read_tokenizer(reference)
+    try:
+        module = AutoModelForCausalLM.from_pretrained(
+            local_folder(reference) or reference, dtype=getattr(torch, dtype)
+        )
+    except Exception as error:
+        # safetensors has an exception type of its own for a damaged file, and it is not an OSError
+        if isinstance(error, OSError | ValueError) or "safetensor" in type(error).__name__.lower():
+            raise ProbeError(_cannot_read("the weights", reference, error)) from error
+        raise
+    module.requires_grad_(False).eval().to(place)
+    network = TransformersModel(module, task="text-generation", tokenizer=tokenizer)
+    return Model(reference, network, tokenizer, config, architecture, place, module.dtype)
+
+
+def resolve_devices(device: str, most: int | None = None) -> "list[torch.device]":
+    """Turn `auto`, `cpu`, `cuda` or `cuda:0,cuda:1` into devices that exist.
+
+    Args:
+        device: The devices, by commas.
+        most: How many may be named; None for any number.
+
+    Raises:
+        ProbeError: A name is not a device, or the device is not on this machine.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = device.split(",")
+    if most is not None and len(names) > most:
+        raise ProbeError(f"device {device!r}: one device is needed here")
+    devices = []
+    for name in names:
+        try:
+            place = torch.device(name.strip())
+        except RuntimeError as error:
+            known = "auto, cpu, cuda or cuda:0,cuda:1"
+            raise ProbeError(f"device {name!r} is not known; use {known}") from error
+        count = torch.cuda.device_count()
+        if place.type == "cuda" and (place.index or 0) >= count:
+            raise ProbeError(f"device {name!r} is not on this machine ({count} CUDA devices here)")
+        devices.append(place)
+    return devices
+
+
+def check_pair(before: str, after: str) -> None:
+    """Check that two models can be compared edge by edge, from their configs and tokenizers.
+
+    Tokens that were added on one side only (a pad token, say) do no harm and are not compared.
+
+    Raises:
+        ProbeError: They differ in architecture, layers, width or vocabulary.
+    """
+    configs = [read_config(before), read_config(after)]
+    for config in configs:
+        architecture_of(config.model_type)
+    for field, name in (
+        ("model_type", "architecture"),
+        ("num_hidden_layers", "number of layers"),
+        ("hidden_size", "width"),
+    ):
+        left, right = (getattr(config, field) for config in configs)
+        if left != right:
+            raise ProbeError(
+                f"{before} and {after} differ in {name} ({left} and {right}): "
+                "a pair needs two checkpoints of one architecture"
+            )
+    vocabularies = []
+    for reference in (before, after):
+        tokenizer = read_tokenizer(reference)
+        added = tokenizer.get_added_vocab()
+        vocabularies.append({t: i for t, i in tokenizer.get_vocab().items() if t not in added})
+    if vocabularies[0] != vocabularies[1]:
+        differing = len(vocabularies[0].items() ^ vocabularies[1].items())
+        raise ProbeError(
+            f"{before} and {after} differ in tokenizer ({differing} entries of the vocabulary): "
+            "a pair needs the same tokens on both sides"
+        )
+
+
+def weight_files(reference: str) -> list[Path]:
+    """The weight files of a model that are on this machine, without asking the network."""
+    folder = local_folder(reference)
+    if folder is None:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(reference, "config.json")
+        if not isinstance(config, str):
+            return []
+        folder = Path(config).parent
+    return sorted(folder.glob("*.safetensors"))
+
+
+def fingerprint(reference: str) -> str:
+    """A short name for the weights themselves, so that a retrained folder is not taken for the old.
+
+    Of each weight file its name, its size and its last MiB are hashed: enough to notice any
+    training step, and quick for a model of many gigabytes.
+    """
+    digest = hashlib.sha256()
+    for path in weight_files(reference):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def _cannot_read(what: str, reference: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"cannot read {what} of {reference!r}: {reason}"

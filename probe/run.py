@@ -1,0 +1,384 @@
+"""A run: the phases of a recipe, one after the other, into a run folder.
+
+problems -> solutions -> selection -> attribution -> metrics and report. Everything that can be
+wrong with a recipe is checked before the folder is touched; every phase finds in the folder what
+is done already and goes on from there, and ends in the same files.
+
+    >>> report = probe.run_recipe("tiny-math", output="runs/tiny-math")
+    >>> report.cells[0].metric
+    'activation_intensity'
+"""
+
+import gc
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+import probe
+from probe.attribution import METHODS, Sequence, attribute
+from probe.errors import ProbeError
+from probe.models import Model, check_pair, fingerprint, load_model, resolve_devices
+from probe.problems import Problem, load_problems
+from probe.recipe import Recipe, read_recipe, recipe_table
+from probe.report import Report, build_report, cell_name, model_names
+from probe.run_folder import SCHEMA, Damaged, RunFolder, edges_key
+from probe.selection import Selection, Solution, select
+from probe.solutions import solve
+
+# Keys of a recipe that do not change what comes out, only how fast or how it is shown.
+_FREE_KEYS = {
+    "description": None,
+    "compute": ("device",),
+    "solutions": ("batch_size",),
+    "attribution": ("batch_size",),
+    "report": None,
+}
+
+
+class Side(NamedTuple):
+    """One model of one cell, to be attributed."""
+
+    model: str
+    """Its reference."""
+
+    cell: str
+    """The cell's name."""
+
+    side: str
+    """`before` or `after`."""
+
+    sequences: list[Sequence]
+    """What is scored: each prompt with its cut answer."""
+
+
+def run_recipe(
+    recipe: str | Path | Recipe,
+    output: str | Path | None = None,
+    *,
+    overrides: Mapping[str, str | int | float] | None = None,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> Report:
+    """Run a recipe, or go on with it.
+
+    Args:
+        recipe: A recipe's name, a TOML file, or a recipe.
+        output: The run folder; `runs/NAME` if not given.
+        overrides: Values by dotted key, as in `{"selection.samples": 50}`; not for a `Recipe`.
+        fresh: Start over where the folder holds an earlier run.
+        console: Where progress goes; standard error if not given.
+
+    Raises:
+        ProbeError: Anything that the user can mend; nothing is lost by it.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = read_recipe(recipe, overrides)
+    problems = check_recipe(recipe)
+    folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
+    record = _open_record(folder, recipe, fresh)
+    console = console or Console(stderr=True, highlight=False)
+    devices = resolve_devices(recipe.compute.device)
+
+    with _progress(console) as progress:
+        with _timed(folder, record, "solutions"):
+            solutions = _solve_all(recipe, problems, folder, devices, progress)
+        with _timed(folder, record, "selection"):
+            sides = _select_all(recipe, solutions, folder, progress)
+        with _timed(folder, record, "attribution"):
+            _attribute_all(recipe, sides, folder, devices, progress)
+        with _timed(folder, record, "report"):
+            task = progress.add_task("metrics", total=1)
+            report = build_report(folder.path)
+            folder.write_json("report.json", report.table)
+            progress.update(task, advance=1)
+    record["finished"] = _now()
+    folder.write_json("run.json", record)
+    return report
+
+
+def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
+    """Check all that can be checked without a model's weights, and load the problems.
+
+    Returns:
+        The problems of each benchmark, by its name.
+
+    Raises:
+        ProbeError: An unknown method or benchmark, a missing model, a pair that does not fit, a
+            broken benchmark file, a device that is not here.
+    """
+    if recipe.attribution.method not in METHODS:
+        raise ProbeError(
+            f"attribution.method is {recipe.attribution.method!r}; known: {', '.join(METHODS)}"
+        )
+    resolve_devices(recipe.compute.device)
+    options = recipe.solutions
+    questions = None if options.questions == "all" else options.questions
+    problems = {
+        benchmark.name: load_problems(
+            benchmark.name,
+            Path(benchmark.path).expanduser() if benchmark.path else None,
+            questions,
+            options.seed,
+        )
+        for benchmark in recipe.benchmarks
+    }
+    for pair in recipe.pairs:
+        check_pair(pair.before, pair.after)
+    return problems
+
+
+def _open_record(folder: RunFolder, recipe: Recipe, fresh: bool) -> dict[str, object]:
+    """Open the folder for this recipe and write who is running what."""
+    table = recipe_table(recipe)
+    models = {model: fingerprint(model) for model in recipe.models()}
+    times: object = {}
+    if folder.record.exists() and not fresh:
+        old = folder.read_record()
+        for what, here, there in (
+            ("recipe", _fixed(table), _fixed(old.get("recipe"))),
+            ("weights", models, old.get("models")),
+        ):
+            difference = _first_difference(here, there)
+            if difference:
+                raise ProbeError(
+                    f"{folder.path} holds a run of another {what} ({difference}); "
+                    "give another --output, or start over with --fresh"
+                )
+        times = old.get("seconds", {})
+    folder.open(fresh)
+    record: dict[str, object] = {
+        "schema": SCHEMA,
+        "recipe": table,
+        "models": models,
+        "versions": {
+            "probe": probe.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "nnsight")},
+        },
+        "devices": [_device_name(device) for device in resolve_devices(recipe.compute.device)],
+        "started": _now(),
+        "seconds": times,
+        "finished": None,
+    }
+    folder.write_json("run.json", record)
+    return record
+
+
+def _solve_all(
+    recipe: Recipe,
+    problems: Mapping[str, list[Problem]],
+    folder: RunFolder,
+    devices: list[torch.device],
+    progress: Progress,
+) -> dict[tuple[str, str], list[Solution]]:
+    """Let each model solve each benchmark, once; solutions by file name of model and benchmark."""
+    names = model_names(recipe)
+    solutions: dict[tuple[str, str], list[Solution]] = {}
+    total = len(names) * sum(len(part) for part in problems.values())
+    task = progress.add_task("solutions", total=total)
+    for number, ((reference, prompt, max_new_tokens), name) in enumerate(names.items()):
+        model: Model | None = None
+        for benchmark, asked in problems.items():
+            path = folder.solutions_file(name, benchmark)
+            gold = {problem.id: problem.answer for problem in asked}
+            found, damaged = folder.read_solutions(path)
+            sound = [s for s in found if gold.get(s.id) == s.gold]
+            damaged += len(found) - len(sound)
+            if damaged:
+                progress.console.print(f"{path}: {damaged} damaged lines; solving these again")
+                folder.write_solutions(path, sound)
+            done = {solution.id: solution for solution in sound}
+            progress.update(task, advance=len(done))
+            if len(done) < len(asked):
+                if model is None:
+                    model = _load(recipe, reference, devices[number % len(devices)])
+                batches = solve(
+                    model,
+                    asked,
+                    prompt,
+                    max_new_tokens=max_new_tokens,
+                    batch_size=recipe.solutions.batch_size,
+                    done=frozenset(done),
+                )
+                for batch in batches:
+                    folder.append_solutions(path, batch)
+                    done |= {solution.id: solution for solution in batch}
+                    progress.update(task, advance=len(batch))
+                folder.write_solutions(path, [done[problem.id] for problem in asked])
+            solutions[name, benchmark] = [done[problem.id] for problem in asked]
+        del model
+        gc.collect()
+    return solutions
+
+
+def _select_all(
+    recipe: Recipe,
+    solutions: Mapping[tuple[str, str], list[Solution]],
+    folder: RunFolder,
+    progress: Progress,
+) -> list[Side]:
+    """Select the questions of each cell, and cut the answers."""
+    names = model_names(recipe)
+    options = recipe.selection
+    cells = [(p, b.name, a) for p in recipe.pairs for b in recipe.benchmarks for a in options.alpha]
+    task = progress.add_task("selection", total=len(cells))
+    sides = []
+    for pair, benchmark, alpha in cells:
+        before, after = (
+            solutions[names[model, pair.prompt, pair.max_new_tokens], benchmark]
+            for model in (pair.before, pair.after)
+        )
+        try:
+            selection = select(
+                before,
+                after,
+                alpha,
+                options.beta,
+                options.gamma,
+                options.delta,
+                options.samples,
+                options.seed,
+                options.convention,
+            )
+        except ProbeError as error:
+            raise ProbeError(f"pair {pair.name}, benchmark {benchmark}: {error}") from error
+        cell = cell_name(pair, benchmark, alpha)
+        folder.write_selection(cell, selection)
+        sides.append(Side(pair.before, cell, "before", _cut(before, selection)))
+        sides.append(Side(pair.after, cell, "after", _cut(after, selection)))
+        progress.update(task, advance=1)
+    return sides
+
+
+def _attribute_all(
+    recipe: Recipe,
+    sides: list[Side],
+    folder: RunFolder,
+    devices: list[torch.device],
+    progress: Progress,
+) -> None:
+    """Score the edges of every cell, model by model."""
+    options = recipe.attribution
+    settings = (options.method, options.granularity, recipe.compute.dtype)
+    task = progress.add_task("attribution", total=sum(len(side.sequences) for side in sides))
+    for number, reference in enumerate(recipe.models()):
+        model: Model | None = None
+        weights = fingerprint(reference)
+        for side in sides:
+            if side.model != reference:
+                continue
+            path = folder.edges_file(side.cell, side.side)
+            key = edges_key(weights, settings, side.sequences)
+            try:
+                found = folder.read_edges(path, key)
+            except Damaged as damage:
+                progress.console.print(f"{path}: {damage}; computing it again")
+                found = None
+            if found is not None:
+                progress.update(task, advance=len(side.sequences))
+                continue
+            if model is None:
+                model = _load(recipe, reference, devices[number % len(devices)])
+            try:
+                edges = attribute(
+                    model,
+                    side.sequences,
+                    options.method,
+                    options.granularity,
+                    options.batch_size,
+                    progress=lambda done: progress.update(task, advance=done),
+                )
+            except ProbeError as error:
+                raise ProbeError(f"{side.cell}, {side.side}: {error}") from error
+            folder.write_edges(path, edges, [s.id for s in side.sequences], key)
+        del model
+        gc.collect()
+
+
+def _load(recipe: Recipe, reference: str, device: torch.device) -> Model:
+    return load_model(reference, str(device), recipe.compute.dtype)
+
+
+def _cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:
+    by_id = {solution.id: solution for solution in solutions}
+    return [
+        Sequence(by_id[name].prompt, by_id[name].answer[: selection.cut_length], name)
+        for name in selection.ids
+    ]
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+@contextmanager
+def _timed(folder: RunFolder, record: dict[str, object], phase: str) -> Iterator[None]:
+    """Add a phase's seconds to the record, also those of a phase that was broken off."""
+    start = time.monotonic()
+    seconds = record["seconds"]
+    assert isinstance(seconds, dict)
+    try:
+        yield
+    finally:
+        seconds[phase] = round(seconds.get(phase, 0) + time.monotonic() - start, 3)
+        folder.write_json("run.json", record)
+
+
+def _fixed(table: object) -> object:
+    """The part of a recipe that decides what comes out."""
+    if not isinstance(table, dict):
+        return table
+    fixed = {}
+    for key, value in table.items():
+        free = _FREE_KEYS.get(key, ())
+        if free is None:
+            continue
+        fixed[key] = {k: v for k, v in value.items() if k not in free} if free else value
+    return fixed
+
+
+def _first_difference(here: object, there: object, key: str = "") -> str:
+    """Name the first place where two pieces of plain data differ, or nothing."""
+    if isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
+        here, there = dict(enumerate(here)), dict(enumerate(there))
+    if isinstance(here, dict) and isinstance(there, dict):
+        for name in [*here, *(name for name in there if name not in here)]:
+            inner = f"{key}.{name}" if key else str(name)
+            difference = _first_difference(here.get(name), there.get(name), inner)
+            if difference:
+                return difference
+        return ""
+    return "" if here == there else f"{key}: {there} there, {here} here"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

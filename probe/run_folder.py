@@ -1,0 +1,220 @@
+"""The run folder: everything a run has found out, in files that are whole or not there.
+
+    run.json                                     recipe, models, versions, device, times
+    solutions/MODEL.BENCHMARK.jsonl              a solution a line, added batch by batch
+    selection/PAIR.BENCHMARK.alpha-A.json        which questions, which lengths
+    edges/PAIR.BENCHMARK.alpha-A.SIDE.safetensors   scores and losses
+    report.json                                  the cells
+
+A file is written beside its place and moved there, so a kill leaves the old one or the new one.
+Solutions are appended; a torn last line is the most that a kill costs, and reading drops it.
+What is read is checked against what it should hold; what does not fit is computed again.
+
+    >>> folder = RunFolder(Path("runs/tiny-math"))
+    >>> folder.read_record()["recipe"]["name"]
+    'tiny-math'
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from probe.attribution import EdgeScores
+from probe.attribution import Sequence as TokenSequence
+from probe.errors import ProbeError
+from probe.graph import Graph
+from probe.selection import Selection, Solution
+
+SCHEMA = 1
+PARTS = ("solutions", "selection", "edges", "run.json", "report.json")
+
+
+class Damaged(Exception):
+    """A file of the run is not what it should be; the message says in which way."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths, reading and writing of one run."""
+
+    path: Path
+    """The folder."""
+
+    def open(self, fresh: bool = False) -> None:
+        """Make the folder, or check that it can be gone on with.
+
+        Args:
+            fresh: Throw away what an earlier run left there.
+
+        Raises:
+            ProbeError: It cannot be written to, or holds files that are not a run's.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ProbeError(f"{self.path} is a file; give a folder with --output")
+        foreign = self.path.is_dir() and any(self.path.iterdir()) and not self.record.exists()
+        if foreign:
+            raise ProbeError(
+                f"{self.path} holds files but no run.json, so it is not a run folder; "
+                "give an empty or new one with --output"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+            for part in PARTS if fresh else ():
+                place = self.path / part
+                if place.is_dir():
+                    shutil.rmtree(place)
+                else:
+                    place.unlink(missing_ok=True)
+            for part in PARTS[:3]:
+                (self.path / part).mkdir(exist_ok=True)
+        except OSError as error:
+            raise ProbeError(
+                f"cannot write to the run folder {self.path}: {error.strerror}; "
+                "give another one with --output"
+            ) from error
+
+    @property
+    def record(self) -> Path:
+        """run.json."""
+        return self.path / "run.json"
+
+    def read_record(self) -> dict[str, object]:
+        """What run.json says.
+
+        Raises:
+            ProbeError: There is none, or it is damaged.
+        """
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ProbeError(f"{self.path} is not a run folder: it has no run.json") from error
+        except (OSError, ValueError) as error:
+            raise ProbeError(
+                f"{self.record} is damaged, so nobody can tell what this run was; "
+                "start over with --fresh"
+            ) from error
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            raise ProbeError(f"{self.record}: not of schema {SCHEMA}; start over with --fresh")
+        return record
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write a JSON file whole or not at all."""
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+        _replace(self.path / name, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+    def solutions_file(self, model: str, benchmark: str) -> Path:
+        """Where a model's solutions are."""
+        return self.path / "solutions" / f"{model}.{benchmark}.jsonl"
+
+    def read_solutions(self, path: Path) -> tuple[list[Solution], int]:
+        """The solutions in a file, and how many of its lines are damaged."""
+        if not path.exists():
+            return [], 0
+        solutions, damaged = {}, 0
+        for line in path.read_bytes().splitlines():
+            try:
+                solution = Solution(**json.loads(line))
+                sound = isinstance(solution.correct, bool) and all(
+                    isinstance(tokens, list) and all(type(token) is int for token in tokens)
+                    for tokens in (solution.prompt, solution.answer)
+                )
+            except (ValueError, TypeError):
+                sound = False
+            if sound and solution.id not in solutions:
+                solutions[solution.id] = solution
+            else:
+                damaged += 1
+        return list(solutions.values()), damaged
+
+    def append_solutions(self, path: Path, solutions: Iterable[Solution]) -> None:
+        """Add solutions to a file; they are on the disk when this returns."""
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(_line(solution) for solution in solutions)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_solutions(self, path: Path, solutions: Iterable[Solution]) -> None:
+        """Write a file of solutions anew."""
+        text = "".join(_line(solution) for solution in solutions)
+        _replace(path, lambda place: place.write_text(text, encoding="utf-8"))
+
+    def write_selection(self, cell: str, selection: Selection) -> None:
+        """Write a cell's selection, for the reader; a run selects anew."""
+        self.write_json(f"selection/{cell}.json", asdict(selection))
+
+    def edges_file(self, cell: str, side: str) -> Path:
+        """Where the edges of one side of a cell are."""
+        return self.path / "edges" / f"{cell}.{side}.safetensors"
+
+    def write_edges(self, path: Path, edges: EdgeScores, ids: Sequence[str], key: str) -> None:
+        """Write scores and losses.
+
+        Args:
+            path: The file.
+            edges: What to write.
+            ids: The question of each sequence.
+            key: What the edges were computed from, by `edges_key`.
+        """
+        metadata = {
+            "ids": json.dumps(list(ids)),
+            "key": key,
+            "n_layers": str(edges.graph.n_layers),
+            "granularity": edges.graph.granularity,
+            "sources": json.dumps(edges.graph.sources),
+            "targets": json.dumps(edges.graph.targets),
+        }
+        tensors = {"scores": edges.scores.float().contiguous(), "losses": edges.losses.float()}
+        _replace(path, lambda place: save_file(tensors, place, metadata))
+
+    def read_edges(self, path: Path, key: str | None = None) -> EdgeScores | None:
+        """Read scores and losses; None where there is no such file.
+
+        Args:
+            path: The file.
+            key: What they should have been computed from; None to take any.
+
+        Raises:
+            Damaged: The file is torn, or was computed from something else.
+        """
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                scores, losses = file.get_tensor("scores"), file.get_tensor("losses")
+            graph = Graph.build(int(metadata["n_layers"]), metadata["granularity"])
+        except (SafetensorError, OSError, KeyError, ValueError, ProbeError) as error:
+            raise Damaged(f"damaged ({str(error).splitlines()[0]})") from error
+        if key is not None and metadata.get("key") != key:
+            raise Damaged("computed from other solutions or settings")
+        if scores.shape[1:] != graph.mask.shape or not torch.isfinite(scores).all():
+            raise Damaged("damaged (scores of the wrong shape, or not finite)")
+        return EdgeScores(scores, losses, graph)
+
+
+def edges_key(model: str, settings: Sequence[str], sequences: Sequence[TokenSequence]) -> str:
+    """A short name for all that a set of edges depends on: weights, settings, every token."""
+    parts = [model, list(settings), [[s.id, list(s.prompt), list(s.answer)] for s in sequences]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _line(solution: Solution) -> str:
+    return json.dumps(asdict(solution), ensure_ascii=False) + "\n"
+
+
+def _replace(path: Path, write: object) -> None:
+    assert callable(write)
+    beside = path.with_name(f".{path.name}.new")
+    write(beside)
+    os.replace(beside, path)

@@ -1,0 +1,74 @@
+"""What several tests use: the data folder, small models, the oracle's sequences."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import probe
+
+DATA = Path(__file__).parent / "data"
+ORACLES = ("llama", "qwen2")
+
+
+@pytest.fixture(params=ORACLES)
+def oracle(request):
+    """Folder of one oracle."""
+    return DATA / "oracle" / request.param
+
+
+@pytest.fixture(scope="session")
+def llama():
+    """The oracle's Llama, loaded."""
+    return probe.load_model(str(DATA / "oracle" / "llama" / "model"))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The SFT model that ships with the package, loaded."""
+    return probe.load_model("probe:tiny-math/sft")
+
+
+def oracle_sequences(folder):
+    """The sequences that an oracle's numbers belong to, and those numbers."""
+    with np.load(folder / "float32.npz") as arrays:
+        truth = dict(arrays)
+    sequences = []
+    for row in range(len(truth["input_ids"])):
+        prompt = truth["input_ids"][row, : truth["prompt_len"][row]].tolist()
+        answer = truth["answer_ids"][row, : truth["answer_len"][row]].tolist()
+        sequences.append(probe.Sequence(prompt, answer))
+    return sequences, truth
+
+
+def save_random_model(folder, model_type="llama", seed=0, **changes):
+    """Save a small random model of an architecture, with the oracle's toy tokenizer."""
+    settings = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    } | changes
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DATA / "oracle" / "llama" / "model").save_pretrained(folder)
+    return folder

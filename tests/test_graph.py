@@ -1,0 +1,39 @@
+import pytest
+
+from probe.errors import ProbeError
+from probe.graph import Graph
+
+
+def test_nodes_in_the_published_order():
+    graph = Graph.build(2, "qkv")
+    assert graph.sources == ("input", "a0", "m0", "a1", "m1")
+    assert graph.targets == (
+        *("a0.q", "a0.k", "a0.v", "m0"),
+        *("a1.q", "a1.k", "a1.v", "m1"),
+        "logits",
+    )
+    assert Graph.build(2, "block").targets == ("a0", "m0", "a1", "m1", "logits")
+
+
+@pytest.mark.parametrize("granularity", ["qkv", "block"])
+@pytest.mark.parametrize("n_layers", [1, 2, 5])
+def test_mask_is_what_was_written_before(n_layers, granularity):
+    graph = Graph.build(n_layers, granularity)
+    stream = ["input"]
+    written = {}
+    for layer in range(n_layers):
+        for branch in "qkv":
+            written[f"a{layer}.{branch}"] = set(stream)
+        written[f"a{layer}"] = set(stream)
+        stream.append(f"a{layer}")
+        written[f"m{layer}"] = set(stream)
+        stream.append(f"m{layer}")
+    written["logits"] = set(stream)
+    for column, target in enumerate(graph.targets):
+        found = {s for row, s in enumerate(graph.sources) if graph.mask[row, column]}
+        assert found == written[target]
+
+
+def test_unknown_granularity_names_the_known_ones():
+    with pytest.raises(ProbeError, match="qkv, block"):
+        Graph.build(1, "neuron")
