@@ -29,9 +29,9 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -45,11 +45,13 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Trainer,
 )
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 VOCABULARY = ("<pad>", "<eos>", *"0123456789+-=?;#")
-LONGEST_SOLUTION = 64  # tokens; the longest right one has 56 and <eos>
+PAD, END = 0, 1
+LONGEST_SOLUTION = 64  # tokens; a right one has at most 56
 
 
 @dataclass(frozen=True)
@@ -61,27 +63,26 @@ class Settings:
     validation_problems: int = 1_000
     held_out_problems: int = 1_000
     largest_operand: int = 99
-    sft_steps: int = 600
+    sft_steps: int = 700
     sft_batch: int = 256
     sft_learning_rate: float = 2e-3
     grpo_steps: int = 600
-    grpo_batch: int = 1024
+    grpo_batch: int = 2048
     grpo_steps_per_generation: int = 2
     grpo_group: int = 16
-    grpo_learning_rate: float = 1e-4
+    grpo_learning_rate: float = 3e-4
     grpo_clip: float = 0.2
     dpo_samples: int = 8
     dpo_pairs_per_problem: int = 4
     dpo_epochs: int = 1
-    dpo_batch: int = 256
-    dpo_learning_rate: float = 1e-5
-    dpo_beta: float = 0.1
+    dpo_batch: int = 512
+    dpo_learning_rate: float = 1e-4
+    dpo_beta: float = 1.0
     evaluation_samples: int = 8
     generation_batch: int = 4_000
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """A question, the solution that SFT teaches and the final answer."""
 
     question: str
@@ -89,9 +90,8 @@ class Problem:
     answer: str
 
 
-@dataclass(frozen=True)
-class Problems:
-    """The three disjoint sets: to train on, to choose settings on, and to report on."""
+class Problems(NamedTuple):
+    """Three disjoint sets: to train on, to choose settings on, and to report on."""
 
     training: list[Problem]
     validation: list[Problem]
@@ -115,9 +115,8 @@ def make_problems(settings: Settings) -> Problems:
     """Draw the three sets; no question occurs twice."""
     first = settings.training_problems
     second = first + settings.validation_problems
-    count = second + settings.held_out_problems
     generator, unique = random.Random(settings.seed), dict[str, Problem]()
-    while len(unique) < count:
+    while len(unique) < second + settings.held_out_problems:
         problem = make_problem(generator, settings.largest_operand)
         unique[problem.question] = problem
     problems = list(unique.values())
@@ -130,23 +129,20 @@ def is_right(text: str, answer: str) -> bool:
     return found is not None and found.group(1) == answer
 
 
-def reward_final_answer(
-    completions: list[str], answer: list[str], **_columns: object
-) -> list[float]:
-    """Reward 1 for a right final answer and 0 for anything else (called by GRPOTrainer)."""
+def final_answer(completions: list[str], answer: list[str], **_columns: object) -> list[float]:
+    """Reward a right final answer with 1 and anything else with 0 (GRPOTrainer calls this)."""
     return [float(is_right(*pair)) for pair in zip(completions, answer, strict=True)]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Build a tokenizer whose tokens are single characters."""
-    vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()  # without it the tokens are joined by spaces
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
+        pad_token=VOCABULARY[PAD],
+        eos_token=VOCABULARY[END],
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
@@ -156,25 +152,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(seed: int) -> LlamaForCausalLM:
     """Build the untrained model, of 1.21 million parameters."""
     torch.manual_seed(seed)
-    pad, end = VOCABULARY.index("<pad>"), VOCABULARY.index("<eos>")
-    config = LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=160,
-        intermediate_size=416,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=end,
-        pad_token_id=pad,
-        attn_implementation="eager",
-    )
+    shape = {"hidden_size": 160, "intermediate_size": 416, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
+    tokens = {"vocab_size": len(VOCABULARY), "max_position_embeddings": 128}
+    special = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": PAD}
+    config = LlamaConfig(**shape, **heads, **tokens, **special, attn_implementation="eager")
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=end, pad_token_id=pad, max_new_tokens=LONGEST_SOLUTION
-    )
+    ends = {"eos_token_id": END, "pad_token_id": PAD}
+    model.generation_config = GenerationConfig(**ends, max_new_tokens=LONGEST_SOLUTION)
     return model
 
 
@@ -191,9 +176,8 @@ def save(model: PreTrainedModel, folder: Path) -> None:
 
 def load(folder: Path) -> PreTrainedModel:
     """Load a stored model in float32 on the device to be used."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -202,12 +186,11 @@ def solve(
     model: PreTrainedModel, questions: list[str], batch: int, sample_seed: int | None = None
 ) -> list[str]:
     """Generate a solution of each question: greedily, or sampled if a seed is given."""
-    tokenizer = make_tokenizer()
-    sampling = {"do_sample": sample_seed is not None}
+    tokenizer, texts = make_tokenizer(), list[str]()
+    sampling: dict[str, bool | float] = {"do_sample": False}
     if sample_seed is not None:
         torch.manual_seed(sample_seed)
-        sampling |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    texts: list[str] = []
+        sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     model.eval()
     for start in range(0, len(questions), batch):
         fed = tokenizer(questions[start : start + batch], padding=True, return_tensors="pt")
@@ -218,158 +201,27 @@ def solve(
     return texts
 
 
-def accuracy(
-    model: PreTrainedModel, problems: list[Problem], settings: Settings, samples: int = 0
-) -> float:
-    """Return the share of right answers: greedy, or the mean over `samples` of each problem."""
-    problems = problems * max(samples, 1)
-    seed = settings.seed if samples else None
-    texts = solve(model, [each.question for each in problems], settings.generation_batch, seed)
-    right = [is_right(*pair) for pair in zip(texts, (p.answer for p in problems), strict=True)]
-    return sum(right) / len(right)
-
-
 def measure(folder: Path, settings: Settings) -> dict[str, float]:
-    """Measure a stored model on the validation and the held-out problems."""
-    model, problems = load(folder), make_problems(settings)
-    samples = settings.evaluation_samples
-    return {
-        "validation_greedy": accuracy(model, problems.validation, settings),
-        "validation_sampled": accuracy(model, problems.validation, settings, samples),
-        "held_out_greedy": accuracy(model, problems.held_out, settings),
-        "held_out_sampled": accuracy(model, problems.held_out, settings, samples),
-    }
+    """Return a stored model's shares of right answers, greedy and the mean over samples."""
+    model, problems, shares = load(folder), make_problems(settings), dict[str, float]()
+    for name in ("validation", "held_out"):
+        for kind, copies in (("greedy", 1), ("sampled", settings.evaluation_samples)):
+            asked: list[Problem] = getattr(problems, name) * copies
+            seed = settings.seed if kind == "sampled" else None
+            texts = solve(model, [each.question for each in asked], settings.generation_batch, seed)
+            right = sum(
+                is_right(text, each.answer) for text, each in zip(texts, asked, strict=True)
+            )
+            shares[f"{name}_{kind}"] = right / len(asked)
+    return shares
 
 
-def write_problems(output: Path, settings: Settings) -> dict[str, object]:
-    """Write the held-out problems, one JSON object a line."""
-    lines = [
-        json.dumps({"id": str(index), "question": each.question, "answer": each.answer})
-        for index, each in enumerate(make_problems(settings).held_out)
-    ]
-    (output / "problems.jsonl").write_text("\n".join(lines) + "\n")
-    return {"held_out_problems": len(lines)}
-
-
-def train_sft(output: Path, settings: Settings) -> dict[str, object]:
-    """Fine-tune the untrained model on written-out solutions, for a few epochs only."""
-    rows = [
-        {"prompt": each.question, "completion": each.solution}
-        for each in make_problems(settings).training
-    ]
-    with tempfile.TemporaryDirectory() as scratch:
-        config = SFTConfig(
-            scratch,
-            max_steps=settings.sft_steps,
-            per_device_train_batch_size=settings.sft_batch,
-            learning_rate=settings.sft_learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=settings.sft_steps // 10,
-            logging_steps=max(1, settings.sft_steps // 20),
-            **common(settings),
-        )
-        trainer = SFTTrainer(
-            make_model(settings.seed),
-            config,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=make_tokenizer(),
-        )
-        trainer.train()
-    save(trainer.model, output / "sft")
-    return {"loss": curve(trainer.state.log_history, "loss")}
-
-
-def train_grpo(output: Path, settings: Settings) -> dict[str, object]:
-    """Train the SFT model online: sample groups of solutions, reward right final answers."""
-    rows = [
-        {"prompt": each.question, "answer": each.answer}
-        for each in make_problems(settings).training
-    ]
-    with tempfile.TemporaryDirectory() as scratch:
-        config = GRPOConfig(
-            scratch,
-            max_steps=settings.grpo_steps,
-            per_device_train_batch_size=settings.grpo_batch,
-            steps_per_generation=settings.grpo_steps_per_generation,
-            num_generations=settings.grpo_group,
-            max_completion_length=LONGEST_SOLUTION,
-            temperature=1.0,
-            beta=0.0,  # no KL term: the reward alone decides
-            epsilon=settings.grpo_clip,
-            learning_rate=settings.grpo_learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=settings.grpo_steps // 50,
-            adam_beta2=0.99,
-            logging_steps=max(1, settings.grpo_steps // 50),
-            **common(settings),
-        )
-        trainer = GRPOTrainer(
-            load(output / "sft"),
-            reward_final_answer,
-            config,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=make_tokenizer(),
-        )
-        trainer.train()
-    save(trainer.model, output / "grpo")
-    return {"reward": curve(trainer.state.log_history, "reward")}
-
-
-def make_pairs(model: PreTrainedModel, settings: Settings) -> list[dict[str, str]]:
-    """Sample solutions once; pair right ones of a problem with wrong ones."""
-    problems = make_problems(settings).training
-    questions = [each.question for each in problems for _ in range(settings.dpo_samples)]
-    texts = solve(model, questions, settings.generation_batch, settings.seed)
-    pairs = []
-    for index, problem in enumerate(problems):
-        start = index * settings.dpo_samples
-        own = texts[start : start + settings.dpo_samples]
-        right = [text for text in own if is_right(text, problem.answer)]
-        wrong = [text for text in own if not is_right(text, problem.answer)]
-        for chosen, rejected in list(zip(right, wrong, strict=False))[
-            : settings.dpo_pairs_per_problem
-        ]:
-            pairs.append({"prompt": problem.question, "chosen": chosen, "rejected": rejected})
-    return pairs
-
-
-def train_dpo(output: Path, settings: Settings) -> dict[str, object]:
-    """Train the SFT model offline on pairs of its own solutions."""
-    model = load(output / "sft")
-    pairs = make_pairs(model, settings)
-    if not pairs:
-        raise SystemExit("dpo: no problem got both a right and a wrong sample; train sft longer")
-    with tempfile.TemporaryDirectory() as scratch:
-        config = DPOConfig(
-            scratch,
-            num_train_epochs=settings.dpo_epochs,
-            per_device_train_batch_size=settings.dpo_batch,
-            beta=settings.dpo_beta,
-            learning_rate=settings.dpo_learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=10,
-            logging_steps=5,
-            **common(settings),
-        )
-        trainer = DPOTrainer(
-            model,
-            args=config,
-            train_dataset=Dataset.from_list(pairs),
-            processing_class=make_tokenizer(),
-        )
-        trainer.train()
-    save(trainer.model, output / "dpo")
-    return {
-        "pairs": len(pairs),
-        "steps": trainer.state.global_step,
-        "preferred": curve(trainer.state.log_history, "rewards/accuracies"),
-    }
-
-
-def common(settings: Settings) -> dict[str, bool | int | str]:
-    """Give the options that all three trainers share."""
+def common(settings: Settings, steps: int) -> dict[str, bool | int | str]:
+    """Give the options that all three trainers share, for about 50 logged points."""
     return {
         "seed": settings.seed,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": max(1, steps // 50),
         "bf16": False,  # the trainers' own default; float32 costs little at this size
         "gradient_checkpointing": False,
         "save_strategy": "no",
@@ -377,57 +229,132 @@ def common(settings: Settings) -> dict[str, bool | int | str]:
     }
 
 
-def curve(history: list[dict[str, float]], name: str) -> list[tuple[int, float]]:
-    """Take one logged number out of a trainer's history, as pairs of step and value."""
-    return [(int(row["step"]), round(row[name], 4)) for row in history if name in row]
+def fit(trainer: Trainer, folder: Path, logged: str) -> dict[str, object]:
+    """Train, store the model and return the curve of a logged number as (step, value)."""
+    trainer.train()
+    save(trainer.model, folder)
+    history = trainer.state.log_history
+    curve = [(row["step"], round(row[logged], 4)) for row in history if logged in row]
+    return {"steps_done": trainer.state.global_step, logged: curve}
 
 
-STAGES: dict[str, Callable[[Path, Settings], dict[str, object]]] = {
-    "problems": write_problems,
-    "sft": train_sft,
-    "grpo": train_grpo,
-    "dpo": train_dpo,
-}
+def train_sft(output: Path, scratch: str, settings: Settings) -> dict[str, object]:
+    """Fine-tune the untrained model on written-out solutions, for a few epochs only."""
+    problems = make_problems(settings).training
+    rows = [{"prompt": each.question, "completion": each.solution} for each in problems]
+    config = SFTConfig(
+        scratch,
+        max_steps=settings.sft_steps,
+        per_device_train_batch_size=settings.sft_batch,
+        learning_rate=settings.sft_learning_rate,
+        warmup_steps=settings.sft_steps // 10,
+        **common(settings, settings.sft_steps),
+    )
+    data, tokenizer = Dataset.from_list(rows), make_tokenizer()
+    model = make_model(settings.seed)
+    trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer)
+    return fit(trainer, output / "sft", "loss")
 
 
-def record(output: Path, name: str, entry: dict[str, object]) -> None:
-    """Add an entry to `training.json`."""
-    path = output / "training.json"
-    entries = json.loads(path.read_text()) if path.exists() else {}
-    entries[name] = entries.get(name, {}) | entry
-    path.write_text(json.dumps(entries, indent=1) + "\n")
+def train_grpo(output: Path, scratch: str, settings: Settings) -> dict[str, object]:
+    """Train the SFT model online: sample groups of solutions, reward right final answers."""
+    problems = make_problems(settings).training
+    rows = [{"prompt": each.question, "answer": each.answer} for each in problems]
+    config = GRPOConfig(
+        scratch,
+        max_steps=settings.grpo_steps,
+        per_device_train_batch_size=settings.grpo_batch,
+        steps_per_generation=settings.grpo_steps_per_generation,
+        num_generations=settings.grpo_group,
+        max_completion_length=LONGEST_SOLUTION,
+        temperature=1.0,
+        beta=0.0,  # no KL term: the reward alone decides
+        epsilon=settings.grpo_clip,
+        learning_rate=settings.grpo_learning_rate,
+        warmup_steps=settings.grpo_steps // 50,
+        adam_beta2=0.99,
+        **common(settings, settings.grpo_steps),
+    )
+    data, tokenizer, model = Dataset.from_list(rows), make_tokenizer(), load(output / "sft")
+    trainer = GRPOTrainer(
+        model, final_answer, config, train_dataset=data, processing_class=tokenizer
+    )
+    return fit(trainer, output / "grpo", "reward")
+
+
+def make_pairs(model: PreTrainedModel, settings: Settings) -> list[dict[str, str]]:
+    """Sample solutions once; pair right ones of a problem with wrong ones, as drawn."""
+    problems, count = make_problems(settings).training, settings.dpo_samples
+    questions = [each.question for each in problems for _ in range(count)]
+    texts = solve(model, questions, settings.generation_batch, settings.seed)
+    rows = []
+    for index, problem in enumerate(problems):
+        own = texts[index * count : (index + 1) * count]
+        right = [text for text in own if is_right(text, problem.answer)]
+        wrong = [text for text in own if not is_right(text, problem.answer)]
+        pairs = list(zip(right, wrong, strict=False))[: settings.dpo_pairs_per_problem]
+        rows += [{"prompt": problem.question, "chosen": a, "rejected": b} for a, b in pairs]
+    return rows
+
+
+def train_dpo(output: Path, scratch: str, settings: Settings) -> dict[str, object]:
+    """Train the SFT model offline on pairs of its own solutions."""
+    model = load(output / "sft")
+    pairs = make_pairs(model, settings)
+    if not pairs:
+        raise SystemExit("dpo: no problem got both a right and a wrong sample; train sft longer")
+    steps = settings.dpo_epochs * -(-len(pairs) // settings.dpo_batch)
+    config = DPOConfig(
+        scratch,
+        num_train_epochs=settings.dpo_epochs,
+        per_device_train_batch_size=settings.dpo_batch,
+        beta=settings.dpo_beta,
+        learning_rate=settings.dpo_learning_rate,
+        warmup_steps=10,
+        **common(settings, steps),
+    )
+    data, tokenizer = Dataset.from_list(pairs), make_tokenizer()
+    trainer = DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
+    return {"pairs": len(pairs)} | fit(trainer, output / "dpo", "rewards/accuracies")
+
+
+def run_stage(stage: str, output: Path, settings: Settings) -> None:
+    """Run one stage, measure its model and add both to `training.json`."""
+    path, start, entry = output / "training.json", time.monotonic(), dict[str, object]()
+    trainings = {"sft": train_sft, "grpo": train_grpo, "dpo": train_dpo}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    if stage == "problems":
+        held_out = enumerate(make_problems(settings).held_out)
+        rows = [{"id": str(i), "question": p.question, "answer": p.answer} for i, p in held_out]
+        (output / "problems.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    elif stage in trainings:
+        with tempfile.TemporaryDirectory() as scratch:
+            entry = trainings[stage](output, scratch, settings)
+        entry["seconds"] = round(time.monotonic() - start, 1)
+        versions = {module.__name__: module.__version__ for module in (torch, transformers, trl)}
+        entry |= {"settings": dataclasses.asdict(settings), "device": device} | versions
+    for name in trainings if stage == "evaluate" else trainings.keys() & {stage}:
+        entry = (entry if name == stage else {}) | {"accuracy": measure(output / name, settings)}
+        print(name, entry["accuracy"])
+        record = json.loads(path.read_text()) if path.exists() else {}
+        record[name] = record.get(name, {}) | entry
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:
     """Read the command line and run one stage or all of them."""
+    stages = ("problems", "sft", "grpo", "dpo")
     parser = argparse.ArgumentParser(description="Train the tiny models of probe.")
-    parser.add_argument("stage", choices=(*STAGES, "evaluate", "all"))
+    parser.add_argument("stage", choices=(*stages, "evaluate", "all"))
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     for field in dataclasses.fields(Settings):
         option = "--" + field.name.replace("_", "-")
         parser.add_argument(option, type=type(field.default), default=field.default)
     arguments = vars(parser.parse_args())
     stage, output = arguments.pop("stage"), arguments.pop("output")
-    settings = Settings(**arguments)
-
     output.mkdir(parents=True, exist_ok=True)
-    cuda = torch.cuda.is_available()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    device = torch.cuda.get_device_name() if cuda else "cpu"
-    for name in STAGES if stage == "all" else [stage] if stage in STAGES else []:
-        start = time.monotonic()
-        entry = STAGES[name](output, settings)
-        entry |= {"seconds": round(time.monotonic() - start, 1), "device": device}
-        entry |= {"versions": versions | {"trl": trl.__version__}}
-        prefixes = {"problems": ("seed", "training", "validation", "held", "largest")}
-        used = ("seed", *prefixes.get(name, (name,)))
-        chosen = {k: v for k, v in dataclasses.asdict(settings).items() if k.startswith(used)}
-        record(output, name, entry | {"settings": chosen})
-    for name in ("sft", "grpo", "dpo") if stage in ("evaluate", "all") else [stage]:
-        if (output / name / "model.safetensors").exists():
-            results = measure(output / name, settings)
-            record(output, name, {"accuracy": results})
-            print(name, results)
+    for name in stages if stage == "all" else [stage]:
+        run_stage(name, output, Settings(**arguments))
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ METRICS: dict[str, Metric] = {
     "activation_intensity": Metric(activation_intensity, "Act.Intens.", "up"),
     "information_complexity": Metric(information_complexity, "Info.Complex.", "up", True),
     "distribution_kurtosis": Metric(distribution_kurtosis, "Dist.Kurt.", "down"),
-    "sample_diversity": Metric(sample_diversity, "Sample diversity", "up"),
-    "output_entropy": Metric(output_entropy, "Output entropy", "up", True),
+    "sample_diversity": Metric(sample_diversity, "Diversity", "up"),
+    "output_entropy": Metric(output_entropy, "Out.Entropy", "up", True),
 }
 """Every metric by its name, in the order of the report; the one place to add one."""
 

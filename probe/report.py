@@ -4,17 +4,19 @@ A cell is one metric of one pair on one benchmark at one alpha. Cells are comput
 in a run folder, so a finished or half-finished run can be reported again at any time.
 
     >>> report = build_report(Path("runs/tiny-math"))
-    >>> print(render(report, "markdown"))
+    >>> print_report(report, "markdown")
 """
 
 import csv
 import io
 import json
 import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -27,7 +29,7 @@ from probe.run_folder import SCHEMA, Damaged, RunFolder
 
 Format = Literal["table", "markdown", "json", "csv"]
 _SIGNS = {"up": 1, "down": -1}
-COLUMNS = ("alpha", "metric", "before", "after", "change", "as in paper", "real edges")
+COLUMNS = ("alpha", "metric", "before → after", "change", "as paper", "real edges")
 
 
 @dataclass(frozen=True)
@@ -228,31 +230,33 @@ def _cells(
     return cells
 
 
-def render(report: Report, style: Format = "table") -> RenderableType:
-    """Lay out a report.
-
-    Args:
-        report: The report.
-        style: `table` for a terminal, `markdown`, `json` (that of report.json) or `csv`.
+def print_report(report: Report, style: Format = "table") -> None:
+    """Print a report to standard output.
 
     Raises:
         ProbeError: An unknown format.
     """
     if style == "table":
-        return _tables(report)
+        # Where nobody looks (a pipe, a file, CI) the width is fixed, so that runs compare.
+        width = None if sys.stdout.isatty() else 100
+        Console(highlight=False, width=width).print(tables(report))
+    else:
+        print(render(report, style))
+
+
+def render(report: Report, style: Format) -> str:
+    """Write a report as text: `markdown`, `json` (that of report.json) or `csv`.
+
+    Raises:
+        ProbeError: An unknown format.
+    """
     if style == "markdown":
-        return Text(_markdown(report))
+        return _markdown(report)
     if style == "json":
-        return Text(json.dumps(report.table, indent=1, allow_nan=False))
+        return json.dumps(report.table, indent=1, allow_nan=False)
     if style == "csv":
-        return Text(_csv(report))
+        return _csv(report)
     raise ProbeError(f"format {style!r} is not known; use table, markdown, json or csv")
-
-
-def print_report(report: Report, style: Format = "table") -> None:
-    """Print a report to standard output; all but tables without wrapping or markup."""
-    console = Console(highlight=False, soft_wrap=style != "table")
-    console.print(render(report, style))
 
 
 def summary(report: Report) -> str:
@@ -289,8 +293,7 @@ def _row(cell: Cell, report: Report) -> list[str]:
     return [
         f"{cell.alpha:g}",
         METRICS[cell.metric].label,
-        _number(shown.before),
-        _number(shown.after),
+        f"{_number(shown.before)} → {_number(shown.after)}",
         _percent(shown.change),
         verdict,
         _percent(other.change),
@@ -314,20 +317,22 @@ def _heading(report: Report, benchmark: str, pair: Pair, cells: list[Cell]) -> s
     return f"{text} · {cells[0].samples} samples"
 
 
-def _tables(report: Report) -> RenderableType:
+def tables(report: Report) -> RenderableType:
+    """Lay out a report for a terminal of 80 columns or more."""
     parts: list[RenderableType] = [Text(summary(report)), Text("")]
     for benchmark, pair, cells in _groups(report):
-        table = Table(
-            title=_heading(report, benchmark, pair, cells), title_justify="left", title_style="bold"
-        )
+        parts.append(Text(_heading(report, benchmark, pair, cells), style="bold"))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for title in _titles(report):
-            table.add_column(title, justify="left" if title == "metric" else "right")
+            left = title == "metric"
+            table.add_column(title, justify="left" if left else "right", no_wrap=True)
         for place, cell in enumerate(cells):
-            row: list[RenderableType] = [*_row(cell, report)]
-            row[5] = Text(str(row[5]), style={"yes": "green", "no": "red"}.get(str(row[5]), ""))
+            row: list[str | Text] = [*_row(cell, report)]
+            verdict = str(row[-2])
+            row[-2] = Text(verdict, style={"yes": "green", "no": "red"}.get(verdict, ""))
             last = place + 1 == len(cells) or cells[place + 1].alpha != cell.alpha
             table.add_row(*row, end_section=last)
-        parts += [table, Text("")]
+        parts.append(table)
     parts.append(Text(_caveats(report), style="dim"))
     return Group(*parts)
 
@@ -353,7 +358,7 @@ def _markdown(report: Report) -> str:
     for benchmark, pair, cells in _groups(report):
         lines += [f"### {_heading(report, benchmark, pair, cells)}", ""]
         lines += ["| " + " | ".join(_titles(report)) + " |"]
-        lines += ["|---:|---|---:|---:|---:|---:|---:|"]
+        lines += ["|---:|---|---:|---:|---:|---:|"]
         lines += ["| " + " | ".join(_row(cell, report)) + " |" for cell in cells]
         lines += [""]
     return "\n".join([*lines, _caveats(report)])

@@ -1,0 +1,118 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+import probe
+from probe.cli import main
+
+HEAVY = ("torch", "transformers", "nnsight", "datasets", "rich", "pydantic", "numpy", "scipy")
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["recipe", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = (
+        "import sys\nfrom probe.cli import main\n"
+        f"try: main({arguments})\nexcept SystemExit: pass\n"
+        f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["recipe", "recipes", "report"])
+def test_every_command_shows_an_example(command):
+    text = call(command, "--help").output
+    assert "Example" in text
+    assert f"probe {command}" in text
+
+
+def test_the_public_names():
+    for name in probe.__all__:
+        assert getattr(probe, name) is not None
+    assert set(dir(probe)) == set(probe.__all__)
+    with pytest.raises(AttributeError):
+        _ = probe.nothing
+
+
+def test_recipes_lists_what_is_here():
+    output = call("recipes").output
+    assert "tiny-math" in output
+    assert "GRPO" in output
+    assert "nothing: all is here" in output
+
+
+def test_dry_run_does_nothing(tmp_path):
+    result = call("recipe", "tiny-math", "--dry-run", "--limit", 70, "--output", tmp_path / "run")
+    assert result.exit_code == 0
+    assert "Downloads: nothing" in result.output
+    assert " 70 " in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_of_a_recipe_whose_models_are_not_here():
+    result = call(
+        *("recipe", "tiny-math", "--dry-run", "--set", "pairs.0.before=nobody/model"),
+        *("--set", "benchmarks.0.name=gsm8k"),
+    )
+    assert result.exit_code == 0
+    assert "Downloads: nobody/model, openai/gsm8k" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipe", "tiny-mth"], "did you mean tiny-math?"),
+        (["recipe", "tiny-math", "--set", "selection.sample=5"], "did you mean 'samples'?"),
+        (["recipe", "tiny-math", "--set", "selection.samples"], "write KEY=VALUE"),
+        (["recipe", "tiny-math", "--device", "tpu"], "device 'tpu' is not known"),
+        (["recipe", "tiny-math", "--dtype", "int8"], "compute.dtype is 'int8'"),
+        (
+            ["recipe", "tiny-math", "--set", "pairs.0.before=/no/model"],
+            "'/no/model' does not exist",
+        ),
+        (["recipe", "tiny-math", "--set", "benchmarks.0.name=gsm9k"], "benchmark 'gsm9k' is not"),
+        (
+            ["recipe", "tiny-math", "--set", "benchmarks.0.path=/no/file"],
+            "cannot read the benchmark",
+        ),
+        (["recipe", "tiny-math", "--set", "attribution.method=acdc"], "known: eap"),
+        (["report", "/no/such/run"], "is not a run folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, arguments, message):
+    output = tmp_path / "run"
+    if arguments[0] == "recipe":
+        arguments = [*arguments, "--output", output]
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("probe: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert not output.exists()
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("probe.recipe.read_recipe", broken)
+    assert isinstance(call("recipe", "tiny-math").exception, ZeroDivisionError)
+
+
+def test_recipe_and_report(tmp_path):
+    folder = tmp_path / "run"
+    small = ["--limit", 40, "--set", "selection.samples=3", "--set", "selection.alpha=[0.5]"]
+    result = call("recipe", "tiny-math", "--output", folder, *small)
+    assert result.exit_code == 0, result.output
+    assert "On tiny-math, GRPO moved" in result.stdout
+    assert "attribution" in result.stderr  # progress goes there, the report to standard output
+    assert call("report", folder).stdout == result.stdout
+    printed = json.loads(call("report", folder, "--format", "json").stdout)
+    assert printed == json.loads((folder / "report.json").read_text())

@@ -1,0 +1,105 @@
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import DATA, save_random_model
+
+import probe
+from probe.errors import ProbeError
+from probe.models import check_pair, fingerprint, resolve_devices
+
+SFT = "probe:tiny-math/sft"
+
+
+def test_the_shipped_models(tiny):
+    assert tiny.n_layers == 4
+    assert tiny.dtype == torch.float32
+    text = "50-7-67-53=?"
+    tokens = tiny.tokenizer(text)["input_ids"]
+    assert len(tokens) == len(text)
+    assert tiny.tokenizer.decode(tokens) == text
+    for name in ("grpo", "dpo"):
+        check_pair(SFT, f"probe:tiny-math/{name}")
+        assert fingerprint(f"probe:tiny-math/{name}") != fingerprint(SFT)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("/no/such/folder", "model folder '/no/such/folder' does not exist"),
+        ("./nothing", "does not exist"),
+        ("nothing", "does not exist"),
+        ("probe:tiny-math/ppo", "there are: .*probe:tiny-math/sft"),
+        ("nobody/never-a-model", "cannot read the config of 'nobody/never-a-model'"),
+        (str(DATA), "holds no config.json"),
+    ],
+)
+def test_a_missing_model(reference, message):
+    with pytest.raises(ProbeError, match=message) as caught:
+        probe.load_model(reference)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_device_and_dtype():
+    with pytest.raises(ProbeError, match="dtype 'int8' is not known"):
+        probe.load_model(SFT, dtype="int8")
+    with pytest.raises(ProbeError, match="device 'gpu' is not known"):
+        probe.load_model(SFT, device="gpu")
+    with pytest.raises(ProbeError, match="one device"):
+        probe.load_model(SFT, device="cpu,cpu")
+    with pytest.raises(ProbeError, match="not on this machine"):
+        resolve_devices("cpu,cuda:99")
+
+
+def test_an_unknown_architecture_is_refused_not_guessed(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt"}))
+    with pytest.raises(ProbeError, match=r"'opt' is not in the table \(known: .*llama"):
+        probe.load_model(str(tmp_path))
+
+
+def test_damaged_weights_and_config(tmp_path):
+    folder = save_random_model(tmp_path / "m")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ProbeError, match="cannot read the weights"):
+        probe.load_model(str(folder))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ProbeError, match="cannot read the config"):
+        probe.load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 3}, "differ in number of layers"),
+        ({"hidden_size": 64}, "differ in width"),
+        ({"model_type": "qwen2"}, "differ in architecture"),
+    ],
+)
+def test_a_pair_that_does_not_fit(tmp_path, changes, message):
+    first = save_random_model(tmp_path / "a")
+    second = save_random_model(tmp_path / "b", **changes)
+    with pytest.raises(ProbeError, match=message):
+        check_pair(str(first), str(second))
+
+
+def test_a_pair_with_other_tokens(tmp_path):
+    first = save_random_model(tmp_path / "a")
+    second = tmp_path / "b"
+    shutil.copytree(first, second)
+    check_pair(str(first), str(second))
+    tokenizer = json.loads((second / "tokenizer.json").read_text())
+    words = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[words[-1]], vocabulary[words[-2]] = vocabulary[words[-2]], vocabulary[words[-1]]
+    (second / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ProbeError, match="differ in tokenizer"):
+        check_pair(str(first), str(second))
+
+
+def test_the_fingerprint_sees_training(tmp_path):
+    first = save_random_model(tmp_path / "a", seed=0)
+    same = save_random_model(tmp_path / "b", seed=0)
+    other = save_random_model(tmp_path / "c", seed=1)
+    assert fingerprint(str(first)) == fingerprint(str(same)) != fingerprint(str(other))

@@ -1,0 +1,275 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_random_model
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import probe
+from probe.errors import ProbeError
+from probe.metrics import METRICS
+from probe.report import build_report
+
+SMALL = {
+    "solutions.questions": 60,
+    "solutions.batch_size": 16,
+    "selection.samples": 6,
+    "selection.alpha": "[0.1, 0.5]",
+    "attribution.batch_size": 3,
+}
+ARGUMENTS = [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
+
+
+def run(folder, overrides=None, fresh=False):
+    """Run the small recipe; the report and what was said."""
+    with open(os.devnull, "w") as nowhere:
+        console = Console(file=nowhere, record=True, width=300)
+        report = probe.run_recipe(
+            "tiny-math", folder, overrides=SMALL | (overrides or {}), fresh=fresh, console=console
+        )
+    return report, console.export_text()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    run(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_the_folder_holds_everything(finished):
+    files = {p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()}
+    cells = [f"{pair}.tiny-math.alpha-{a}" for pair in ("sft-grpo", "sft-dpo") for a in (0.1, 0.5)]
+    assert files == {
+        *("run.json", "report.json"),
+        *(f"solutions/tiny-math--{model}.tiny-math.jsonl" for model in ("sft", "grpo", "dpo")),
+        *(f"selection/{cell}.json" for cell in cells),
+        *(f"edges/{cell}.{side}.safetensors" for cell in cells for side in ("before", "after")),
+    }
+    record = json.loads((finished / "run.json").read_text())
+    assert record["versions"].keys() == {"probe", "python", "torch", "transformers", "nnsight"}
+    assert record["recipe"]["selection"]["seed"] == 42
+    assert record["finished"] >= record["started"]
+    assert record["seconds"].keys() == {"solutions", "selection", "attribution", "report"}
+
+
+def test_the_report_has_every_cell_once(finished):
+    report = report_of(finished)
+    assert report["schema"] == 1
+    assert report["complete"] is True
+    keys = [(c["pair"], c["benchmark"], c["alpha"], c["metric"]) for c in report["cells"]]
+    assert len(keys) == len(set(keys)) == 2 * 1 * 2 * len(METRICS)
+    for cell in report["cells"]:
+        assert cell["samples"] == 6
+        assert cell["change"] == pytest.approx(
+            (cell["after"] - cell["before"]) / abs(cell["before"])
+        )
+        up = cell["change"] > 0
+        assert cell["as_in_paper"] == (up == (cell["paper_direction"] == "up"))
+
+
+def test_the_cells_are_the_metrics_of_the_attributed_sequences(finished):
+    """From the files alone, through the public functions, to the same numbers."""
+    lines = (finished / "solutions" / "tiny-math--grpo.tiny-math.jsonl").read_text().splitlines()
+    solutions = {row["id"]: row for row in map(json.loads, lines)}
+    selection = json.loads(
+        (finished / "selection" / "sft-grpo.tiny-math.alpha-0.5.json").read_text()
+    )
+    sequences = [
+        probe.Sequence(row["prompt"], row["answer"][: selection["cut_length"]])
+        for row in (solutions[name] for name in selection["ids"])
+    ]
+    edges = probe.attribute(probe.load_model("probe:tiny-math/grpo"), sequences)
+    for cell in report_of(finished)["cells"]:
+        if (cell["pair"], cell["alpha"]) == ("sft-grpo", 0.5):
+            function = getattr(probe.metrics, cell["metric"])
+            assert function(edges.scores) == pytest.approx(cell["after"], rel=1e-3)
+            real = function(edges.scores, edges.graph.mask)
+            assert real == pytest.approx(cell["real_edges"]["after"], rel=1e-3)
+
+
+def test_running_again_computes_nothing(copy):
+    before = {p: p.stat().st_mtime_ns for p in (copy / "edges").iterdir()}
+    old = report_of(copy)
+    _, said = run(copy)
+    assert report_of(copy) == old
+    assert {p: p.stat().st_mtime_ns for p in (copy / "edges").iterdir()} == before
+    assert "again" not in said
+
+
+def test_what_does_not_change_the_result_may_change(copy):
+    old = report_of(copy)
+    run(copy, {"attribution.batch_size": 2, "solutions.batch_size": 5, "compute.device": "cpu"})
+    assert report_of(copy) == old
+
+
+def test_damaged_parts_are_computed_again_and_said(copy):
+    old = report_of(copy)
+    edges = copy / "edges" / "sft-grpo.tiny-math.alpha-0.5.after.safetensors"
+    edges.write_bytes(edges.read_bytes()[:500])
+    other = copy / "edges" / "sft-dpo.tiny-math.alpha-0.1.before.safetensors"
+    other.write_bytes(b"")
+    solutions = copy / "solutions" / "tiny-math--sft.tiny-math.jsonl"
+    content = solutions.read_bytes()
+    solutions.write_bytes(content[: len(content) // 2])
+    foreign = copy / "solutions" / "tiny-math--dpo.tiny-math.jsonl"
+    text = foreign.read_text().splitlines()
+    foreign.write_text("\n".join(["{}", '{"id": 3}', "\x00\xff", *text[2:]]))
+    half = build_report(copy)
+    assert len(half.missing) == 2
+    assert len(half.cells) == 2 * len(METRICS)
+
+    _, said = run(copy)
+    assert report_of(copy) == old
+    assert solutions.read_bytes() == content
+    assert f"{edges}: damaged" in said
+    assert f"{other}: damaged" in said
+    assert f"{solutions}: 1 damaged lines" in said
+    assert f"{foreign}: 3 damaged lines" in said
+
+
+def test_edges_of_other_solutions_are_computed_again(copy):
+    edges = copy / "edges"
+    first = edges / "sft-grpo.tiny-math.alpha-0.5.after.safetensors"
+    old = {name: x.clone() for name, x in load_file(first).items()}  # not the file's own memory
+    shutil.copy(edges / "sft-dpo.tiny-math.alpha-0.5.after.safetensors", first)
+    _, said = run(copy)
+    assert f"{first}: computed from other solutions" in said
+    new = load_file(first)
+    assert all(torch.equal(new[name], old[name]) for name in ("scores", "losses"))
+
+
+def test_a_folder_of_another_recipe_is_refused(copy):
+    with pytest.raises(ProbeError, match=r"another recipe \(selection.samples: 6 there, 7 here\)"):
+        run(copy, {"selection.samples": 7})
+    report, _ = run(copy, {"selection.samples": 7}, fresh=True)
+    assert report.cells[0].samples == 7
+
+
+def test_retrained_weights_in_the_same_folder_are_refused(tmp_path):
+    models = tmp_path / "models"
+    for name in ("sft", "grpo"):
+        source = Path(probe.__file__).parent / "data" / "tiny-math" / name
+        shutil.copytree(source, models / name)
+    overrides = {f"pairs.{n}.before": str(models / "sft") for n in (0, 1)}
+    overrides |= {f"pairs.{n}.after": str(models / "grpo") for n in (0, 1)}
+    run(tmp_path / "run", overrides)
+    shutil.copy(models / "sft" / "model.safetensors", models / "grpo" / "model.safetensors")
+    with pytest.raises(ProbeError, match="another weights"):
+        run(tmp_path / "run", overrides)
+
+
+def test_a_damaged_record(copy):
+    (copy / "run.json").write_text('{"schema": 1, "rec')
+    with pytest.raises(ProbeError, match="--fresh"):
+        run(copy)
+    run(copy, fresh=True)
+
+
+def test_folders_that_cannot_be_run_folders(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ProbeError, match="is a file"):
+        run(tmp_path / "file")
+    with pytest.raises(ProbeError, match="cannot write to the run folder"):
+        run(tmp_path / "file" / "below")
+    with pytest.raises(ProbeError, match="holds files but no run.json"):
+        run(tmp_path)
+    with pytest.raises(ProbeError, match="holds files but no run.json"):
+        run(tmp_path, fresh=True)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_model_against_itself_is_identical(tmp_path):
+    same = {
+        f"pairs.{n}.{side}": "probe:tiny-math/sft" for n in (0, 1) for side in ("before", "after")
+    }
+    report, _ = run(tmp_path / "run", same)
+    for cell in report.cells:
+        assert cell.before == cell.after
+        assert cell.change == 0
+        assert cell.as_in_paper is False
+        assert cell.real_edges.change == 0
+    assert len(list((tmp_path / "run" / "solutions").iterdir())) == 1  # asked once
+
+
+def test_no_question_that_both_models_solve(tmp_path):
+    source = Path(probe.__file__).parent / "data" / "tiny-math" / "sft"
+    dull = tmp_path / "dull"
+    shutil.copytree(source, dull)
+    config = json.loads((source / "config.json").read_text())
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
+    shape = {key: config[key] for key in keys} | {"num_key_value_heads": 4}
+    random = save_random_model(tmp_path / "random", tie_word_embeddings=True, **shape)
+    shutil.copy(random / "model.safetensors", dull / "model.safetensors")
+    with pytest.raises(
+        ProbeError, match=r"pair sft-grpo, benchmark tiny-math: no question that both"
+    ):
+        run(tmp_path / "run", {"pairs.0.after": str(dull)})
+    assert len(list((tmp_path / "run" / "solutions").iterdir())) == 3  # nothing lost
+
+
+def start(folder):
+    return subprocess.Popen(
+        [sys.executable, "-m", "probe.cli", "recipe", "tiny-math", "--output", folder, *ARGUMENTS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+@pytest.mark.parametrize("after", ["solutions/tiny-math--grpo.tiny-math.jsonl", "edges/*"])
+def test_a_stopped_run_goes_on_and_ends_in_the_same_report(finished, tmp_path, stop, after):
+    folder = tmp_path / "run"
+    process = start(folder)
+    while not list(folder.glob(after)):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(stop)
+    asked = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert not (folder / "report.json").exists()
+    if stop == signal.SIGINT:
+        assert time.monotonic() - asked < 5
+        assert process.returncode == 130
+        assert errors.strip().endswith("probe: stopped; the same command goes on from here")
+        assert "Traceback" not in errors
+    run(folder)
+    assert report_of(folder) == report_of(finished)
+
+
+def test_files_hold_no_pickle(finished):
+    for path in (finished / "edges").iterdir():
+        with safe_open(path, "pt") as file:
+            assert set(file.keys()) == {"scores", "losses"}
+            assert file.get_tensor("scores").shape == (6, 9, 17)
+
+
+@pytest.mark.slow
+def test_the_whole_tiny_recipe(tmp_path):
+    """What the README shows: both pairs, all held-out questions."""
+    with open(os.devnull, "w") as nowhere:
+        report = probe.run_recipe("tiny-math", tmp_path / "run", console=Console(file=nowhere))
+    accuracy = {row.pair: row for row in report.accuracy}
+    assert accuracy["sft-grpo"].questions == 1000
+    assert 0.45 <= accuracy["sft-grpo"].before <= 0.75
+    assert accuracy["sft-grpo"].after > accuracy["sft-grpo"].before
+    assert {cell.samples for cell in report.cells} == {100}

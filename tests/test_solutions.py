@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from probe.errors import ProbeError
+from probe.problems import Problem, load_problems
+from probe.solutions import generate, solve
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return load_problems("tiny-math", questions=23)
+
+
+def solutions(model, problems, **options):
+    options = {"max_new_tokens": 64, "batch_size": 8} | options
+    batches = solve(model, problems, "{question}", **options)
+    return [solution for batch in batches for solution in batch]
+
+
+def test_batched_generation_is_plain_greedy_decoding(tiny, problems):
+    for problem in problems[:6]:
+        tokens = tiny.tokenizer(problem.question)["input_ids"]
+        expected = []
+        while len(expected) < 64 and tiny.tokenizer.eos_token_id not in expected:
+            with torch.no_grad():
+                logits = tiny.network._module(torch.tensor([tokens + expected])).logits
+            expected.append(int(logits[0, -1].argmax()))
+        (found,) = [s for s in solutions(tiny, problems) if s.id == problem.id]
+        assert found.prompt == tokens
+        assert found.answer == expected
+
+
+def test_solutions_are_graded(tiny, problems):
+    found = solutions(tiny, problems)
+    assert sorted(s.id for s in found) == sorted(p.id for p in problems)
+    for solution in found:
+        final = solution.text.rpartition("#")[2]
+        assert solution.extracted == final
+        assert solution.correct == (final == solution.gold)
+    assert 0 < sum(s.correct for s in found) < len(found)
+
+
+def test_what_is_done_is_left_out_and_moves_nothing(tiny, problems):
+    everything = {s.id: s for s in solutions(tiny, problems)}
+    done = {p.id for p in problems[:10]}
+    rest = solutions(tiny, problems, done=done)
+    assert {s.id for s in rest} == everything.keys() - done
+    assert all(everything[s.id] == s for s in rest)
+    assert solutions(tiny, problems, done=everything) == []
+
+
+def test_an_answer_that_does_not_end(tiny, problems):
+    (answer,) = generate(tiny, [tiny.tokenizer(problems[0].question)["input_ids"]], 3)
+    assert len(answer) == 3
+
+
+def test_the_prompt_may_hold_braces(tiny):
+    problem = Problem("0", "1+2", "3")
+    (batch,) = solve(tiny, [problem], "{question}=?", max_new_tokens=4, batch_size=1)
+    assert tiny.tokenizer.decode(batch[0].prompt) == "1+2=?"
+
+
+def test_an_empty_question(tiny):
+    with pytest.raises(ProbeError, match="question 7: its prompt has no tokens"):
+        list(solve(tiny, [Problem("7", "", "3")], "{question}", max_new_tokens=4, batch_size=1))
