@@ -1,68 +1,167 @@
 """Where each architecture writes to and reads from its residual stream: one table.
 
 A row is data: paths of modules, relative to the model (`layers`, `final_norm`) or to one decoder
-layer (all others). The source `input` needs no row: it is what enters layer 0. To add an
-architecture, add a row under its `model_type` (the key in the model's config.json):
+layer (all others), and how their numbers are laid out. The source `input` needs no row: it is what
+enters layer 0, after any scaling or position embedding. To add an architecture, add a row under
+its `model_type` (the key in the model's config.json); docs/architectures.md shows how, and the
+first batch of every run checks that the sources a row names sum to the residual stream.
 
     >>> ARCHITECTURES["llama"].attention_output
     'self_attn'
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from probe.errors import ProbeError
+
+GUIDE = "docs/architectures.md"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The module paths of one architecture."""
+    """The modules of one architecture, in the order in which a layer runs them."""
 
-    layers: str
+    layers: str = "model.layers"
     """The list of decoder layers."""
 
-    final_norm: str
+    final_norm: str = "model.norm"
     """The norm before the unembedding; its input is what the target `logits` reads."""
 
-    attention_norm: str
-    """The norm of the attention branch; its input is the residual stream."""
+    attention_norm: str | None = "input_layernorm"
+    """The norm of the attention branch, whose input is the residual stream; None where the
+    attention reads the stream itself."""
 
-    query: str
-    """The projection whose input is the branch `a{layer}.q`, after the norm."""
+    attention: str = "self_attn"
+    """The attention block."""
 
-    key: str
-    """The projection whose input is the branch `a{layer}.k`, after the norm."""
+    projections: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    """The query, key and value projections, or the one projection that holds all three."""
 
-    value: str
-    """The projection whose input is the branch `a{layer}.v`, after the norm."""
+    layout: Literal["split", "concatenated", "interleaved"] = "split"
+    """Where query, key and value lie: in modules of their own; behind one another in one output;
+    or head by head in one output."""
 
-    attention_output: str
+    head_norms: tuple[str, ...] = ()
+    """Norms of query and key inside the attention."""
+
+    head_norms_last: bool = False
+    """Whether they run after all projections, not each after its own."""
+
+    attention_projection: str = "self_attn.o_proj"
+    """The output projection of the attention; its input holds the heads side by side."""
+
+    transposed: bool = False
+    """Whether its weight is [input, output], as in GPT-2's Conv1D."""
+
+    attention_output: str = "self_attn"
     """The module whose output is what the attention adds to the residual stream."""
 
-    ffn_norm: str
-    """The norm of the FFN branch; its input is the residual stream."""
+    ffn_norm: str | None = "post_attention_layernorm"
+    """The norm of the FFN branch, likewise."""
 
-    ffn_output: str
+    ffn: str = "mlp"
+    """The FFN block."""
+
+    ffn_activation: str = "mlp.act_fn"
+    """Its activation function."""
+
+    ffn_product: str | None = "mlp.down_proj"
+    """The module whose input is the product of gate and up projection; None without a gate."""
+
+    experts: str | None = None
+    """The experts of a mixture, which hold activation and product; None for a dense FFN."""
+
+    ffn_output: str = "mlp"
     """The module whose output is what the FFN adds to the residual stream."""
 
+    centred_norms: bool = False
+    """Whether norms subtract the mean (LayerNorm) or not (RMSNorm)."""
 
-_LLAMA = Architecture(
-    layers="model.layers",
-    final_norm="model.norm",
-    attention_norm="input_layernorm",
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    attention_output="self_attn",
-    ffn_norm="post_attention_layernorm",
-    ffn_output="mlp",
+    residual_scale: str | None = None
+    """The key of the config by which every output is multiplied before it is added."""
+
+    parallel: str | None = None
+    """The key of the config that says whether a layer's FFN reads what its attention reads,
+    and not the attention's output too."""
+
+
+_LLAMA = Architecture()
+_MOE = replace(_LLAMA, experts="mlp.experts")
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_GEMMA2 = replace(
+    _LLAMA,
+    attention_output="post_attention_layernorm",
+    ffn_norm="pre_feedforward_layernorm",
+    ffn_output="post_feedforward_layernorm",
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
+    "qwen3": replace(_LLAMA, head_norms=_QK_NORMS),
+    "gemma2": _GEMMA2,
+    "gemma3_text": replace(_GEMMA2, head_norms=_QK_NORMS, head_norms_last=True),
+    "gpt2": Architecture(
+        layers="transformer.h",
+        final_norm="transformer.ln_f",
+        attention_norm="ln_1",
+        attention="attn",
+        projections=("attn.c_attn",),
+        layout="concatenated",
+        attention_projection="attn.c_proj",
+        transposed=True,
+        attention_output="attn",
+        ffn_norm="ln_2",
+        ffn_activation="mlp.act",
+        ffn_product=None,
+        centred_norms=True,
+    ),
+    "gpt_neox": Architecture(
+        layers="gpt_neox.layers",
+        final_norm="gpt_neox.final_layer_norm",
+        attention="attention",
+        projections=("attention.query_key_value",),
+        layout="interleaved",
+        attention_projection="attention.dense",
+        attention_output="attention",
+        ffn_activation="mlp.act",
+        ffn_product=None,
+        centred_norms=True,
+        parallel="use_parallel_residual",
+    ),
+    "phi3": replace(
+        _LLAMA,
+        projections=("self_attn.qkv_proj",),
+        layout="concatenated",
+        ffn_activation="mlp.activation_fn",
+    ),
+    "olmo2": replace(
+        _LLAMA,
+        attention_norm=None,
+        head_norms=_QK_NORMS,
+        attention_output="post_attention_layernorm",
+        ffn_norm=None,
+        ffn_output="post_feedforward_layernorm",
+    ),
+    "granite": replace(_LLAMA, residual_scale="residual_multiplier"),
+    "mixtral": _MOE,
+    "qwen3_moe": replace(_MOE, head_norms=_QK_NORMS),
 }
+
+
+class Heads(NamedTuple):
+    """How many heads an attention has, and how wide."""
+
+    query: int
+    """Query heads; each writes to the residual stream."""
+
+    key_value: int
+    """Key and value heads, as they are: never expanded to the query heads."""
+
+    width: int
+    """Numbers per head."""
 
 
 def architecture_of(model_type: str) -> Architecture:
@@ -75,6 +174,30 @@ def architecture_of(model_type: str) -> Architecture:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ProbeError(
             f"architecture {model_type!r} is not in the table (known: {known}); "
-            "add a row to probe/architectures.py"
+            f"{GUIDE} shows how to add it"
         )
     return ARCHITECTURES[model_type]
+
+
+def projection_columns(
+    layout: str, heads: Heads, branch: int, head: int | None
+) -> tuple[int, list[int]]:
+    """Where one branch of an attention lies: which projection, and which columns of its output.
+
+    Args:
+        layout: `Architecture.layout`.
+        heads: The model's heads.
+        branch: 0 for query, 1 for key, 2 for value.
+        head: One head of the branch, or None for all of them.
+    """
+    counts = (heads.query, heads.key_value, heads.key_value)
+    chosen = range(counts[branch]) if head is None else (head,)
+    if layout == "split":
+        starts = [number * heads.width for number in chosen]
+    elif layout == "concatenated":
+        before = sum(counts[:branch])
+        starts = [(before + number) * heads.width for number in chosen]
+    else:
+        starts = [(3 * number + branch) * heads.width for number in chosen]
+    columns = [start + offset for start in starts for offset in range(heads.width)]
+    return (branch if layout == "split" else 0), columns

@@ -9,16 +9,20 @@ the answer, and every token of the answer is scored; cut the answer before, not 
     torch.Size([1, 9, 17])
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from probe.architectures import GUIDE
 from probe.errors import ProbeError
 from probe.graph import Granularity, Graph
 from probe.models import Model
-from probe.tracing import Batch, edge_scores
+from probe.tracing import Batch, EdgeBatch, ablated_losses, edge_scores, source_sums
+
+Ablation = Literal["zero", "mean"]
 
 
 class Sequence(NamedTuple):
@@ -34,6 +38,19 @@ class Sequence(NamedTuple):
     """A name for messages; its place in the list where empty."""
 
 
+class Edge(NamedTuple):
+    """One edge of one sequence."""
+
+    sequence: int
+    """The sequence's place in the list."""
+
+    source: int
+    """The source's place in `Graph.sources`."""
+
+    target: int
+    """The target's place in `Graph.targets`."""
+
+
 class EdgeScores(NamedTuple):
     """The edges of several sequences."""
 
@@ -46,12 +63,76 @@ class EdgeScores(NamedTuple):
     graph: Graph
     """Which row and column is which node."""
 
+    residual_error: float = 0.0
+    """How far the sources' sum was from the final norm's input in the first batch, relative to
+    it: rounding, if the row of the architecture table is right for this checkpoint."""
 
-Method = Callable[[Model, Batch, Graph], tuple[torch.Tensor, torch.Tensor]]
-"""Scores [sequence, source, target] and losses [sequence] of one batch."""
 
-METHODS: dict[str, Method] = {"eap": edge_scores}
+@dataclass(frozen=True)
+class Options:
+    """What a method may be told; each takes what concerns it."""
+
+    ig_steps: int = 5
+    """Points of the integral of `eap-ig`; 1 is `eap`."""
+
+    means: torch.Tensor | None = None
+    """What an ablation leaves of each source, [source, d_model]; nothing if not given."""
+
+    rows: int = 8
+    """How many rows `exact` runs at once."""
+
+
+Method = Callable[[Model, SequenceOf[Sequence], Graph, Options], EdgeBatch]
+"""Scores of a few sequences: about how much the loss grows when an edge is removed."""
+
+
+def eap(model: Model, sequences: SequenceOf[Sequence], graph: Graph, options: Options) -> EdgeBatch:
+    """Edge attribution patching: -<dL/dH, O> (paper, Eq. 9)."""
+    return edge_scores(model, make_batch(sequences), graph, means=options.means)
+
+
+def eap_ig(
+    model: Model, sequences: SequenceOf[Sequence], graph: Graph, options: Options
+) -> EdgeBatch:
+    """EAP with the gradient averaged on the way from the ablated to the real embedding.
+
+    Hanna et al. 2024 (arXiv 2403.17806), "EAP-IG inputs". The scores out of `input` sum to the
+    loss with a zero embedding, minus the loss, as the steps become many.
+    """
+    batch = make_batch(sequences)
+    return edge_scores(model, batch, graph, steps=options.ig_steps, means=options.means)
+
+
+def relp(
+    model: Model, sequences: SequenceOf[Sequence], graph: Graph, options: Options
+) -> EdgeBatch:
+    """Relevance patching: EAP with gradients by rules (Jafari et al. 2025, arXiv 2508.21258).
+
+    Norms' denominators are constant, activations lines, and the gradients of products of gate
+    and input halved; attention patterns keep their gradients.
+    """
+    return edge_scores(model, make_batch(sequences), graph, relevance=True, means=options.means)
+
+
+def exact(
+    model: Model, sequences: SequenceOf[Sequence], graph: Graph, options: Options
+) -> EdgeBatch:
+    """Run the model again without each edge: L(f without the edge) - L(f) (paper, Eq. 8)."""
+    every = graph.mask.nonzero().tolist()
+    edges = [Edge(place, *edge) for place in range(len(sequences)) for edge in every]
+    first = edge_scores(model, make_batch(sequences), graph, means=options.means)
+    scores = torch.zeros_like(first.scores)
+    for part, effects in _effects(model, sequences, edges, graph, options):
+        for edge, effect in zip(part, effects, strict=True):
+            scores[edge] = effect
+    return EdgeBatch(scores, first.losses, first.residual_error)
+
+
+METHODS: dict[str, Method] = {"eap": eap, "eap-ig": eap_ig, "relp": relp, "exact": exact}
 """Every attribution method by its name; the one place to add one."""
+
+# A relative distance of the sources' sum from the final norm's input that is no rounding any more.
+_LARGEST_RESIDUAL_ERROR = {torch.bfloat16: 3e-2, torch.float16: 3e-2}
 
 
 def attribute(
@@ -61,6 +142,9 @@ def attribute(
     granularity: Granularity = "qkv",
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
+    *,
+    ablation: Ablation = "zero",
+    ig_steps: int = 5,
 ) -> EdgeScores:
     """Score every edge of the residual graph, for each sequence.
 
@@ -71,42 +155,121 @@ def attribute(
         model: A model from `load_model`.
         sequences: What to attribute.
         method: A name in `METHODS`.
-        granularity: `qkv`, an attention's query, key and value apart, or `block`.
-        batch_size: How many sequences run at once.
+        granularity: `qkv`, an attention's query, key and value apart; `block`; or `head`.
+        batch_size: How many sequences (for `exact`: edges) run at once.
         progress: Called after each batch with the number of sequences in it.
+        ablation: What is left of a removed output: `zero`, or its `mean` over all positions of
+            these sequences.
+        ig_steps: Points of the integral of `eap-ig`.
 
     Raises:
-        ProbeError: An unknown method or granularity, an empty prompt or answer, a token that the
-            model does not have, or a score that is not finite (the message names the sequence).
+        ProbeError: An unknown method, granularity or ablation, an empty prompt or answer, a token
+            that the model does not have, a score that is not finite (the message names the
+            sequence), or sources that do not sum to the residual stream.
     """
     if method not in METHODS:
         raise ProbeError(f"method {method!r} is not known; one of: {', '.join(METHODS)}")
-    if batch_size < 1:
-        raise ProbeError(f"batch_size is {batch_size}; it must be at least 1")
-    graph = Graph.build(model.n_layers, granularity)
-    names = [str(s.id) or str(place) for place, s in enumerate(sequences)]
-    for name, sequence in zip(names, sequences, strict=True):
-        _check(name, sequence, int(model.config.vocab_size))
+    if ig_steps < 1:
+        raise ProbeError(f"ig_steps is {ig_steps}; it must be at least 1")
+    graph = model.graph(granularity)
+    names = _check(model, sequences, batch_size)
+    means = _left(model, sequences, graph, ablation, batch_size)
+    options = Options(ig_steps, means, batch_size)
+    size = 1 if method == "exact" else batch_size
 
-    exact = torch.promote_types(model.dtype, torch.float32)
-    scores = torch.zeros(len(sequences), len(graph.sources), len(graph.targets), dtype=exact)
-    losses = torch.zeros(len(sequences), dtype=exact)
-    # The longest first: if memory does not suffice, that shows at once.
-    order = sorted(range(len(sequences)), key=lambda i: -_length(sequences[i]))
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        part, loss = METHODS[method](model, make_batch([sequences[i] for i in places]), graph)
-        finite = part.isfinite().all(2).all(1) & loss.isfinite()
+    wide = torch.promote_types(model.dtype, torch.float32)
+    scores = torch.zeros(len(sequences), len(graph.sources), len(graph.targets), dtype=wide)
+    losses = torch.zeros(len(sequences), dtype=wide)
+    residual_error = 0.0
+    for number, places in enumerate(_batches(sequences, size)):
+        part = METHODS[method](model, [sequences[i] for i in places], graph, options)
+        finite = part.scores.isfinite().all(2).all(1) & part.losses.isfinite()
         if not finite.all():
             name = names[places[int((~finite).nonzero()[0])]]
             raise ProbeError(
                 f"sequence {name}: its loss or a score is NaN or infinite in {model.reference}; "
                 "try another dtype (bfloat16 or float32 instead of float16), or check the weights"
             )
-        scores[places], losses[places] = part, loss
+        if number == 0:
+            residual_error = _check_residual(model, part.residual_error)
+        scores[places], losses[places] = part.scores, part.losses
         if progress:
             progress(len(places))
-    return EdgeScores(scores, losses, graph)
+    return EdgeScores(scores, losses, graph, residual_error)
+
+
+def exact_effects(
+    model: Model,
+    sequences: SequenceOf[Sequence],
+    edges: SequenceOf[Edge],
+    granularity: Granularity = "qkv",
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+    ablation: Ablation = "zero",
+) -> torch.Tensor:
+    """Remove each of some edges and run the model again (paper, Eq. 8).
+
+    Args:
+        model: A model from `load_model`.
+        sequences: The sequences that the edges speak of.
+        edges: Which edges, in any order.
+        granularity: That of the edges.
+        batch_size: How many edges run at once.
+        progress: Called after each batch with the number of edges in it.
+        ablation: What is left of a removed output, `zero` or `mean`.
+
+    Returns:
+        float32 [edge] (float64 for a float64 model): L(without the edge) - L, in nats.
+
+    Raises:
+        ProbeError: As `attribute`, or an edge that the graph does not have.
+    """
+    graph = model.graph(granularity)
+    names = _check(model, sequences, batch_size)
+    mask = graph.mask
+    for edge in edges:
+        inside = edge.source < mask.shape[0] and edge.target < mask.shape[1]
+        if edge.sequence >= len(sequences) or not inside or not mask[edge.source, edge.target]:
+            raise ProbeError(
+                f"{edge} is no edge of these {len(sequences)} sequences and this graph"
+            )
+    means = _left(model, sequences, graph, ablation, batch_size)
+    wide = torch.promote_types(model.dtype, torch.float32)
+    place = {edge: number for number, edge in enumerate(dict.fromkeys(edges))}
+    effects = torch.zeros(len(place), dtype=wide)
+    for part, values in _effects(
+        model, sequences, list(place), graph, Options(1, means, batch_size)
+    ):
+        for edge, value in zip(part, values, strict=True):
+            if not value.isfinite():
+                raise ProbeError(f"sequence {names[edge.sequence]}: the loss is NaN or infinite")
+            effects[place[edge]] = value
+        if progress:
+            progress(len(part))
+    return effects[[place[edge] for edge in edges]]
+
+
+def _effects(
+    model: Model,
+    sequences: SequenceOf[Sequence],
+    edges: SequenceOf[Edge],
+    graph: Graph,
+    options: Options,
+) -> Iterator[tuple[list[Edge], torch.Tensor]]:
+    """Exact effects batch by batch; a batch holds each of its sequences once more, whole.
+
+    The whole sequence runs beside its ablations so that both round alike: effects are small
+    differences of two losses.
+    """
+    order = sorted(edges, key=lambda edge: (-_length(sequences[edge.sequence]), edge))
+    for start in range(0, len(order), options.rows):
+        part = order[start : start + options.rows]
+        whole = sorted({edge.sequence for edge in part})
+        batch = make_batch([sequences[i] for i in (*whole, *(edge.sequence for edge in part))])
+        removed = [None] * len(whole) + [(edge.source, edge.target) for edge in part]
+        losses = ablated_losses(model, batch, graph, removed, options.means)
+        before = losses[[whole.index(edge.sequence) for edge in part]]
+        yield part, losses[len(whole) :] - before
 
 
 def make_batch(sequences: SequenceOf[Sequence]) -> Batch:
@@ -123,20 +286,67 @@ def make_batch(sequences: SequenceOf[Sequence]) -> Batch:
         positions[place] = len(sequence.prompt) - 1
         positions[place, :answer] += torch.arange(answer)
         labels[place, :answer] = torch.tensor(list(sequence.answer))
-    return Batch(input_ids, positions, labels)
+    lengths = torch.tensor([_length(sequence) for sequence in sequences])
+    return Batch(input_ids, lengths, positions, labels)
+
+
+def _batches(sequences: SequenceOf[Sequence], size: int) -> Iterator[list[int]]:
+    """Places of the sequences, the longest first: too little memory shows at once."""
+    order = sorted(range(len(sequences)), key=lambda place: -_length(sequences[place]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _left(
+    model: Model,
+    sequences: SequenceOf[Sequence],
+    graph: Graph,
+    ablation: Ablation,
+    batch_size: int,
+) -> torch.Tensor | None:
+    """What an ablation leaves of each source, [source, d_model], or None for nothing."""
+    if ablation not in get_args(Ablation):
+        raise ProbeError(f"ablation {ablation!r} is not known; use zero or mean")
+    if ablation == "zero" or not sequences:
+        return None
+    sums = sum(
+        source_sums(model, make_batch([sequences[i] for i in places]), graph)
+        for places in _batches(sequences, batch_size)
+    )
+    assert isinstance(sums, torch.Tensor)
+    return sums / sum(_length(sequence) for sequence in sequences)
 
 
 def _length(sequence: Sequence) -> int:
     return len(sequence.prompt) + len(sequence.answer) - 1
 
 
-def _check(name: str, sequence: Sequence, vocabulary: int) -> None:
-    if not sequence.prompt or not sequence.answer:
-        part = "answer" if sequence.prompt else "prompt"
-        raise ProbeError(f"sequence {name}: the {part} is empty; it needs at least one token")
-    for token in (*sequence.prompt, *sequence.answer):
-        if not 0 <= token < vocabulary:
-            raise ProbeError(
-                f"sequence {name}: token {token} is outside the model's vocabulary "
-                f"(0 to {vocabulary - 1})"
-            )
+def _check_residual(model: Model, error: float) -> float:
+    """Refuse a model whose sources do not sum to what the final norm reads."""
+    largest = _LARGEST_RESIDUAL_ERROR.get(model.dtype, 1e-3)
+    if not error <= largest:
+        raise ProbeError(
+            f"{model.reference}: the sources do not sum to the residual stream (relative error "
+            f"{error:.1e}; rounding is at most {largest:g}): the row {model.config.model_type!r} "
+            f"of the architecture table is wrong for this checkpoint; see {GUIDE}"
+        )
+    return error
+
+
+def _check(model: Model, sequences: SequenceOf[Sequence], batch_size: int) -> list[str]:
+    """Check what is to be attributed; the names of the sequences for messages."""
+    if batch_size < 1:
+        raise ProbeError(f"batch_size is {batch_size}; it must be at least 1")
+    names = [str(s.id) or str(place) for place, s in enumerate(sequences)]
+    vocabulary = int(model.config.vocab_size)
+    for name, sequence in zip(names, sequences, strict=True):
+        if not sequence.prompt or not sequence.answer:
+            part = "answer" if sequence.prompt else "prompt"
+            raise ProbeError(f"sequence {name}: the {part} is empty; it needs at least one token")
+        for token in (*sequence.prompt, *sequence.answer):
+            if not 0 <= token < vocabulary:
+                raise ProbeError(
+                    f"sequence {name}: token {token} is outside the model's vocabulary "
+                    f"(0 to {vocabulary - 1})"
+                )
+    return names

@@ -17,9 +17,10 @@ from typing import Literal, get_args
 
 import torch
 
+from probe.architectures import Heads
 from probe.errors import ProbeError
 
-Granularity = Literal["qkv", "block"]
+Granularity = Literal["qkv", "block", "head"]
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,36 @@ class Graph:
 
     granularity: Granularity
     """`qkv`: query, key and value of an attention are three targets (the published code).
-    `block`: an attention is one target (the paper's text), its score the sum of the three."""
+    `block`: an attention is one target (the paper's text), its score the sum of the three.
+    `head`: each head is a source, and each head's query, key and value a target."""
 
     sources: tuple[str, ...]
-    """What writes to the residual stream, in order: input, a0, m0, a1, m1, ..."""
+    """What writes to the residual stream, in order: input, a0, m0, a1, m1, ...; with `head`
+    input, a0.h0, a0.h1, ..., m0, ..., and a0.bias where the heads' outputs get one added."""
 
     targets: tuple[str, ...]
-    """What reads from it, in order, ending with logits."""
+    """What reads from it, in order, ending with logits; with `head` a0.q.h0, ..., a0.v.h1, m0."""
+
+    parallel: bool = False
+    """Whether a layer's FFN reads the same as its attention, and not the attention too."""
 
     @classmethod
-    def build(cls, n_layers: int, granularity: Granularity) -> "Graph":
-        """Lay out the graph of a model with `n_layers` sequential layers.
+    def build(
+        cls,
+        n_layers: int,
+        granularity: Granularity,
+        heads: Heads | None = None,
+        bias: bool = False,
+        parallel: bool = False,
+    ) -> "Graph":
+        """Lay out the graph of a model; `Model.graph` does it for a loaded one.
+
+        Args:
+            n_layers: Number of decoder layers.
+            granularity: How fine an attention is.
+            heads: Its heads; needed for `head`.
+            bias: Whether its output has a bias, which belongs to no head.
+            parallel: Whether attention and FFN of a layer read the same.
 
         Raises:
             ProbeError: The granularity is not known.
@@ -52,15 +72,40 @@ class Graph:
         sources = ["input"]
         targets = []
         for layer in range(n_layers):
-            sources += [f"a{layer}", f"m{layer}"]
-            branches = [f"a{layer}.{b}" for b in "qkv"] if granularity == "qkv" else [f"a{layer}"]
-            targets += [*branches, f"m{layer}"]
-        return cls(n_layers, granularity, tuple(sources), (*targets, "logits"))
+            attention = f"a{layer}"
+            if granularity == "head":
+                if heads is None:
+                    raise ProbeError("granularity 'head' needs the number of heads")
+                sources += [f"{attention}.h{head}" for head in range(heads.query)]
+                sources += [f"{attention}.bias"] if bias else []
+                counts = (heads.query, heads.key_value, heads.key_value)
+                for branch, count in zip("qkv", counts, strict=True):
+                    targets += [f"{attention}.{branch}.h{head}" for head in range(count)]
+            else:
+                sources.append(attention)
+                split = granularity == "qkv"
+                targets += [f"{attention}.{branch}" for branch in "qkv"] if split else [attention]
+            sources.append(f"m{layer}")
+            targets.append(f"m{layer}")
+        return cls(n_layers, granularity, tuple(sources), (*targets, "logits"), parallel)
 
     @property
     def mask(self) -> torch.Tensor:
         """Where the matrix holds an edge: bool [source, target], source before target."""
-        order = {name: position for position, name in enumerate(self.sources)}
-        order["logits"] = len(self.sources)
-        reads = torch.tensor([order[name.partition(".")[0]] for name in self.targets])
-        return torch.arange(len(self.sources))[:, None] < reads[None, :]
+        written = torch.tensor([_time(name) for name in self.sources])
+        read = torch.tensor([self._read_time(name) for name in self.targets])
+        return written[:, None] < read[None, :]
+
+    def _read_time(self, target: str) -> int:
+        if target == "logits":
+            return 2 * self.n_layers + 1
+        # A branch reads what was written before its own block; in parallel, before its layer.
+        return _time(target) - (self.parallel and target[0] == "m")
+
+
+def _time(name: str) -> int:
+    """When a block writes: input, a0, m0, a1, ... are 0, 1, 2, 3, ..."""
+    if name == "input":
+        return 0
+    block = name.partition(".")[0]
+    return 2 * int(block[1:]) + (1 if block[0] == "a" else 2)

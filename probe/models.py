@@ -12,11 +12,13 @@ work and far more memory.
 
 import hashlib
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from probe.architectures import Architecture, architecture_of
+from probe.architectures import Architecture, Heads, architecture_of
 from probe.errors import ProbeError
+from probe.graph import Granularity, Graph
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +65,32 @@ class Model:
     def d_model(self) -> int:
         """Width of the residual stream."""
         return int(self.config.hidden_size)
+
+    @property
+    def heads(self) -> Heads:
+        """The heads of its attention."""
+        query = int(self.config.num_attention_heads)
+        key_value = getattr(self.config, "num_key_value_heads", None) or query
+        width = getattr(self.config, "head_dim", None) or self.d_model // query
+        return Heads(query, int(key_value), int(width))
+
+    def graph(self, granularity: Granularity) -> Graph:
+        """Its residual graph.
+
+        Raises:
+            ProbeError: An unknown granularity, or heads of an attention whose output is normed:
+                then it is no sum over heads.
+        """
+        row = self.architecture
+        if granularity == "head" and row.attention_output != row.attention:
+            raise ProbeError(
+                f"{self.reference}: {self.config.model_type} norms the sum of an attention's heads "
+                "before adding it, so a head has no output of its own; use granularity qkv"
+            )
+        layer = attrgetter(row.layers)(self.network._module)[0]
+        bias = getattr(attrgetter(row.attention_projection)(layer), "bias", None) is not None
+        parallel = bool(row.parallel and getattr(self.config, row.parallel))
+        return Graph.build(self.n_layers, granularity, self.heads, bias, parallel)
 
 
 def local_folder(reference: str) -> Path | None:
@@ -144,9 +172,13 @@ def load_model(reference: str, device: str = "cpu", dtype: str = "float32") -> M
     config = read_config(reference)
     architecture = architecture_of(config.model_type)
     tokenizer = read_tokenizer(reference)
+    # The fused kernel for experts knows no float64.
+    experts = (
+        {"experts_implementation": "eager"} if architecture.experts and dtype == "float64" else {}
+    )
     try:
         module = AutoModelForCausalLM.from_pretrained(
-            local_folder(reference) or reference, dtype=getattr(torch, dtype)
+            local_folder(reference) or reference, dtype=getattr(torch, dtype), **experts
         )
     except Exception as error:
         # safetensors has an exception type of its own for a damaged file, and it is not an OSError

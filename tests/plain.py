@@ -1,11 +1,94 @@
-"""The loss of a model with one edge weakened, in plain torch: the truth behind every score.
+"""The loss of a model with edges weakened, in plain torch: the truth behind every score.
 
-Knows the Llama family's modules by itself and shares nothing with the package's tracing.
+Knows every architecture by itself, from the models' own code, through forward hooks; shares
+nothing with the package's tracing. It favours clarity over speed: one sequence at a time.
+
+What writes to the residual stream (sources):
+
+- `input`: what enters layer 0, embeddings scaled and positions added.
+- `a0`, `m0`: what attention and FFN of layer 0 add to the stream, after a post-norm and after
+  Granite's multiplier.
+- `a0.h1`, `a0.bias`: the parts of `a0`, one for each head and one for the bias of the output
+  projection. An attention with a post-norm is no sum over heads and has none.
+
+What reads it (targets):
+
+- `a0`, `m0`, `logits`: an attention, an FFN (of a mixture of experts: router and experts), the
+  final norm.
+- `a0.q`, `a0.k`, `a0.v`: the attention, but only this projection sees the change.
+- `a0.q.h1`: only this head's slice of that projection; key and value heads as they are.
 """
 
+from collections import defaultdict
 from contextlib import ExitStack
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the parts of a decoder are, for the modules of one architecture."""
+
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    attention: str = "self_attn"
+    attention_norm: str | None = "input_layernorm"
+    attention_post_norm: str | None = None
+    ffn: str = "mlp"
+    ffn_norm: str | None = "post_attention_layernorm"
+    ffn_post_norm: str | None = None
+    projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    """Of an attention; one where query, key and value are fused."""
+    interleaved: bool = False
+    """Whether a fused projection goes head by head: q, k, v of head 0, then of head 1, ..."""
+    output_projection: str = "o_proj"
+
+
+_LLAMA = Anatomy()
+_GEMMA = Anatomy(
+    attention_post_norm="post_attention_layernorm",
+    ffn_norm="pre_feedforward_layernorm",
+    ffn_post_norm="post_feedforward_layernorm",
+)
+
+ANATOMIES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "granite": _LLAMA,
+    "mixtral": _LLAMA,
+    "qwen3_moe": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "phi3": Anatomy(projections=("qkv_proj",)),
+    "olmo2": Anatomy(
+        attention_norm=None,
+        attention_post_norm="post_attention_layernorm",
+        ffn_norm=None,
+        ffn_post_norm="post_feedforward_layernorm",
+    ),
+    "gpt2": Anatomy(
+        layers="transformer.h",
+        final_norm="transformer.ln_f",
+        attention="attn",
+        attention_norm="ln_1",
+        ffn_norm="ln_2",
+        projections=("c_attn",),
+        output_projection="c_proj",
+    ),
+    "gpt_neox": Anatomy(
+        layers="gpt_neox.layers",
+        final_norm="gpt_neox.final_layer_norm",
+        attention="attention",
+        projections=("query_key_value",),
+        interleaved=True,
+        output_projection="dense",
+    ),
+}
 
 
 def edge_losses(module, sequence, source, target, strength=0.0):
@@ -13,53 +96,252 @@ def edge_losses(module, sequence, source, target, strength=0.0):
 
     strength 0 is the model as it is, 1 is zero ablation of the edge.
     """
-    layers = module.model.layers
-    outputs = {}
+    return loss_without(module, sequence, {target: {source: strength}})
 
-    def keep(name):
+
+def loss_without(module, sequence, removed):
+    """Loss of one sequence with several edges weakened: {target: {source: strength}}.
+
+    What is taken away is what the source writes in this very run, so a source that other
+    removals have changed is removed as it then is.
+    """
+    with torch.no_grad():
+        return float(_loss(_run(module, sequence, removed), sequence))
+
+
+def edge_slopes(module, sequence, edges):
+    """Derivative of `edge_losses` by the strength, at 0, for each (source, target).
+
+    No finite step, so no error of one: plain torch differentiates the loss by the strength.
+    """
+    strengths = torch.zeros(len(edges), dtype=torch.float64, requires_grad=True)
+    removed = defaultdict(dict)
+    for strength, (source, target) in zip(strengths, edges, strict=True):
+        removed[target][source] = strength
+    with torch.enable_grad():
+        loss = _loss(_run(module, sequence, removed), sequence)
+        return torch.autograd.grad(loss, strengths)[0]
+
+
+def node_outputs(module, sequence):
+    """What every source writes, blocks and heads: tensors [position, d_model] by name."""
+    with torch.no_grad():
+        return {name: value[0] for name, value in _run(module, sequence).outputs.items()}
+
+
+def streams(module, sequence):
+    """The residual stream that every target reads: tensors [position, d_model] by name."""
+    with torch.no_grad():
+        found = _run(module, sequence).streams
+    return {target: found[target.partition(".")[0]][0] for target in edges(module)}
+
+
+def last_stream(module, sequence):
+    """The final norm's input: [position, d_model]."""
+    return streams(module, sequence)["logits"]
+
+
+def edges(module):
+    """Every target of a model with all that it may read: {target: [source, ...]}.
+
+    The lists hold blocks, then the heads and biases that these blocks are sums of.
+    """
+    sizes = _sizes(module)
+    anatomy = _anatomy(module)
+    blocks, parts, found = ["input"], [], {}
+    for number, layer in enumerate(attrgetter(anatomy.layers)(module)):
+        attention = f"a{number}"
+        for name in (
+            attention,
+            *(f"{attention}.{part}" for part in "qkv"),
+            *(f"{attention}.{part}.h{head}" for part in "qkv" for head in range(sizes[part])),
+        ):
+            found[name] = blocks + parts
+        own = []
+        if anatomy.attention_post_norm is None:
+            own = [f"{attention}.h{head}" for head in range(sizes["q"])]
+            if _output_projection(anatomy, layer).bias is not None:
+                own.append(f"{attention}.bias")
+        if _is_parallel(module):
+            found[f"m{number}"] = blocks + parts
+        blocks = [*blocks, attention]
+        parts = parts + own
+        if not _is_parallel(module):
+            found[f"m{number}"] = blocks + parts
+        blocks = [*blocks, f"m{number}"]
+    return found | {"logits": blocks + parts}
+
+
+class _Run(NamedTuple):
+    logits: torch.Tensor
+    outputs: dict
+    streams: dict
+
+
+def _run(module, sequence, removed=None):
+    """One forward pass, watched, with the input of some branches changed."""
+    removed = {} if removed is None else removed
+    _check(module, removed)
+    anatomy = _anatomy(module)
+    multiplier = getattr(module.config, "residual_multiplier", 1.0)
+    outputs, seen = {}, {}
+
+    def taken(*targets):
+        """What these targets are no longer to see."""
+        return sum(
+            strength * outputs[source]
+            for target in targets
+            for source, strength in removed.get(target, {}).items()
+        )
+
+    def read(name):
+        """Watch and change the stream where a branch begins: at its norm, if it has one."""
+
+        def hook(_, arguments, keywords):
+            # Transformers passes the stream either as first argument or by this name.
+            stream = arguments[0] if arguments else keywords["hidden_states"]
+            seen[name] = stream
+            if name not in removed:
+                return None
+            if arguments:
+                return (stream - taken(name), *arguments[1:]), keywords
+            return arguments, keywords | {"hidden_states": stream - taken(name)}
+
+        return hook
+
+    def write(name):
         def hook(_, __, output):
-            outputs[name] = output[0] if isinstance(output, tuple) else output
+            outputs[name] = multiplier * (output[0] if isinstance(output, tuple) else output)
 
         return hook
 
-    def weaken(norm):
-        def hook(_, arguments):
-            return (norm(streams[-1] - strength * outputs[source]), *arguments[1:])
+    def write_heads(name, size):
+        def hook(projection, arguments):
+            # Conv1D holds its weight as [in, out], Linear as [out, in].
+            is_conv = type(projection).__name__ == "Conv1D"
+            weight = projection.weight if is_conv else projection.weight.T
+            mixed = arguments[0]
+            for head, columns in enumerate(torch.arange(mixed.shape[-1]).split(size)):
+                part = mixed[..., columns] @ weight[columns]
+                outputs[f"{name}.h{head}"] = multiplier * part
+            if projection.bias is not None:
+                bias = multiplier * projection.bias
+                outputs[f"{name}.bias"] = bias.expand(*mixed.shape[:-1], -1)
 
         return hook
 
-    streams = []
+    def project(name, norm, rows):
+        """Compute again, from the changed stream, the slices of a projection that see it."""
 
-    def watch(_, arguments):
-        streams.append(arguments[0])
+        def hook(projection, _, output):
+            for part, heads in rows.items():
+                for head, places in enumerate(heads):
+                    own = [f"{name}.{part}", f"{name}.{part}.h{head}"]
+                    if not any(target in removed for target in own):
+                        continue
+                    stream = seen[name] - taken(name, *own)
+                    # .forward, since a call would run the hooks again
+                    changed = projection.forward(stream if norm is None else norm.forward(stream))
+                    output = output.index_copy(-1, places, changed[..., places])
+            return output
+
+        return hook
 
     with ExitStack() as stack:
 
-        def add(handle):
+        def watch(handle):
             stack.callback(handle.remove)
 
-        add(module.model.embed_tokens.register_forward_hook(keep("input")))
+        def enter(_, arguments):
+            outputs["input"] = arguments[0]
+
+        layers = attrgetter(anatomy.layers)(module)
+        watch(layers[0].register_forward_pre_hook(enter))
         for number, layer in enumerate(layers):
-            add(layer.self_attn.register_forward_hook(keep(f"a{number}")))
-            add(layer.mlp.register_forward_hook(keep(f"m{number}")))
-        node, _, branch = target.partition(".")
-        if node == "logits":
-            norm, at = module.model.norm, [module.lm_head]
-        else:
-            layer = layers[int(node[1:])]
-            if node[0] == "m":
-                norm, at = layer.post_attention_layernorm, [layer.mlp]
+            name = f"a{number}"
+            attention = getattr(layer, anatomy.attention)
+            norm = anatomy.attention_norm and getattr(layer, anatomy.attention_norm)
+            watch((norm or attention).register_forward_pre_hook(read(name), with_kwargs=True))
+            for projection, rows in _rows(module, anatomy):
+                place = getattr(attention, projection)
+                watch(place.register_forward_hook(project(name, norm, rows)))
+            if anatomy.attention_post_norm is None:
+                watch(attention.register_forward_hook(write(name)))
+                last = _output_projection(anatomy, layer)
+                watch(last.register_forward_pre_hook(write_heads(name, _sizes(module)["head"])))
             else:
-                norm = layer.input_layernorm
-                at = [getattr(layer.self_attn, f"{b}_proj") for b in branch or "qkv"]
-        add(norm.register_forward_pre_hook(watch))
-        original = norm.forward
-        for place in at:
-            # norm(...) inside would watch again; call its forward alone
-            add(place.register_forward_pre_hook(weaken(original)))
+                post = getattr(layer, anatomy.attention_post_norm)
+                watch(post.register_forward_hook(write(name)))
+
+            begin = getattr(layer, anatomy.ffn_norm or anatomy.ffn)
+            watch(begin.register_forward_pre_hook(read(f"m{number}"), with_kwargs=True))
+            end = getattr(layer, anatomy.ffn_post_norm or anatomy.ffn)
+            watch(end.register_forward_hook(write(f"m{number}")))
+        final = attrgetter(anatomy.final_norm)(module)
+        watch(final.register_forward_pre_hook(read("logits"), with_kwargs=True))
+
+        if next(module.parameters()).dtype == torch.float64 and hasattr(
+            module.config, "_experts_implementation"
+        ):
+            # The fast kernel for experts knows no float64; plain loops do.
+            before = module.config._experts_implementation
+            module.config._experts_implementation = "eager"
+            stack.callback(setattr, module.config, "_experts_implementation", before)
         fed = torch.tensor([[*sequence.prompt, *sequence.answer[:-1]]])
-        with torch.no_grad():
-            logits = module(fed, use_cache=False).logits[0, len(sequence.prompt) - 1 :]
-    logits = logits.double()
+        logits = module(input_ids=fed, use_cache=False).logits
+    return _Run(logits, outputs, seen)
+
+
+def _loss(run, sequence):
     answer = torch.tensor(list(sequence.answer))
-    return float(torch.nn.functional.cross_entropy(logits, answer))
+    scored = run.logits[0, len(sequence.prompt) - 1 :].double()
+    return torch.nn.functional.cross_entropy(scored, answer)
+
+
+def _rows(module, anatomy):
+    """Which rows of which projection make each head: [(projection, {part: [rows of a head]})]."""
+    sizes = _sizes(module)
+    size = sizes["head"]
+    if anatomy.interleaved:
+        blocks = torch.arange(3 * sizes["q"] * size).view(sizes["q"], 3, size)
+        return [(anatomy.projections[0], {part: blocks[:, i] for i, part in enumerate("qkv")})]
+    widths = [sizes[part] * size for part in "qkv"]
+    if len(anatomy.projections) == 1:
+        spans = torch.arange(sum(widths)).split(widths)
+        rows = {part: span.split(size) for part, span in zip("qkv", spans, strict=True)}
+        return [(anatomy.projections[0], rows)]
+    return [
+        (projection, {part: torch.arange(width).split(size)})
+        for projection, part, width in zip(anatomy.projections, "qkv", widths, strict=True)
+    ]
+
+
+def _sizes(module):
+    """How many heads query, key and value have, and how wide one is."""
+    config = module.config
+    heads = config.num_attention_heads
+    grouped = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return {"q": heads, "k": grouped, "v": grouped, "head": size}
+
+
+def _anatomy(module):
+    return ANATOMIES[module.config.model_type]
+
+
+def _is_parallel(module):
+    return getattr(module.config, "use_parallel_residual", False)
+
+
+def _output_projection(anatomy, layer):
+    return getattr(getattr(layer, anatomy.attention), anatomy.output_projection)
+
+
+def _check(module, removed):
+    """Refuse what is no edge; a source that runs after its target cannot be taken from it."""
+    if removed:
+        known = edges(module)
+        for target, sources in removed.items():
+            for source in sources:
+                if source not in known.get(target, ()):
+                    raise ValueError(f"{source} -> {target} is no edge of this model")
