@@ -218,9 +218,9 @@ def edge_scores(
         found = torch.autograd.grad(losses.sum(), distinct, retain_graph=bool(pulls))
         of = {id(tensor): gradient for tensor, gradient in zip(distinct, found, strict=True)}
         gradients = [of[id(tensor)] for tensor in branches]
-        for target, output, origin, chosen in pulls:
+        for target, output, origin, only in pulls:
             # From where the branches part back to the residual stream before the norm.
-            gradient = gradients[target] if chosen is None else gradients[target] * chosen
+            gradient = gradients[target] if only is None else gradients[target] * only
             (gradients[target],) = torch.autograd.grad(output, origin, gradient, retain_graph=True)
 
         clean = slice(-n_sequences, None)  # the last rows hold the inputs as they are
