@@ -186,7 +186,8 @@ def load_model(reference: str, device: str = "cpu", dtype: str = "float32") -> M
             raise ProbeError(_cannot_read("the weights", reference, error)) from error
         raise
     module.requires_grad_(False).eval().to(place)
-    network = TransformersModel(module, task="text-generation", tokenizer=tokenizer)
+    # Without a device the pipeline inside would move the model to the first GPU there is.
+    network = TransformersModel(module, task="text-generation", tokenizer=tokenizer, device=place)
     return Model(reference, network, tokenizer, config, architecture, place, module.dtype)
 
 

@@ -25,8 +25,9 @@ from probe.architectures import projection_columns
 from probe.graph import Graph
 from probe.models import Model
 
-# Positions are contracted in slices whose float32 copies stay small beside the activations.
-SLICE_BYTES = 64 * 2**20
+# Positions are contracted in slices whose float32 copies stay small beside the activations; on a
+# GPU every slice costs a few hundred launches, so there are few.
+SLICE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
 
 
 class Batch(NamedTuple):
@@ -110,7 +111,7 @@ def edge_scores(
     scale, transposed = _scale(model), row.transposed
     norms_last = row.head_norms_last
     exact = torch.promote_types(model.dtype, torch.float32)
-    slice_bytes = SLICE_BYTES
+    slice_bytes = SLICE_BYTES[model.device.type]
     hold, straighten, halve = _relevance_rules(row.centred_norms)
 
     with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=kept):
