@@ -119,6 +119,46 @@ def recipes() -> None:
 
 
 @main.command()
+@click.argument("run", metavar="RUN|RECIPE")
+@click.option("--edges", type=click.IntRange(1), help="Exact effects per model [default: 400].")
+@click.option("--methods", help="What is compared [default: eap,eap-ig,relp].")
+@click.option("--sequences", type=click.IntRange(1), help="Sequences per model [default: 8].")
+@click.option("--seed", type=click.IntRange(0), help="Seed of the draw [default: 42].")
+@click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1.")
+def faithfulness(
+    run: str,
+    edges: int | None,
+    methods: str | None,
+    sequences: int | None,
+    seed: int | None,
+    device: str | None,
+) -> None:
+    """Compare the methods' scores with the exact effects of a sample of edges.
+
+    Values and pictures go to RUN/faithfulness, and a measurement that was stopped goes on from
+    there. A recipe is run first; its section `faithfulness` sets other defaults than those below.
+
+    \b
+    Examples:
+      probe faithfulness runs/tiny-math
+      probe faithfulness runs/tiny-math --edges 1000 --methods eap,relp
+    """
+    from probe.faithfulness import run_faithfulness
+    from probe.report import print_faithfulness
+
+    names = methods and [name.strip() for name in methods.split(",")]
+    found = run_faithfulness(
+        run,
+        edges=edges,
+        methods=names or None,
+        sequences=sequences,
+        seed=seed,
+        device=device,
+    )
+    print_faithfulness(found)
+
+
+@main.command()
 @click.argument("run", type=click.Path())
 @click.option(
     "--format",

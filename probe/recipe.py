@@ -140,6 +140,26 @@ class AttributionOptions:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class FaithfulnessOptions:
+    """Whether and how methods are compared with the exact effects of edges."""
+
+    edges: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = 0
+    """How many edges of each model are computed exactly; 0 to leave this out."""
+
+    methods: Annotated[tuple[str, ...], Field(min_length=1)] = ("eap", "eap-ig", "relp")
+    """What is compared; the edges are drawn by the strength that the first one gives them."""
+
+    sequences: Count = 8
+    """How many sequences of each model the edges are from."""
+
+    seed: Seed = 42
+    """Seed of the draw."""
+
+    batch_size: Count = 32
+    """How many edges run at once."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class ReportOptions:
     """How metrics are computed and shown."""
 
@@ -178,6 +198,9 @@ class Recipe:
 
     attribution: AttributionOptions = Field(default_factory=AttributionOptions)
     """Scoring."""
+
+    faithfulness: FaithfulnessOptions = Field(default_factory=FaithfulnessOptions)
+    """Comparing with exact effects."""
 
     report: ReportOptions = Field(default_factory=ReportOptions)
     """Reporting."""
@@ -282,8 +305,7 @@ def _override(table: dict[str, object], key: str, value: object, path: Path) -> 
 def _item(items: list[object], index: str, key: str, path: Path) -> object:
     if not index.isdecimal() or int(index) >= len(items):
         raise ProbeError(
-            f"{path}: --set {key}: {index!r} is not one of its {len(items)} entries, "
-            f"which are counted from 0"
+            f"{path}: --set {key}: {index!r} is not one of its {len(items)} entries, from 0 on"
         )
     return items[int(index)]
 

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from probe.agreement import Agreement, agreement_from, markdown_lines, view
 from probe.attribution import EdgeScores
 from probe.errors import ProbeError
 from probe.metrics import METRICS, compute_metric
@@ -120,6 +122,9 @@ class Report:
     missing: tuple[str, ...]
     """What is not computed yet, or damaged."""
 
+    faithfulness: tuple[Agreement, ...] = ()
+    """How near each method comes to the exact effects of some edges, model by model."""
+
     @property
     def table(self) -> dict[str, object]:
         """The report as plain data, as report.json holds it."""
@@ -129,6 +134,7 @@ class Report:
             "complete": not self.missing,
             "cells": [asdict(cell) for cell in self.cells],
             "accuracy": [asdict(row) for row in self.accuracy],
+            "faithfulness": [agreement.table for agreement in self.faithfulness],
             "missing": list(self.missing),
         }
 
@@ -155,6 +161,19 @@ def model_names(recipe: Recipe) -> dict[tuple[str, str, int], str]:
                     name, number = f"{plain}-{number}", number + 1
                 names[use] = name
     return names
+
+
+def first_names(recipe: Recipe) -> dict[str, str]:
+    """The first of the names that `model_names` gives each model."""
+    names: dict[str, str] = {}
+    for (reference, _, _), name in model_names(recipe).items():
+        names.setdefault(reference, name)
+    return names
+
+
+def faithfulness_file(model: str) -> str:
+    """Where in the run folder the exact effects of a model's edges are, by its first name."""
+    return f"faithfulness/{model}.json"
 
 
 def build_report(path: Path) -> Report:
@@ -186,7 +205,25 @@ def build_report(path: Path) -> Report:
                     continue
                 bins = recipe.report.bins
                 cells += _cells(pair.name, benchmark, alpha, before, after, bins)
-    return Report(recipe, tuple(cells), tuple(row for row in accuracy if row), tuple(missing))
+    faithfulness = _faithfulness(folder, recipe, missing)
+    known = tuple(row for row in accuracy if row)
+    return Report(recipe, tuple(cells), known, tuple(missing), faithfulness)
+
+
+def _faithfulness(folder: RunFolder, recipe: Recipe, missing: list[str]) -> tuple[Agreement, ...]:
+    found: list[Agreement] = []
+    for name in first_names(recipe).values():
+        try:
+            table = folder.read_json(faithfulness_file(name))
+            if table is None and not recipe.faithfulness.edges:
+                continue
+            rows = (table or {}).get("agreement")
+            if not isinstance(rows, list):
+                raise Damaged("not computed yet")
+            found += [agreement_from(row) for row in rows]
+        except (Damaged, TypeError) as error:
+            missing.append(f"faithfulness of {name}: {error}")
+    return tuple(found)
 
 
 def _accuracy(folder: RunFolder, recipe: Recipe, pair: Pair, benchmark: str) -> Accuracy | None:
@@ -237,11 +274,19 @@ def print_report(report: Report, style: Format = "table") -> None:
         ProbeError: An unknown format.
     """
     if style == "table":
-        # Where nobody looks (a pipe, a file, CI) the width is fixed, so that runs compare.
-        width = None if sys.stdout.isatty() else 100
-        Console(highlight=False, width=width).print(tables(report))
+        _console().print(tables(report))
     else:
         print(render(report, style))
+
+
+def print_faithfulness(agreements: Sequence[Agreement]) -> None:
+    """Print how near the methods come to the exact effects to standard output."""
+    _console().print(view(agreements))
+
+
+def _console() -> Console:
+    # Where nobody looks (a pipe, a file, CI) the width is fixed, so that runs compare.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 
 def render(report: Report, style: Format) -> str:
@@ -333,6 +378,8 @@ def tables(report: Report) -> RenderableType:
             last = place + 1 == len(cells) or cells[place + 1].alpha != cell.alpha
             table.add_row(*row, end_section=last)
         parts.append(table)
+    if report.faithfulness:
+        parts.append(view(report.faithfulness))
     parts.append(Text(_caveats(report), style="dim"))
     return Group(*parts)
 
@@ -361,6 +408,8 @@ def _markdown(report: Report) -> str:
         lines += ["|---:|---|---:|---:|---:|---:|"]
         lines += ["| " + " | ".join(_row(cell, report)) + " |" for cell in cells]
         lines += [""]
+    if report.faithfulness:
+        lines += [*markdown_lines(report.faithfulness), ""]
     return "\n".join([*lines, _caveats(report)])
 
 

@@ -1,8 +1,8 @@
 """A run: the phases of a recipe, one after the other, into a run folder.
 
-problems -> solutions -> selection -> attribution -> metrics and report. Everything that can be
-wrong with a recipe is checked before the folder is touched; every phase finds in the folder what
-is done already and goes on from there, and ends in the same files.
+problems -> solutions -> selection -> attribution (-> faithfulness) -> metrics and report.
+Everything that can be wrong with a recipe is checked before the folder is touched; every phase
+finds in the folder what is done already and goes on from there, and ends in the same files.
 
     >>> report = probe.run_recipe("tiny-math", output="runs/tiny-math")
     >>> report.cells[0].metric
@@ -47,6 +47,7 @@ _FREE_KEYS = {
     "compute": ("device",),
     "solutions": ("batch_size",),
     "attribution": ("batch_size",),
+    "faithfulness": None,
     "report": None,
 }
 
@@ -95,14 +96,19 @@ def run_recipe(
     console = console or Console(stderr=True, highlight=False)
     devices = resolve_devices(recipe.compute.device)
 
-    with _progress(console) as progress:
-        with _timed(folder, record, "solutions"):
+    with progress_bar(console) as progress:
+        with timed(folder, record, "solutions"):
             solutions = _solve_all(recipe, problems, folder, devices, progress)
-        with _timed(folder, record, "selection"):
+        with timed(folder, record, "selection"):
             sides = _select_all(recipe, solutions, folder, progress)
-        with _timed(folder, record, "attribution"):
+        with timed(folder, record, "attribution"):
             _attribute_all(recipe, sides, folder, devices, progress)
-        with _timed(folder, record, "report"):
+        if recipe.faithfulness.edges:
+            from probe.faithfulness import measure_models  # needs this module in turn
+
+            with timed(folder, record, "faithfulness"):
+                measure_models(recipe, sides, folder, devices, progress)
+        with timed(folder, record, "report"):
             task = progress.add_task("metrics", total=1)
             report = build_report(folder.path)
             folder.write_json("report.json", report.table)
@@ -122,10 +128,7 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
         ProbeError: An unknown method or benchmark, a missing model, a pair that does not fit, a
             broken benchmark file, a device that is not here.
     """
-    if recipe.attribution.method not in METHODS:
-        raise ProbeError(
-            f"attribution.method is {recipe.attribution.method!r}; known: {', '.join(METHODS)}"
-        )
+    check_methods(recipe)
     resolve_devices(recipe.compute.device)
     options = recipe.solutions
     questions = None if options.questions == "all" else options.questions
@@ -141,6 +144,21 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
     for pair in recipe.pairs:
         check_pair(pair.before, pair.after)
     return problems
+
+
+def check_methods(recipe: Recipe) -> None:
+    """Check that a recipe's methods are known.
+
+    Raises:
+        ProbeError: One is not.
+    """
+    for key, methods in (
+        ("attribution.method", (recipe.attribution.method,)),
+        ("faithfulness.methods", recipe.faithfulness.methods),
+    ):
+        for method in methods:
+            if method not in METHODS:
+                raise ProbeError(f"{key} is {method!r}; known: {', '.join(METHODS)}")
 
 
 def _open_record(folder: RunFolder, recipe: Recipe, fresh: bool) -> dict[str, object]:
@@ -260,8 +278,8 @@ def _select_all(
             raise ProbeError(f"pair {pair.name}, benchmark {benchmark}: {error}") from error
         cell = cell_name(pair, benchmark, alpha)
         folder.write_selection(cell, selection)
-        sides.append(Side(pair.before, cell, "before", _cut(before, selection)))
-        sides.append(Side(pair.after, cell, "after", _cut(after, selection)))
+        sides.append(Side(pair.before, cell, "before", cut(before, selection)))
+        sides.append(Side(pair.after, cell, "after", cut(after, selection)))
         progress.update(task, advance=1)
     return sides
 
@@ -315,7 +333,8 @@ def _load(recipe: Recipe, reference: str, device: torch.device) -> Model:
     return load_model(reference, str(device), recipe.compute.dtype)
 
 
-def _cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:
+def cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:
+    """The sequences of a selection: each prompt with the part of its answer that is scored."""
     by_id = {solution.id: solution for solution in solutions}
     return [
         Sequence(by_id[name].prompt, by_id[name].answer[: selection.cut_length], name)
@@ -323,7 +342,8 @@ def _cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:
     ]
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """The bar that shows how far each phase is."""
     return Progress(
         TextColumn("{task.description:<12}"),
         BarColumn(),
@@ -335,7 +355,7 @@ def _progress(console: Console) -> Progress:
 
 
 @contextmanager
-def _timed(folder: RunFolder, record: dict[str, object], phase: str) -> Iterator[None]:
+def timed(folder: RunFolder, record: dict[str, object], phase: str) -> Iterator[None]:
     """Add a phase's seconds to the record, also those of a phase that was broken off."""
     start = time.monotonic()
     seconds = record["seconds"]

@@ -4,6 +4,7 @@
     solutions/MODEL.BENCHMARK.jsonl              a solution a line, added batch by batch
     selection/PAIR.BENCHMARK.alpha-A.json        which questions, which lengths
     edges/PAIR.BENCHMARK.alpha-A.SIDE.safetensors   scores and losses
+    faithfulness/MODEL.json, .png                exact effects of some edges, beside their scores
     report.json                                  the cells
 
 A file is written beside its place and moved there, so a kill leaves the old one or the new one.
@@ -20,11 +21,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -35,7 +37,8 @@ from probe.graph import Graph
 from probe.selection import Selection, Solution
 
 SCHEMA = 1
-PARTS = ("solutions", "selection", "edges", "run.json", "report.json")
+FOLDERS = ("solutions", "selection", "edges", "faithfulness")
+PARTS = (*FOLDERS, "run.json", "report.json")
 
 
 class Damaged(Exception):
@@ -76,7 +79,7 @@ class RunFolder:
                     shutil.rmtree(place)
                 else:
                     place.unlink(missing_ok=True)
-            for part in PARTS[:3]:
+            for part in FOLDERS:
                 (self.path / part).mkdir(exist_ok=True)
         except OSError as error:
             raise ProbeError(
@@ -111,7 +114,23 @@ class RunFolder:
     def write_json(self, name: str, value: object) -> None:
         """Write a JSON file whole or not at all."""
         text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-        _replace(self.path / name, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        write_whole(self.path / name, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+    def read_json(self, name: str) -> dict[str, object] | None:
+        """What a JSON file holds; None where there is no such file.
+
+        Raises:
+            Damaged: It is no JSON object.
+        """
+        try:
+            table = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise Damaged(f"damaged ({str(error).splitlines()[0]})") from error
+        if not isinstance(table, dict):
+            raise Damaged("damaged (not a JSON object)")
+        return table
 
     def solutions_file(self, model: str, benchmark: str) -> Path:
         """Where a model's solutions are."""
@@ -147,11 +166,18 @@ class RunFolder:
     def write_solutions(self, path: Path, solutions: Iterable[Solution]) -> None:
         """Write a file of solutions anew."""
         text = "".join(_line(solution) for solution in solutions)
-        _replace(path, lambda place: place.write_text(text, encoding="utf-8"))
+        write_whole(path, lambda place: place.write_text(text, encoding="utf-8"))
 
     def write_selection(self, cell: str, selection: Selection) -> None:
-        """Write a cell's selection, for the reader; a run selects anew."""
+        """Write a cell's selection; a run that goes on selects anew."""
         self.write_json(f"selection/{cell}.json", asdict(selection))
+
+    def read_selection(self, cell: str) -> Selection | None:
+        """A cell's selection; None where there is none yet, or a torn one."""
+        try:
+            return TypeAdapter(Selection).validate_python(self.read_json(f"selection/{cell}.json"))
+        except (Damaged, ValidationError):
+            return None
 
     def edges_file(self, cell: str, side: str) -> Path:
         """Where the edges of one side of a cell are."""
@@ -175,7 +201,7 @@ class RunFolder:
             "targets": json.dumps(edges.graph.targets),
         }
         tensors = {"scores": edges.scores.float().contiguous(), "losses": edges.losses.float()}
-        _replace(path, lambda place: save_file(tensors, place, metadata))
+        write_whole(path, lambda place: save_file(tensors, place, metadata))
 
     def read_edges(self, path: Path, key: str | None = None) -> EdgeScores | None:
         """Read scores and losses; None where there is no such file.
@@ -213,8 +239,8 @@ def _line(solution: Solution) -> str:
     return json.dumps(asdict(solution), ensure_ascii=False) + "\n"
 
 
-def _replace(path: Path, write: object) -> None:
-    assert callable(write)
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside its place, and move it there once it is whole."""
     beside = path.with_name(f".{path.name}.new")
     write(beside)
     os.replace(beside, path)

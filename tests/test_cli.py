@@ -8,14 +8,26 @@ from click.testing import CliRunner
 import probe
 from probe.cli import main
 
-HEAVY = ("torch", "transformers", "nnsight", "datasets", "rich", "pydantic", "numpy", "scipy")
+HEAVY = (
+    "torch",
+    "transformers",
+    "nnsight",
+    "datasets",
+    "rich",
+    "pydantic",
+    "numpy",
+    "scipy",
+    "matplotlib",
+)
 
 
 def call(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["recipe", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["recipe", "--help"], ["faithfulness", "--help"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(arguments):
     code = (
         "import sys\nfrom probe.cli import main\n"
@@ -26,7 +38,7 @@ def test_help_imports_nothing_heavy(arguments):
     assert done.stderr.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["recipe", "recipes", "report"])
+@pytest.mark.parametrize("command", ["recipe", "recipes", "report", "faithfulness"])
 def test_every_command_shows_an_example(command):
     text = call(command, "--help").output
     assert "Example" in text

@@ -67,7 +67,7 @@ def test_every_field_has_a_docstring():
         ({"selection.alpha": "[0.1, -1]"}, "greater than 0"),
         ({"selection.gamma": "inf"}, "finite"),
         ({"solutions.questions": "some"}, "solutions.questions is 'some': a whole number .*'all'"),
-        ({"attribution.granularity": "head"}, "should be 'qkv' or 'block'"),
+        ({"attribution.granularity": "heads"}, "should be 'qkv', 'block' or 'head'"),
         ({"compute.dtype": "int8"}, "'float32', 'bfloat16'"),
         ({"pairs.0.prompt": "Q: {quest}"}, r"pairs.0.prompt: a prompt needs \{question\}"),
         ({"pairs.7.before": "x"}, "'7' is not one of its 1 entries"),
