@@ -9,20 +9,18 @@ the answer, and every token of the answer is scored; cut the answer before, not 
     torch.Size([1, 9, 17])
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 
 from probe.architectures import GUIDE
 from probe.errors import ProbeError
-from probe.graph import Granularity, Graph
+from probe.graph import Ablation, Granularity, Graph
 from probe.models import Model
 from probe.tracing import Batch, EdgeBatch, ablated_losses, edge_scores, source_sums
-
-Ablation = Literal["zero", "mean"]
 
 
 class Sequence(NamedTuple):
@@ -141,10 +139,11 @@ def attribute(
     method: str = "eap",
     granularity: Granularity = "qkv",
     batch_size: int = 8,
-    progress: Callable[[int], None] | None = None,
     *,
     ablation: Ablation = "zero",
     ig_steps: int = 5,
+    done: Collection[int] = (),
+    finished: Callable[[list[int], EdgeBatch], None] | None = None,
 ) -> EdgeScores:
     """Score every edge of the residual graph, for each sequence.
 
@@ -157,10 +156,11 @@ def attribute(
         method: A name in `METHODS`.
         granularity: `qkv`, an attention's query, key and value apart; `block`; or `head`.
         batch_size: How many sequences (for `exact`: edges) run at once.
-        progress: Called after each batch with the number of sequences in it.
         ablation: What is left of a removed output: `zero`, or its `mean` over all positions of
             these sequences.
         ig_steps: Points of the integral of `eap-ig`.
+        done: Places of sequences that are left out; their scores stay 0.
+        finished: Called after each batch with the places of its sequences and what came out.
 
     Raises:
         ProbeError: An unknown method, granularity or ablation, an empty prompt or answer, a token
@@ -181,7 +181,7 @@ def attribute(
     scores = torch.zeros(len(sequences), len(graph.sources), len(graph.targets), dtype=wide)
     losses = torch.zeros(len(sequences), dtype=wide)
     residual_error = 0.0
-    for number, places in enumerate(_batches(sequences, size)):
+    for number, places in enumerate(_batches(sequences, size, done)):
         part = METHODS[method](model, [sequences[i] for i in places], graph, options)
         finite = part.scores.isfinite().all(2).all(1) & part.losses.isfinite()
         if not finite.all():
@@ -193,8 +193,8 @@ def attribute(
         if number == 0:
             residual_error = _check_residual(model, part.residual_error)
         scores[places], losses[places] = part.scores, part.losses
-        if progress:
-            progress(len(places))
+        if finished:
+            finished(places, part)
     return EdgeScores(scores, losses, graph, residual_error)
 
 
@@ -290,9 +290,12 @@ def make_batch(sequences: SequenceOf[Sequence]) -> Batch:
     return Batch(input_ids, lengths, positions, labels)
 
 
-def _batches(sequences: SequenceOf[Sequence], size: int) -> Iterator[list[int]]:
+def _batches(
+    sequences: SequenceOf[Sequence], size: int, done: Collection[int] = ()
+) -> Iterator[list[int]]:
     """Places of the sequences, the longest first: too little memory shows at once."""
-    order = sorted(range(len(sequences)), key=lambda place: -_length(sequences[place]))
+    todo = [place for place in range(len(sequences)) if place not in done]
+    order = sorted(todo, key=lambda place: -_length(sequences[place]))
     for start in range(0, len(order), size):
         yield order[start : start + size]
 

@@ -49,6 +49,7 @@ def main() -> None:
 @click.option("--output", type=click.Path(), help="Run folder [default: runs/NAME].")
 @click.option("--limit", type=click.IntRange(1), help="Ask only N questions of each benchmark.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key.")
+@click.option("--method", help="eap, eap-ig, relp or exact.")
 @click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1.")
 @click.option("--dtype", help="float32, bfloat16, float16 or float64.")
 @click.option("--fresh", is_flag=True, help="Start over instead of going on.")
@@ -58,6 +59,7 @@ def recipe(
     output: str | None,
     limit: int | None,
     settings: tuple[str, ...],
+    method: str | None,
     device: str | None,
     dtype: str | None,
     fresh: bool,
@@ -79,6 +81,7 @@ def recipe(
         overrides[key.strip()] = value.strip()
     for key, given in (
         ("solutions.questions", limit),
+        ("attribution.method", method),
         ("compute.device", device),
         ("compute.dtype", dtype),
     ):

@@ -21,6 +21,8 @@ from probe.architectures import Heads
 from probe.errors import ProbeError
 
 Granularity = Literal["qkv", "block", "head"]
+Ablation = Literal["zero", "mean"]
+"""What removing an edge leaves of its source's output: nothing, or its mean."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from probe.errors import ProbeError
-from probe.graph import Granularity
+from probe.graph import Ablation, Granularity
 from probe.metrics import BINS
 from probe.models import DType
 from probe.selection import Convention
@@ -133,10 +133,16 @@ class AttributionOptions:
     """A name in `probe.attribution.METHODS`."""
 
     granularity: Granularity = "qkv"
-    """`qkv` or `block`; see `probe.graph`."""
+    """`qkv`, `block` or `head`; see `probe.graph`."""
+
+    ablation: Ablation = "zero"
+    """What is left of a removed output: nothing, or its `mean` over a side's sequences."""
+
+    ig_steps: Count = 5
+    """Points of the integral of `eap-ig`."""
 
     batch_size: Count = 8
-    """How many sequences run at once."""
+    """How many sequences (for `exact`: edges) run at once."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -25,13 +25,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 import probe
-from probe.attribution import METHODS, Sequence, attribute
+from probe.attribution import METHODS, EdgeScores, Sequence, attribute
 from probe.errors import ProbeError
 from probe.models import Model, check_pair, fingerprint, load_model, resolve_devices
 from probe.problems import Problem, load_problems
@@ -40,6 +41,7 @@ from probe.report import Report, build_report, cell_name, model_names
 from probe.run_folder import SCHEMA, Damaged, RunFolder, edges_key
 from probe.selection import Selection, Solution, select
 from probe.solutions import solve
+from probe.tracing import EdgeBatch
 
 # Keys of a recipe that do not change what comes out, only how fast or how it is shown.
 _FREE_KEYS = {
@@ -102,7 +104,7 @@ def run_recipe(
         with timed(folder, record, "selection"):
             sides = _select_all(recipe, solutions, folder, progress)
         with timed(folder, record, "attribution"):
-            _attribute_all(recipe, sides, folder, devices, progress)
+            record["residual_error"] = _attribute_all(recipe, sides, folder, devices, progress)
         if recipe.faithfulness.edges:
             from probe.faithfulness import measure_models  # needs this module in turn
 
@@ -290,11 +292,13 @@ def _attribute_all(
     folder: RunFolder,
     devices: list[torch.device],
     progress: Progress,
-) -> None:
-    """Score the edges of every cell, model by model."""
+) -> dict[str, float]:
+    """Score the edges of every cell, model by model; the largest residual error of each model."""
     options = recipe.attribution
-    settings = (options.method, options.granularity, recipe.compute.dtype)
+    steps = options.ig_steps if options.method == "eap-ig" else 1
+    settings = (options.method, options.granularity, options.ablation, str(steps))
     task = progress.add_task("attribution", total=sum(len(side.sequences) for side in sides))
+    errors: dict[str, float] = {}
     for number, reference in enumerate(recipe.models()):
         model: Model | None = None
         weights = fingerprint(reference)
@@ -302,31 +306,77 @@ def _attribute_all(
             if side.model != reference:
                 continue
             path = folder.edges_file(side.cell, side.side)
-            key = edges_key(weights, settings, side.sequences)
-            try:
-                found = folder.read_edges(path, key)
-            except Damaged as damage:
-                progress.console.print(f"{path}: {damage}; computing it again")
-                found = None
-            if found is not None:
+            key = edges_key(weights, (*settings, recipe.compute.dtype), side.sequences)
+            edges = _read_edges(folder, path, key, progress.console)
+            if edges is None:
+                model = model or _load(recipe, reference, devices[number % len(devices)])
+                try:
+                    edges = _attribute(recipe, model, side, folder, key, progress, task)
+                except ProbeError as error:
+                    raise ProbeError(f"{side.cell}, {side.side}: {error}") from error
+            else:
                 progress.update(task, advance=len(side.sequences))
-                continue
-            if model is None:
-                model = _load(recipe, reference, devices[number % len(devices)])
-            try:
-                edges = attribute(
-                    model,
-                    side.sequences,
-                    options.method,
-                    options.granularity,
-                    options.batch_size,
-                    progress=lambda done: progress.update(task, advance=done),
-                )
-            except ProbeError as error:
-                raise ProbeError(f"{side.cell}, {side.side}: {error}") from error
-            folder.write_edges(path, edges, [s.id for s in side.sequences], key)
+            errors[reference] = max(errors.get(reference, 0), edges.residual_error)
         del model
         gc.collect()
+    return errors
+
+
+def _attribute(
+    recipe: Recipe,
+    model: Model,
+    side: Side,
+    folder: RunFolder,
+    key: str,
+    progress: Progress,
+    task: TaskID,
+) -> EdgeScores:
+    """Score one side of a cell, from where an earlier run has got to, keeping each batch."""
+    options = recipe.attribution
+    path = folder.edges_file(side.cell, side.side)
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor, float]] = {}
+    for part in folder.parts(path):
+        edges = _read_edges(folder, part, key, progress.console)
+        if edges is not None:
+            for row, place in enumerate(folder.part_places(part)):
+                kept[place] = edges.scores[row], edges.losses[row], edges.residual_error
+    progress.update(task, advance=len(kept))
+
+    def keep(places: list[int], batch: EdgeBatch) -> None:
+        edges = EdgeScores(batch.scores, batch.losses, graph, batch.residual_error)
+        folder.write_part(path, edges, places, key)
+        progress.update(task, advance=len(places))
+
+    graph = model.graph(options.granularity)
+    edges = attribute(
+        model,
+        side.sequences,
+        options.method,
+        options.granularity,
+        options.batch_size,
+        ablation=options.ablation,
+        ig_steps=options.ig_steps,
+        done=kept,
+        finished=keep,
+    )
+    error = edges.residual_error
+    for place, (scores, loss, old) in kept.items():
+        edges.scores[place], edges.losses[place] = scores, loss
+        error = max(error, old)
+    edges = edges._replace(residual_error=error)
+    folder.write_edges(path, edges, [s.id for s in side.sequences], key)
+    for part in folder.parts(path):
+        part.unlink()
+    return edges
+
+
+def _read_edges(folder: RunFolder, path: Path, key: str, console: Console) -> EdgeScores | None:
+    """Edges that an earlier run has left, or None; says so where they are of no use."""
+    try:
+        return folder.read_edges(path, key)
+    except Damaged as damage:
+        console.print(f"{path}: {damage}; computing it again")
+        return None
 
 
 def _load(recipe: Recipe, reference: str, device: torch.device) -> Model:

@@ -16,6 +16,7 @@ What is read is checked against what it should hold; what does not fit is comput
     'tiny-math'
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -183,6 +184,20 @@ class RunFolder:
         """Where the edges of one side of a cell are."""
         return self.path / "edges" / f"{cell}.{side}.safetensors"
 
+    def write_part(self, path: Path, edges: EdgeScores, places: Sequence[int], key: str) -> None:
+        """Write one batch of what will be a file of edges, beside that file's place."""
+        part = path.with_suffix(f".part-{places[0]}.safetensors")
+        self.write_edges(part, edges, [str(place) for place in places], key)
+
+    def parts(self, path: Path) -> list[Path]:
+        """The batches that wait for the rest of their file."""
+        return sorted(path.parent.glob(f"{glob.escape(path.stem)}.part-*.safetensors"))
+
+    def part_places(self, part: Path) -> list[int]:
+        """Which sequences of its file a sound batch holds."""
+        with safe_open(part, framework="pt") as file:
+            return [int(place) for place in json.loads(file.metadata()["ids"])]
+
     def write_edges(self, path: Path, edges: EdgeScores, ids: Sequence[str], key: str) -> None:
         """Write scores and losses.
 
@@ -195,10 +210,8 @@ class RunFolder:
         metadata = {
             "ids": json.dumps(list(ids)),
             "key": key,
-            "n_layers": str(edges.graph.n_layers),
-            "granularity": edges.graph.granularity,
-            "sources": json.dumps(edges.graph.sources),
-            "targets": json.dumps(edges.graph.targets),
+            "graph": json.dumps(asdict(edges.graph)),
+            "residual_error": repr(edges.residual_error),
         }
         tensors = {"scores": edges.scores.float().contiguous(), "losses": edges.losses.float()}
         write_whole(path, lambda place: save_file(tensors, place, metadata))
@@ -219,14 +232,15 @@ class RunFolder:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 scores, losses = file.get_tensor("scores"), file.get_tensor("losses")
-            graph = Graph.build(int(metadata["n_layers"]), metadata["granularity"])
-        except (SafetensorError, OSError, KeyError, ValueError, ProbeError) as error:
+            graph = TypeAdapter(Graph).validate_json(metadata["graph"])
+            residual_error = float(metadata["residual_error"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise Damaged(f"damaged ({str(error).splitlines()[0]})") from error
         if key is not None and metadata.get("key") != key:
             raise Damaged("computed from other solutions or settings")
         if scores.shape[1:] != graph.mask.shape or not torch.isfinite(scores).all():
             raise Damaged("damaged (scores of the wrong shape, or not finite)")
-        return EdgeScores(scores, losses, graph)
+        return EdgeScores(scores, losses, graph, residual_error)
 
 
 def edges_key(model: str, settings: Sequence[str], sequences: Sequence[TokenSequence]) -> str:

@@ -90,11 +90,24 @@ def test_weights_stay_frozen_and_unchanged(llama):
         assert torch.equal(parameter, before[name])
 
 
-def test_progress_counts_every_sequence(llama):
+def test_each_batch_is_handed_over(llama):
     seen = []
     sequences = [probe.Sequence([5, 6, 7], [8] * n) for n in (1, 5, 2, 3, 4)]
-    probe.attribute(llama, sequences, batch_size=2, progress=seen.append)
-    assert seen == [2, 2, 1]
+    everything = probe.attribute(
+        llama, sequences, batch_size=2, finished=lambda places, batch: seen.append((places, batch))
+    )
+    assert [places for places, _ in seen] == [[1, 4], [3, 2], [0]]  # the longest first
+    for places, batch in seen:
+        assert torch.equal(everything.scores[places], batch.scores)
+        assert torch.equal(everything.losses[places], batch.losses)
+
+
+def test_what_is_done_is_left_out(llama):
+    sequences = [probe.Sequence([5, 6, 7], [8] * n) for n in (1, 5, 2)]
+    everything = probe.attribute(llama, sequences, batch_size=1).scores
+    rest = probe.attribute(llama, sequences, batch_size=1, done=[1]).scores
+    assert (rest[1] == 0).all()
+    assert torch.equal(rest[[0, 2]], everything[[0, 2]])
 
 
 @pytest.mark.parametrize(

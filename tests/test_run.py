@@ -18,6 +18,7 @@ import probe
 from probe.errors import ProbeError
 from probe.metrics import METRICS
 from probe.report import build_report
+from probe.run_folder import RunFolder
 
 SMALL = {
     "solutions.questions": 60,
@@ -144,6 +145,52 @@ def test_damaged_parts_are_computed_again_and_said(copy):
     assert f"{other}: damaged" in said
     assert f"{solutions}: 1 damaged lines" in said
     assert f"{foreign}: 3 damaged lines" in said
+
+
+def test_batches_that_an_earlier_run_kept_are_not_computed_again(copy):
+    old = report_of(copy)
+    folder = RunFolder(copy)
+    path = folder.edges_file("sft-grpo.tiny-math.alpha-0.5", "after")
+    with safe_open(path, "pt") as file:
+        key = file.metadata()["key"]
+    edges = folder.read_edges(path)
+    part = edges._replace(scores=edges.scores[[4, 1]].clone(), losses=edges.losses[[4, 1]].clone())
+    part.scores[0, 0, 3] = 7.5  # a mark that tells whether this part was used
+    folder.write_part(path, part, [4, 1], key)
+    folder.write_part(path, part, [2, 0], "another key")
+    path.unlink()
+    _, said = run(copy)
+    found = folder.read_edges(path, key)
+    assert found.scores[4, 0, 3] == 7.5
+    found.scores[4, 0, 3] = edges.scores[4, 0, 3]
+    assert (found.scores - edges.scores).abs().max() <= 1e-5 * edges.scores.abs().max()
+    assert "part-2.safetensors: computed from other solutions" in said
+    assert folder.parts(path) == []
+    path.unlink()
+    run(copy)
+    assert report_of(copy) == old
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape"),
+    [
+        ({"attribution.method": "exact", "attribution.batch_size": 64}, (9, 17)),
+        ({"attribution.method": "eap-ig", "attribution.ig_steps": 3}, (9, 17)),
+        ({"attribution.method": "relp", "attribution.ablation": "mean"}, (9, 17)),
+        ({"attribution.granularity": "head"}, (21, 53)),
+        ({"attribution.granularity": "block"}, (9, 9)),
+    ],
+)
+def test_every_way_of_scoring_is_a_recipe(tmp_path, changes, shape):
+    short = {"selection.samples": 2, "selection.alpha": "[0.1]"}
+    report, _ = run(tmp_path / "run", short | changes)
+    assert len(report.cells) == 2 * len(METRICS)
+    for path in (tmp_path / "run" / "edges").iterdir():
+        edges = RunFolder(tmp_path / "run").read_edges(path)
+        assert edges.scores.shape[1:] == edges.graph.mask.shape == shape
+        assert 0 < edges.residual_error < 1e-5
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["residual_error"].keys() == set(record["models"])
 
 
 def test_edges_of_other_solutions_are_computed_again(copy):
