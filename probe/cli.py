@@ -98,7 +98,7 @@ def recipe(
 
         Console(highlight=False).print(plan_view(make_plan(chosen)))
         return
-    from probe.report import print_report
+    from probe.rendering import print_report
     from probe.run import run_recipe
 
     print_report(run_recipe(chosen, output, fresh=fresh))
@@ -147,7 +147,7 @@ def faithfulness(
       probe faithfulness runs/tiny-math --edges 1000 --methods eap,relp
     """
     from probe.faithfulness import run_faithfulness
-    from probe.report import print_faithfulness
+    from probe.rendering import print_faithfulness
 
     names = methods and [name.strip() for name in methods.split(",")]
     found = run_faithfulness(
@@ -181,7 +181,8 @@ def report(run: str, style: str) -> None:
     """
     from pathlib import Path
 
-    from probe.report import build_report, print_report
+    from probe.rendering import print_report
+    from probe.report import build_report
 
     print_report(build_report(Path(run)), style)  # type: ignore[arg-type]
 

@@ -28,9 +28,19 @@ from probe.errors import ProbeError
 from probe.graph import Granularity
 from probe.models import Model, fingerprint, load_model, resolve_devices
 from probe.recipe import Recipe, read_recipe, recipe_files, recipe_from, recipe_table
-from probe.report import build_report, cell_name, faithfulness_file, first_names, model_names
-from probe.run import Side, check_methods, cut, progress_bar, run_recipe, timed
-from probe.run_folder import SCHEMA, Damaged, RunFolder, edges_key
+from probe.record import timed
+from probe.report import build_report
+from probe.run import Side, check_methods, cut, progress_bar, run_recipe
+from probe.run_folder import (
+    SCHEMA,
+    Damaged,
+    RunFolder,
+    cell_name,
+    edges_key,
+    faithfulness_file,
+    first_names,
+    model_names,
+)
 from probe.scatter import draw_scatter
 
 EDGES = 400

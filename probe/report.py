@@ -1,37 +1,34 @@
 """The report: each metric before and after, and whether it moved as the paper says RL moves it.
 
 A cell is one metric of one pair on one benchmark at one alpha. Cells are computed from the edges
-in a run folder, so a finished or half-finished run can be reported again at any time.
+in a run folder, so a finished or half-finished run can be reported again at any time;
+`probe.rendering` prints them.
 
     >>> report = build_report(Path("runs/tiny-math"))
-    >>> print_report(report, "markdown")
+    >>> report.cells[0].metric
+    'activation_intensity'
 """
 
-import csv
-import io
-import json
 import math
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from probe.agreement import Agreement, agreement_from, markdown_lines, view
+from probe.agreement import Agreement, agreement_from
 from probe.attribution import EdgeScores
-from probe.errors import ProbeError
 from probe.metrics import METRICS, compute_metric
 from probe.recipe import Pair, Recipe, recipe_from
-from probe.run_folder import SCHEMA, Damaged, RunFolder
+from probe.run_folder import (
+    SCHEMA,
+    Damaged,
+    RunFolder,
+    cell_name,
+    faithfulness_file,
+    first_names,
+    model_names,
+)
 
-Format = Literal["table", "markdown", "json", "csv"]
 _SIGNS = {"up": 1, "down": -1}
-COLUMNS = ("alpha", "metric", "before → after", "change", "as paper", "real edges")
 
 
 @dataclass(frozen=True)
@@ -139,43 +136,6 @@ class Report:
         }
 
 
-def cell_name(pair: Pair, benchmark: str, alpha: float) -> str:
-    """The part of a file name that says which cell of a run it belongs to."""
-    return f"{pair.name}.{benchmark}.alpha-{alpha:g}"
-
-
-def model_names(recipe: Recipe) -> dict[tuple[str, str, int], str]:
-    """A file name for each model as it is asked: by reference, prompt and longest answer.
-
-    A model that two pairs ask in the same way has one name, and so is asked once.
-    """
-    names: dict[tuple[str, str, int], str] = {}
-    for pair in recipe.pairs:
-        for model in (pair.before, pair.after):
-            use = (model, pair.prompt, pair.max_new_tokens)
-            if use not in names:
-                parts = model.removeprefix("probe:").rstrip("/").split("/")[-2:]
-                name = plain = "--".join(part.strip(".~ ") for part in parts if part.strip(".~ "))
-                number = 2
-                while name in names.values():
-                    name, number = f"{plain}-{number}", number + 1
-                names[use] = name
-    return names
-
-
-def first_names(recipe: Recipe) -> dict[str, str]:
-    """The first of the names that `model_names` gives each model."""
-    names: dict[str, str] = {}
-    for (reference, _, _), name in model_names(recipe).items():
-        names.setdefault(reference, name)
-    return names
-
-
-def faithfulness_file(model: str) -> str:
-    """Where in the run folder the exact effects of a model's edges are, by its first name."""
-    return f"faithfulness/{model}.json"
-
-
 def build_report(path: Path) -> Report:
     """Compute a run's report from what its folder holds.
 
@@ -267,175 +227,7 @@ def _cells(
     return cells
 
 
-def print_report(report: Report, style: Format = "table") -> None:
-    """Print a report to standard output.
-
-    Raises:
-        ProbeError: An unknown format.
-    """
-    if style == "table":
-        _console().print(tables(report))
-    else:
-        print(render(report, style))
-
-
-def print_faithfulness(agreements: Sequence[Agreement]) -> None:
-    """Print how near the methods come to the exact effects to standard output."""
-    _console().print(view(agreements))
-
-
-def _console() -> Console:
-    # Where nobody looks (a pipe, a file, CI) the width is fixed, so that runs compare.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
-
-
-def render(report: Report, style: Format) -> str:
-    """Write a report as text: `markdown`, `json` (that of report.json) or `csv`.
-
-    Raises:
-        ProbeError: An unknown format.
-    """
-    if style == "markdown":
-        return _markdown(report)
-    if style == "json":
-        return json.dumps(report.table, indent=1, allow_nan=False)
-    if style == "csv":
-        return _csv(report)
-    raise ProbeError(f"format {style!r} is not known; use table, markdown, json or csv")
-
-
-def summary(report: Report) -> str:
-    """One line per pair and benchmark: what happened to it."""
-    lines = []
-    for benchmark, pair, cells in _groups(report):
-        known = [cell for cell in cells if cell.as_in_paper is not None]
-        agree = sum(bool(cell.as_in_paper) for cell in known)
-        lines.append(
-            f"On {benchmark}, {pair.method or pair.name} moved {agree} of {len(known)} cells "
-            "in the direction that the paper reports for online RL."
-        )
-    return "\n".join(lines)
-
-
-def _groups(report: Report) -> list[tuple[str, Pair, list[Cell]]]:
-    groups = []
-    for benchmark in report.recipe.benchmarks:
-        for pair in report.recipe.pairs:
-            cells = [
-                c for c in report.cells if (c.pair, c.benchmark) == (pair.name, benchmark.name)
-            ]
-            if cells:
-                groups.append((benchmark.name, pair, cells))
-    return groups
-
-
-def _row(cell: Cell, report: Report) -> list[str]:
-    shown = Change(cell.before, cell.after, cell.change)
-    other = cell.real_edges
-    if report.recipe.report.entries == "real":
-        shown, other = other, shown
-    verdict = {True: "yes", False: "no", None: "-"}[cell.as_in_paper]
-    return [
-        f"{cell.alpha:g}",
-        METRICS[cell.metric].label,
-        f"{_number(shown.before)} → {_number(shown.after)}",
-        _percent(shown.change),
-        verdict,
-        _percent(other.change),
-    ]
-
-
-def _titles(report: Report) -> list[str]:
-    other = "dense" if report.recipe.report.entries == "real" else "real edges"
-    return [*COLUMNS[:-1], other]
-
-
-def _heading(report: Report, benchmark: str, pair: Pair, cells: list[Cell]) -> str:
-    text = f"{benchmark} · {pair.name}"
-    text += f" ({pair.method})" if pair.method else ""
-    for row in report.accuracy:
-        if (row.pair, row.benchmark) == (pair.name, benchmark):
-            text += (
-                f" · accuracy {100 * row.before:.1f} → {100 * row.after:.1f} % of "
-                f"{row.questions} questions"
-            )
-    return f"{text} · {cells[0].samples} samples"
-
-
-def tables(report: Report) -> RenderableType:
-    """Lay out a report for a terminal of 80 columns or more."""
-    parts: list[RenderableType] = [Text(summary(report)), Text("")]
-    for benchmark, pair, cells in _groups(report):
-        parts.append(Text(_heading(report, benchmark, pair, cells), style="bold"))
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for title in _titles(report):
-            left = title == "metric"
-            table.add_column(title, justify="left" if left else "right", no_wrap=True)
-        for place, cell in enumerate(cells):
-            row: list[str | Text] = [*_row(cell, report)]
-            verdict = str(row[-2])
-            row[-2] = Text(verdict, style={"yes": "green", "no": "red"}.get(verdict, ""))
-            last = place + 1 == len(cells) or cells[place + 1].alpha != cell.alpha
-            table.add_row(*row, end_section=last)
-        parts.append(table)
-    if report.faithfulness:
-        parts.append(view(report.faithfulness))
-    parts.append(Text(_caveats(report), style="dim"))
-    return Group(*parts)
-
-
-def _caveats(report: Report) -> str:
-    recipe = report.recipe
-    shown, other = "the dense matrix, structural zeros included", "real edges only"
-    if recipe.report.entries == "real":
-        shown, other = other, shown
-    lines = [
-        f"Metrics over {shown}; last column: change of the same over {other}. "
-        f"Convention {recipe.selection.convention!r}, {recipe.attribution.method}, granularity "
-        f"{recipe.attribution.granularity}, {recipe.report.bins} bins, {recipe.compute.dtype}. "
-        "A change is shown without its noise: it is no finding by itself.",
-    ]
-    if report.missing:
-        lines.append(f"Not in this report ({len(report.missing)}): " + "; ".join(report.missing))
-    return "\n".join(lines)
-
-
-def _markdown(report: Report) -> str:
-    lines = [summary(report).replace("\n", "  \n"), ""]
-    for benchmark, pair, cells in _groups(report):
-        lines += [f"### {_heading(report, benchmark, pair, cells)}", ""]
-        lines += ["| " + " | ".join(_titles(report)) + " |"]
-        lines += ["|---:|---|---:|---:|---:|---:|"]
-        lines += ["| " + " | ".join(_row(cell, report)) + " |" for cell in cells]
-        lines += [""]
-    if report.faithfulness:
-        lines += [*markdown_lines(report.faithfulness), ""]
-    return "\n".join([*lines, _caveats(report)])
-
-
-def _csv(report: Report) -> str:
-    text = io.StringIO()
-    rows = []
-    for cell in report.cells:
-        row = asdict(cell)
-        real = row.pop("real_edges")
-        rows.append(row | {f"real_edges_{name}": value for name, value in real.items()})
-    if rows:
-        writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return text.getvalue().rstrip("\n")
-
-
 def _change(before: float, after: float) -> Change:
     finite = [value if math.isfinite(value) else None for value in (before, after)]
     defined = None not in finite and before != 0
     return Change(finite[0], finite[1], (after - before) / abs(before) if defined else None)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2e}"
-
-
-def _percent(change: float | None) -> str:
-    return "-" if change is None else f"{100 * change:+.1f} %"

@@ -10,12 +10,7 @@ finds in the folder what is done already and goes on from there, and ends in the
 """
 
 import gc
-import platform
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,27 +26,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-import probe
 from probe.attribution import METHODS, EdgeScores, Sequence, attribute
 from probe.errors import ProbeError
 from probe.models import Model, check_pair, fingerprint, load_model, resolve_devices
 from probe.problems import Problem, load_problems
-from probe.recipe import Recipe, read_recipe, recipe_table
-from probe.report import Report, build_report, cell_name, model_names
-from probe.run_folder import SCHEMA, Damaged, RunFolder, edges_key
+from probe.recipe import Recipe, read_recipe
+from probe.record import now, open_record, timed
+from probe.report import Report, build_report
+from probe.run_folder import Damaged, RunFolder, cell_name, edges_key, model_names
 from probe.selection import Selection, Solution, select
 from probe.solutions import solve
 from probe.tracing import EdgeBatch
-
-# Keys of a recipe that do not change what comes out, only how fast or how it is shown.
-_FREE_KEYS = {
-    "description": None,
-    "compute": ("device",),
-    "solutions": ("batch_size",),
-    "attribution": ("batch_size",),
-    "faithfulness": None,
-    "report": None,
-}
 
 
 class Side(NamedTuple):
@@ -94,7 +79,7 @@ def run_recipe(
         recipe = read_recipe(recipe, overrides)
     problems = check_recipe(recipe)
     folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
-    record = _open_record(folder, recipe, fresh)
+    record = open_record(folder, recipe, fresh)
     console = console or Console(stderr=True, highlight=False)
     devices = resolve_devices(recipe.compute.device)
 
@@ -115,7 +100,7 @@ def run_recipe(
             report = build_report(folder.path)
             folder.write_json("report.json", report.table)
             progress.update(task, advance=1)
-    record["finished"] = _now()
+    record["finished"] = now()
     folder.write_json("run.json", record)
     return report
 
@@ -161,43 +146,6 @@ def check_methods(recipe: Recipe) -> None:
         for method in methods:
             if method not in METHODS:
                 raise ProbeError(f"{key} is {method!r}; known: {', '.join(METHODS)}")
-
-
-def _open_record(folder: RunFolder, recipe: Recipe, fresh: bool) -> dict[str, object]:
-    """Open the folder for this recipe and write who is running what."""
-    table = recipe_table(recipe)
-    models = {model: fingerprint(model) for model in recipe.models()}
-    times: object = {}
-    if folder.record.exists() and not fresh:
-        old = folder.read_record()
-        for what, here, there in (
-            ("recipe", _fixed(table), _fixed(old.get("recipe"))),
-            ("weights", models, old.get("models")),
-        ):
-            difference = _first_difference(here, there)
-            if difference:
-                raise ProbeError(
-                    f"{folder.path} holds a run of another {what} ({difference}); "
-                    "give another --output, or start over with --fresh"
-                )
-        times = old.get("seconds", {})
-    folder.open(fresh)
-    record: dict[str, object] = {
-        "schema": SCHEMA,
-        "recipe": table,
-        "models": models,
-        "versions": {
-            "probe": probe.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "nnsight")},
-        },
-        "devices": [_device_name(device) for device in resolve_devices(recipe.compute.device)],
-        "started": _now(),
-        "seconds": times,
-        "finished": None,
-    }
-    folder.write_json("run.json", record)
-    return record
 
 
 def _solve_all(
@@ -402,53 +350,3 @@ def progress_bar(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
-
-
-@contextmanager
-def timed(folder: RunFolder, record: dict[str, object], phase: str) -> Iterator[None]:
-    """Add a phase's seconds to the record, also those of a phase that was broken off."""
-    start = time.monotonic()
-    seconds = record["seconds"]
-    assert isinstance(seconds, dict)
-    try:
-        yield
-    finally:
-        seconds[phase] = round(seconds.get(phase, 0) + time.monotonic() - start, 3)
-        folder.write_json("run.json", record)
-
-
-def _fixed(table: object) -> object:
-    """The part of a recipe that decides what comes out."""
-    if not isinstance(table, dict):
-        return table
-    fixed = {}
-    for key, value in table.items():
-        free = _FREE_KEYS.get(key, ())
-        if free is None:
-            continue
-        fixed[key] = {k: v for k, v in value.items() if k not in free} if free else value
-    return fixed
-
-
-def _first_difference(here: object, there: object, key: str = "") -> str:
-    """Name the first place where two pieces of plain data differ, or nothing."""
-    if isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
-        here, there = dict(enumerate(here)), dict(enumerate(there))
-    if isinstance(here, dict) and isinstance(there, dict):
-        for name in [*here, *(name for name in there if name not in here)]:
-            inner = f"{key}.{name}" if key else str(name)
-            difference = _first_difference(here.get(name), there.get(name), inner)
-            if difference:
-                return difference
-        return ""
-    return "" if here == there else f"{key}: {there} there, {here} here"
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

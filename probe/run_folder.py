@@ -35,6 +35,7 @@ from probe.attribution import EdgeScores
 from probe.attribution import Sequence as TokenSequence
 from probe.errors import ProbeError
 from probe.graph import Graph
+from probe.recipe import Pair, Recipe
 from probe.selection import Selection, Solution
 
 SCHEMA = 1
@@ -241,6 +242,43 @@ class RunFolder:
         if scores.shape[1:] != graph.mask.shape or not torch.isfinite(scores).all():
             raise Damaged("damaged (scores of the wrong shape, or not finite)")
         return EdgeScores(scores, losses, graph, residual_error)
+
+
+def cell_name(pair: Pair, benchmark: str, alpha: float) -> str:
+    """The part of a file name that says which cell of a run it belongs to."""
+    return f"{pair.name}.{benchmark}.alpha-{alpha:g}"
+
+
+def model_names(recipe: Recipe) -> dict[tuple[str, str, int], str]:
+    """A file name for each model as it is asked: by reference, prompt and longest answer.
+
+    A model that two pairs ask in the same way has one name, and so is asked once.
+    """
+    names: dict[tuple[str, str, int], str] = {}
+    for pair in recipe.pairs:
+        for model in (pair.before, pair.after):
+            use = (model, pair.prompt, pair.max_new_tokens)
+            if use not in names:
+                parts = model.removeprefix("probe:").rstrip("/").split("/")[-2:]
+                name = plain = "--".join(part.strip(".~ ") for part in parts if part.strip(".~ "))
+                number = 2
+                while name in names.values():
+                    name, number = f"{plain}-{number}", number + 1
+                names[use] = name
+    return names
+
+
+def first_names(recipe: Recipe) -> dict[str, str]:
+    """The first of the names that `model_names` gives each model."""
+    names: dict[str, str] = {}
+    for (reference, _, _), name in model_names(recipe).items():
+        names.setdefault(reference, name)
+    return names
+
+
+def faithfulness_file(model: str) -> str:
+    """Where in the run folder the exact effects of a model's edges are, by its first name."""
+    return f"faithfulness/{model}.json"
 
 
 def edges_key(model: str, settings: Sequence[str], sequences: Sequence[TokenSequence]) -> str:

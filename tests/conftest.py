@@ -12,6 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import probe
+from probe.attribution import EdgeScores
+from probe.graph import Graph
+from probe.recipe import read_recipe, recipe_table
+from probe.run_folder import RunFolder
 
 DATA = Path(__file__).parent / "data"
 ORACLES = ("llama", "qwen2")
@@ -33,6 +37,23 @@ def llama():
 def tiny():
     """The SFT model that ships with the package, loaded."""
     return probe.load_model("probe:tiny-math/sft")
+
+
+@pytest.fixture
+def half_run(tmp_path):
+    """A run folder of which one pair has edges for one alpha: twice as strong after."""
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    recipe = read_recipe("tiny-math", {"selection.alpha": "[0.1, 0.5]"})
+    folder.write_json("run.json", {"schema": 1, "recipe": recipe_table(recipe)})
+    graph = Graph.build(2, "qkv")
+    torch.manual_seed(0)
+    scores = torch.randn(5, *graph.mask.shape) * graph.mask
+    for side, factor in (("before", 1), ("after", 2)):
+        edges = EdgeScores(factor * scores, torch.ones(5), graph)
+        path = folder.edges_file("sft-grpo.tiny-math.alpha-0.5", side)
+        folder.write_edges(path, edges, list("abcde"), "key")
+    return folder
 
 
 def oracle_sequences(folder):

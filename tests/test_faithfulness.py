@@ -19,7 +19,8 @@ from probe.agreement import Agreement, Estimate, agreement_from, compare, view
 from probe.cli import main
 from probe.errors import ProbeError
 from probe.faithfulness import draw_edges, measure, run_faithfulness
-from probe.report import build_report, render, tables
+from probe.rendering import render, tables
+from probe.report import build_report
 
 SMALL = {
     "solutions.questions": 60,

@@ -1,0 +1,122 @@
+"""The record of a run: run.json, which says what was run, with what, on what, and for how long.
+
+A folder goes on only with the recipe and the weights that it was made with; this module decides
+that, and names the first difference where it refuses.
+
+    >>> record = open_record(RunFolder(Path("runs/tiny-math")), recipe, fresh=False)
+    >>> record["versions"]["nnsight"]
+    '0.8.1'
+"""
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+import torch
+
+import probe
+from probe.errors import ProbeError
+from probe.models import fingerprint, resolve_devices
+from probe.recipe import Recipe, recipe_table
+from probe.run_folder import SCHEMA, RunFolder
+
+# Keys of a recipe that do not change what comes out, only how fast or how it is shown.
+_FREE_KEYS = {
+    "description": None,
+    "compute": ("device",),
+    "solutions": ("batch_size",),
+    "attribution": ("batch_size",),
+    "faithfulness": None,
+    "report": None,
+}
+
+
+def open_record(folder: RunFolder, recipe: Recipe, fresh: bool) -> dict[str, object]:
+    """Open the folder for this recipe and write who is running what."""
+    table = recipe_table(recipe)
+    models = {model: fingerprint(model) for model in recipe.models()}
+    times: object = {}
+    if folder.record.exists() and not fresh:
+        old = folder.read_record()
+        for what, here, there in (
+            ("recipe", _fixed(table), _fixed(old.get("recipe"))),
+            ("weights", models, old.get("models")),
+        ):
+            difference = _first_difference(here, there)
+            if difference:
+                raise ProbeError(
+                    f"{folder.path} holds a run of another {what} ({difference}); "
+                    "give another --output, or start over with --fresh"
+                )
+        times = old.get("seconds", {})
+    folder.open(fresh)
+    record: dict[str, object] = {
+        "schema": SCHEMA,
+        "recipe": table,
+        "models": models,
+        "versions": {
+            "probe": probe.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "nnsight")},
+        },
+        "devices": [_device_name(device) for device in resolve_devices(recipe.compute.device)],
+        "started": now(),
+        "seconds": times,
+        "finished": None,
+    }
+    folder.write_json("run.json", record)
+    return record
+
+
+@contextmanager
+def timed(folder: RunFolder, record: dict[str, object], phase: str) -> Iterator[None]:
+    """Add a phase's seconds to the record, also those of a phase that was broken off."""
+    start = time.monotonic()
+    seconds = record["seconds"]
+    assert isinstance(seconds, dict)
+    try:
+        yield
+    finally:
+        seconds[phase] = round(seconds.get(phase, 0) + time.monotonic() - start, 3)
+        folder.write_json("run.json", record)
+
+
+def _fixed(table: object) -> object:
+    """The part of a recipe that decides what comes out."""
+    if not isinstance(table, dict):
+        return table
+    fixed = {}
+    for key, value in table.items():
+        free = _FREE_KEYS.get(key, ())
+        if free is None:
+            continue
+        fixed[key] = {k: v for k, v in value.items() if k not in free} if free else value
+    return fixed
+
+
+def _first_difference(here: object, there: object, key: str = "") -> str:
+    """Name the first place where two pieces of plain data differ, or nothing."""
+    if isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
+        here, there = dict(enumerate(here)), dict(enumerate(there))
+    if isinstance(here, dict) and isinstance(there, dict):
+        for name in [*here, *(name for name in there if name not in here)]:
+            inner = f"{key}.{name}" if key else str(name)
+            difference = _first_difference(here.get(name), there.get(name), inner)
+            if difference:
+                return difference
+        return ""
+    return "" if here == there else f"{key}: {there} there, {here} here"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def now() -> str:
+    """The time, in UTC, as records write it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
