@@ -346,6 +346,11 @@ def _check(model: Model, sequences: SequenceOf[Sequence], batch_size: int) -> li
         if not sequence.prompt or not sequence.answer:
             part = "answer" if sequence.prompt else "prompt"
             raise ProbeError(f"sequence {name}: the {part} is empty; it needs at least one token")
+        if model.context and _length(sequence) > model.context:
+            raise ProbeError(
+                f"sequence {name}: {_length(sequence)} tokens are more than the model's context "
+                f"of {model.context}; cut the answer"
+            )
         for token in (*sequence.prompt, *sequence.answer):
             if not 0 <= token < vocabulary:
                 raise ProbeError(

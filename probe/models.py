@@ -67,6 +67,12 @@ class Model:
         return int(self.config.hidden_size)
 
     @property
+    def context(self) -> int | None:
+        """The most positions it was made for; None where its config does not say."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        return None if positions is None else int(positions)
+
+    @property
     def heads(self) -> Heads:
         """The heads of its attention."""
         query = int(self.config.num_attention_heads)

@@ -51,12 +51,17 @@ def solve(
         The solutions of one batch that were not done.
 
     Raises:
-        ProbeError: A question has no tokens.
+        ProbeError: A question has no tokens, or more than fit into the model's context.
     """
     prompts = [encode_prompt(model, prompt, problem.question) for problem in problems]
     for problem, tokens in zip(problems, prompts, strict=True):
         if not tokens:
             raise ProbeError(f"question {problem.id}: its prompt has no tokens")
+        if model.context and len(tokens) >= model.context:
+            raise ProbeError(
+                f"question {problem.id}: its prompt has {len(tokens)} tokens, which leaves no room "
+                f"in the model's context of {model.context}"
+            )
     order = sorted(range(len(problems)), key=lambda place: len(prompts[place]))
     with Grader() as grader:
         for start in range(0, len(order), batch_size):
@@ -102,6 +107,8 @@ def generate(
         filling = ends[0] if ends else 0
 
     width = max(len(prompt) for prompt in prompts)
+    if model.context:
+        max_new_tokens = min(max_new_tokens, model.context - width)
     input_ids = torch.full((len(prompts), width), filling)
     attention_mask = torch.zeros(len(prompts), width, dtype=torch.int64)
     for place, prompt in enumerate(prompts):

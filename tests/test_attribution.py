@@ -117,6 +117,7 @@ def test_what_is_done_is_left_out(llama):
         (probe.Sequence([1], []), "sequence 0: the answer is empty"),
         (probe.Sequence([1], [97], "q7"), "sequence q7: token 97 .*0 to 96"),
         (probe.Sequence([-1], [5]), "token -1"),
+        (probe.Sequence([1] * 100, [5] * 30, "q8"), "q8: 129 tokens are more .* of 128"),
     ],
 )
 def test_bad_sequences(llama, sequence, message):

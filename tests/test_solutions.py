@@ -54,6 +54,16 @@ def test_an_answer_that_does_not_end(tiny, problems):
     assert len(answer) == 3
 
 
+def test_the_context_bounds_an_answer(tiny):
+    prompt = tiny.tokenizer("12+3=?")["input_ids"]
+    assert tiny.context is not None
+    (answer,) = generate(tiny, [prompt * ((tiny.context - 10) // len(prompt))], 100)
+    assert len(answer) <= tiny.context
+    long = Problem("7", "1" * tiny.context, "3")
+    with pytest.raises(ProbeError, match=r"question 7: its prompt has \d+ tokens"):
+        list(solve(tiny, [long], "{question}", max_new_tokens=4, batch_size=1))
+
+
 def test_the_prompt_may_hold_braces(tiny):
     problem = Problem("0", "1+2", "3")
     (batch,) = solve(tiny, [problem], "{question}=?", max_new_tokens=4, batch_size=1)
