@@ -26,7 +26,7 @@ from probe.agreement import Agreement, MeasuredEdge, Stratum, compare_all
 from probe.attribution import Edge, Sequence, attribute, exact_effects
 from probe.errors import ProbeError
 from probe.graph import Granularity
-from probe.models import Model, fingerprint, load_model, resolve_devices
+from probe.models import Model, cpu_threads, fingerprint, load_model, resolve_devices
 from probe.recipe import Recipe, read_recipe, recipe_files, recipe_from, recipe_table
 from probe.record import timed
 from probe.report import build_report
@@ -213,7 +213,11 @@ def run_faithfulness(
     devices = resolve_devices(recipe.compute.device)
     sides = _read_sides(recipe, folder)
     folder.open()
-    with progress_bar(console) as progress, timed(folder, record, "faithfulness"):
+    with (
+        progress_bar(console) as progress,
+        timed(folder, record, "faithfulness"),
+        cpu_threads(recipe.compute.threads),
+    ):
         measure_models(recipe, sides, folder, devices, progress)
     report = build_report(folder.path)
     folder.write_json("report.json", report.table)

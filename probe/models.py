@@ -11,6 +11,8 @@ work and far more memory.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -226,6 +228,20 @@ def resolve_devices(device: str, most: int | None = None) -> "list[torch.device]
             raise ProbeError(f"device {name!r} is not on this machine ({count} CUDA devices here)")
         devices.append(place)
     return devices
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many threads for a while, or as many as it did."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_pair(before: str, after: str) -> None:

@@ -84,6 +84,9 @@ class Compute:
     dtype: DType = "bfloat16"
     """Precision of weights and activations; scores are accumulated in float32 in any case."""
 
+    threads: Count | None = None
+    """Threads of a run on CPU; torch's own choice if not given. Small models want 1."""
+
 
 @dataclass(frozen=True, config=_STRICT)
 class SolutionOptions:
@@ -171,6 +174,9 @@ class ReportOptions:
 
     bins: Count = BINS
     """Bins of the histogram behind the entropies."""
+
+    resamples: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = 1000
+    """How many times the questions are drawn for an interval; 0 leaves all statistics out."""
 
     entries: Literal["dense", "real"] = "dense"
     """What tables show: metrics over the dense matrix (the paper's) or over real edges only.

@@ -26,7 +26,7 @@ from probe.run_folder import SCHEMA, RunFolder
 # Keys of a recipe that do not change what comes out, only how fast or how it is shown.
 _FREE_KEYS = {
     "description": None,
-    "compute": ("device",),
+    "compute": ("device", "threads"),
     "solutions": ("batch_size",),
     "attribution": ("batch_size",),
     "faithfulness": None,
@@ -62,7 +62,10 @@ def open_record(folder: RunFolder, recipe: Recipe, fresh: bool) -> dict[str, obj
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "nnsight")},
         },
-        "devices": [_device_name(device) for device in resolve_devices(recipe.compute.device)],
+        "devices": [
+            _device_name(device, recipe.compute.threads)
+            for device in resolve_devices(recipe.compute.device)
+        ],
         "started": now(),
         "seconds": times,
         "finished": None,
@@ -111,10 +114,10 @@ def _first_difference(here: object, there: object, key: str = "") -> str:
     return "" if here == there else f"{key}: {there} there, {here} here"
 
 
-def _device_name(device: torch.device) -> str:
+def _device_name(device: torch.device, threads: int | None) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
+    return f"{device} ({threads or torch.get_num_threads()} threads)"
 
 
 def now() -> str:

@@ -28,7 +28,7 @@ from rich.progress import (
 
 from probe.attribution import METHODS, EdgeScores, Sequence, attribute
 from probe.errors import ProbeError
-from probe.models import Model, check_pair, fingerprint, load_model, resolve_devices
+from probe.models import Model, check_pair, cpu_threads, fingerprint, load_model, resolve_devices
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
 from probe.record import now, open_record, timed
@@ -83,7 +83,7 @@ def run_recipe(
     console = console or Console(stderr=True, highlight=False)
     devices = resolve_devices(recipe.compute.device)
 
-    with progress_bar(console) as progress:
+    with progress_bar(console) as progress, cpu_threads(recipe.compute.threads):
         with timed(folder, record, "solutions"):
             solutions = _solve_all(recipe, problems, folder, devices, progress)
         with timed(folder, record, "selection"):

@@ -7,7 +7,7 @@ from conftest import DATA, save_random_model
 
 import probe
 from probe.errors import ProbeError
-from probe.models import check_pair, fingerprint, resolve_devices
+from probe.models import check_pair, cpu_threads, fingerprint, resolve_devices
 
 SFT = "probe:tiny-math/sft"
 
@@ -96,6 +96,15 @@ def test_a_pair_with_other_tokens(tmp_path):
     (second / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ProbeError, match="differ in tokenizer"):
         check_pair(str(first), str(second))
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    with cpu_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    with cpu_threads(None):
+        assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before
 
 
 def test_the_fingerprint_sees_training(tmp_path):
