@@ -25,28 +25,41 @@ from types import TracebackType
 SECONDS = 10.0
 STARTUP_SECONDS = 120.0
 
-_STATED = re.compile(r"[Tt]he answer is:?\s*(.+)")
+_POWER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])")
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_STATED = re.compile(r"[Tt]he (?:final )?answer is:?[ \t]*")
+_LINE = re.compile(r"\s*((?:\\begin\{(?s:.{0,1000}?)\\end\{\w+\}|[^\n])+)")
+_LEFTOVER = re.compile(r"\s*(?:ки\s*|\.?\s*I hope it is correct\.?\s*)+$")
 _HASHES = re.compile(r"#+ *([^#\n]+)")
 
 
 def extract_answer(text: str) -> str | None:
     r"""Find the final answer of a solution, or None.
 
-    In this order, each time the last one: `\boxed{X}`, `The answer is: X`, `#### X` (or `#X`).
+    In this order, each time the last one: `\boxed{X}`, `The answer is: X`, `#### X` (or `#X`). A
+    step marker of the Math-Shepherd models after X is left out.
     """
-    boxed = text.rfind("\\boxed{")
-    if boxed >= 0:
-        start = boxed + len("\\boxed{")
-        depth = 1
-        for place in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[start:place].strip()
-    for pattern in (_STATED, _HASHES):
-        found = pattern.findall(text)
-        if found:
-            return str(found[-1]).strip().rstrip(".") or None
-    return None
+    if boxed := last_boxed(text):
+        return boxed
+    stated = [found.end() for found in _STATED.finditer(text)]
+    found = [_LINE.match(text, stated[-1])] if stated else list(_HASHES.finditer(text))
+    if not found or not found[-1]:
+        return None
+    return _LEFTOVER.sub("", found[-1][1]).strip().rstrip(".") or None
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Give what stands in the last `\boxed{...}` that is closed and not empty."""
+    last, last_start = None, -1
+    opened: list[int | None] = []  # where the content of each open brace starts, if it is a box
+    for brace in _BRACES.finditer(text):
+        if brace[0].endswith("{") and brace[0] != r"\{":
+            opened.append(brace.end() if len(brace[0]) > 1 else None)
+        elif brace[0] == "}" and opened:
+            start = opened.pop()
+            if start is not None and start > last_start and text[start : brace.start()].strip():
+                last, last_start = text[start : brace.start()].strip(), start
+    return last
 
 
 class Grader:
@@ -140,12 +153,18 @@ class Grader:
 
 
 def same_answer(gold: str, answer: str) -> bool:
-    """Whether math-verify takes two final answers for the same; without any time limit."""
+    """Whether two final answers are the same text or, to math-verify, the same thing.
+
+    There is no time limit here. 3.2e4 is read as 3.2 times a power of ten.
+    """
     from math_verify import LatexExtractionConfig, parse, verify
 
+    if gold.strip() == answer.strip():
+        return True
     # Its LaTeX route is a grammar; its route for plain expressions ends in an eval inside sympy.
     route = [LatexExtractionConfig()]
-    sides = [parse(f"${text}$", route, parsing_timeout=None) for text in (gold, answer)]
+    texts = [_POWER.sub(r"\1 \\times 10^{\2}", text) for text in (gold, answer)]
+    sides = [parse(f"${text}$", route, parsing_timeout=None) for text in texts]
     return bool(verify(*sides, timeout_seconds=None))
 
 
@@ -156,7 +175,7 @@ def _serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
     # What it cannot parse is an answer that is wrong, not an event.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    same_answer("1", "1")  # imports and builds its grammar before the first time limit runs
+    same_answer("1", "1.0")  # imports and builds its grammar before the first time limit runs
     print("ready", flush=True)
     for line in sys.stdin:
         gold, answer = json.loads(line)

@@ -1,27 +1,47 @@
-"""Problems: the questions of a benchmark and their answers.
+r"""Problems: the questions of a benchmark and their answers.
 
-A benchmark is a function from an optional file to a list of problems, registered by name. Without
-a file it loads its own source: a data set from the hub, or a file that ships with the package.
+A benchmark is a function from an optional file or folder to a list of problems, registered by
+name. Without a file it loads its own source: a data set from the hub, or a file that ships with
+the package. What benchmarks differ in is little: where they come from, and how the final answer
+is got from a row. The names of columns differ between copies of one benchmark, so all take all.
 
     >>> load_problems("tiny-math")[0]
     Problem(id='0', question='50-7-67-53=?', answer='-77')
 """
 
-import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from probe.errors import ProbeError
+from probe.grading import last_boxed
 from probe.models import PACKAGE_DATA
+from probe.reading import Row, read_rows
+
+QUESTION = ("question", "problem", "prompt", "query", "input")
+ANSWER = ("answer", "final_answer", "expected_answer", "ground_truth", "gold", "target")
+SOLUTION = ("solution", "generated_solution", "rationale", "explanation")
+ID = ("id", "unique_id", "idx", "uid", "problem_id", "problem_idx", "question_number", "index")
+"""Names of columns in the wild, each list in order of preference; capitals do not matter."""
+
+MATH_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
 
 
 class Problem(NamedTuple):
     """One question."""
 
     id: str
-    """Its name within the benchmark: its own, or its place in the file."""
+    """Its name within the benchmark: its own if it has one, or its place."""
 
     question: str
     """The text that goes into the prompt."""
@@ -34,7 +54,7 @@ class Benchmark(NamedTuple):
     """A benchmark as recipes know it."""
 
     load: Callable[[Path | None], list[Problem]]
-    """All its problems, from the file where one is given."""
+    """All its problems, from the file or folder where one is given."""
 
     source: str | None
     """The data set on the hub that it loads without a file; None if it ships with the package."""
@@ -42,29 +62,79 @@ class Benchmark(NamedTuple):
 
 def tiny_math(path: Path | None = None) -> list[Problem]:
     """Integer arithmetic in a few steps: held-out problems of the models that ship with probe."""
-    rows = _read_jsonl(path or PACKAGE_DATA / "tiny-math" / "problems.jsonl", "question", "answer")
-    return [
-        Problem(str(row.get("id", place)), str(row["question"]), str(row["answer"]))
-        for place, row in enumerate(rows)
-    ]
+    return _problems(read_rows(path or PACKAGE_DATA / "tiny-math" / "problems.jsonl"), _answer)
 
 
 def gsm8k(path: Path | None = None) -> list[Problem]:
-    """GSM8K, test split, 1319 questions (openai/gsm8k); the answer is what follows `####`."""
-    rows: Iterator[Mapping[str, object]]
-    if path is None:
-        rows = iter(_from_hub("openai/gsm8k", "main", "test"))
-    else:
-        rows = _read_jsonl(path, "question", "answer")
-    return [
-        Problem(str(place), str(row["question"]), str(row["answer"]).rpartition("####")[2].strip())
-        for place, row in enumerate(rows)
-    ]
+    """GSM8K, test split, 1319 questions; the answer is what follows `####`."""
+    rows = read_rows(path) if path else _from_hub("openai/gsm8k", "main", "test")
+    return _problems(rows, lambda row: _answer(row).rpartition("####")[2])
+
+
+def math(path: Path | None = None) -> list[Problem]:
+    r"""MATH, test split, 5000 questions; the answer is its column or the solution's \boxed{}."""
+    if path:
+        return _problems(read_rows(path), _boxed_answer)
+    parts = (_from_hub("EleutherAI/hendrycks_math", name, "test") for name in MATH_SUBJECTS)
+    return _problems([row for part in parts for row in part], _boxed_answer)
+
+
+def college_math(path: Path | None = None) -> list[Problem]:
+    """College Math (MathScale's MWPBench), test split, 2818 questions from nine textbooks."""
+    rows = read_rows(path) if path else _from_hub("qq8933/College_Math_Test", None, "test")
+    return _problems(rows, _answer)
+
+
+def minerva_math(path: Path | None = None) -> list[Problem]:
+    r"""Minerva Math (undergraduate courses), 272 questions; the answer as in MATH."""
+    rows = read_rows(path) if path else _from_hub("math-ai/minervamath", None, "test")
+    # Two answers are half in Python: np.arcsin(10/13).
+    return _problems(rows, lambda row: re.sub(r"\bnp\.", r"\\", _boxed_answer(row)))
+
+
+def olympiadbench(path: Path | None = None) -> list[Problem]:
+    """OlympiadBench, open-ended mathematics in English without pictures, 675 questions.
+
+    The answer is a list with one text, which may list several answers itself; its unit, if there
+    is one, follows it.
+    """
+    rows = (
+        read_rows(path)
+        if path
+        else _from_hub("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train")
+    )
+
+    def answer(row: Row) -> str:
+        texts = _listed(row.need("answer", "final_answer", *ANSWER))
+        unit = str(row.find("unit") or "").replace("$", "").strip()
+        if unit and not unit.startswith(("^", "%")):
+            unit = rf" \text{{ {unit}}}"
+        return ", ".join(text.strip().strip(".") for text in texts) + unit
+
+    return _problems(rows, answer)
+
+
+def aime24(path: Path | None = None) -> list[Problem]:
+    """AIME 2024, I and II, 30 questions; each answer is a whole number from 0 to 999."""
+    rows = read_rows(path) if path else _from_hub("HuggingFaceH4/aime_2024", None, "train")
+    return _problems(rows, _whole_answer)
+
+
+def amc23(path: Path | None = None) -> list[Problem]:
+    """AMC 12 2023, A and B, 40 questions without choices; each answer is a whole number."""
+    rows = read_rows(path) if path else _from_hub("math-ai/amc23", None, "test")
+    return _problems(rows, _whole_answer)
 
 
 BENCHMARKS: dict[str, Benchmark] = {
     "tiny-math": Benchmark(tiny_math, None),
     "gsm8k": Benchmark(gsm8k, "openai/gsm8k"),
+    "math": Benchmark(math, "EleutherAI/hendrycks_math"),
+    "college_math": Benchmark(college_math, "qq8933/College_Math_Test"),
+    "minerva_math": Benchmark(minerva_math, "math-ai/minervamath"),
+    "olympiadbench": Benchmark(olympiadbench, "Hothan/OlympiadBench"),
+    "aime24": Benchmark(aime24, "HuggingFaceH4/aime_2024"),
+    "amc23": Benchmark(amc23, "math-ai/amc23"),
 }
 """Every benchmark by its name; the one place to add one."""
 
@@ -76,13 +146,13 @@ def load_problems(
 
     Args:
         benchmark: A name in `BENCHMARKS`.
-        path: A local file with its problems, instead of the benchmark's own source.
+        path: A local file or folder with its problems, instead of the benchmark's own source.
         questions: How many to draw, or None for all. A larger draw contains the smaller ones.
         seed: Seed of the draw.
 
     Raises:
-        ProbeError: An unknown benchmark, a file that is missing or has a broken line, or a data
-            set that cannot be reached.
+        ProbeError: An unknown benchmark, a file that is missing or broken or lacks a column, or
+            a data set that cannot be reached.
     """
     if benchmark not in BENCHMARKS:
         raise ProbeError(f"benchmark {benchmark!r} is not known; one of: {', '.join(BENCHMARKS)}")
@@ -100,44 +170,70 @@ def load_problems(
     return [problems[place] for place in sorted(order[:questions])]
 
 
-def _read_jsonl(path: Path, *columns: str) -> Iterator[Mapping[str, object]]:
-    """Read a JSON-lines file, naming the line in every complaint."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ProbeError(f"cannot read the benchmark file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ProbeError(
-            f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8"
-        ) from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ProbeError(
-                f"{path}:{number}: not JSON ({error.msg}); mend or remove this line"
-            ) from error
-        if not isinstance(row, dict):
-            raise ProbeError(f"{path}:{number}: not a JSON object; each line needs {{...}}")
-        missing = [column for column in columns if column not in row]
-        if missing:
-            raise ProbeError(
-                f"{path}:{number}: no column {missing[0]!r}; found: {', '.join(row) or 'none'}; "
-                f"needed: {', '.join(columns)}"
-            )
-        yield row
+def _problems(rows: Sequence[Row], answer: Callable[[Row], str]) -> list[Problem]:
+    """Make a problem of each row, given how to get its final answer."""
+    problems = []
+    for row, name in zip(rows, _ids(rows), strict=True):
+        question = str(row.need("question", *QUESTION))
+        if context := row.find("context"):
+            question = f"{context}\n{question}"
+        final = answer(row).strip()
+        if not final:
+            raise ProbeError(f"{row.where}: the answer is empty; mend or remove this row")
+        problems.append(Problem(name, question, final))
+    return problems
 
 
-def _from_hub(dataset: str, config: str, split: str) -> Iterator[Mapping[str, object]]:
+def _ids(rows: Sequence[Row]) -> list[str]:
+    """Give each row the id of the first column that tells all rows apart, or else its place."""
+    for column in ID:
+        ids = [row.find(column) for row in rows]
+        if None not in ids and len(set(map(str, ids))) == len(ids):
+            return [str(name) for name in ids]
+    return [str(place) for place in range(len(rows))]
+
+
+def _answer(row: Row) -> str:
+    return str(row.need("answer", *ANSWER))
+
+
+def _boxed_answer(row: Row) -> str:
+    r"""Take the column of the answer, or else what the solution puts into its last \boxed{}."""
+    text = str(row.need("answer", *ANSWER, *SOLUTION))
+    boxed = last_boxed(text)
+    if boxed is None and row.find(*ANSWER) is None:
+        raise ProbeError(f"{row.where}: the solution has no \\boxed{{}}; mend or remove this row")
+    return boxed or text
+
+
+def _whole_answer(row: Row) -> str:
+    """Write a whole number without leading zeros or decimals: 025 is 25 and 27.0 is 27."""
+    text = _boxed_answer(row)
+    found = re.fullmatch(r"\s*\$?(-?)0*(\d+)(?:\.0*)?\$?\s*", text)
+    if found is None:
+        raise ProbeError(f"{row.where}: the answer {text!r} is no whole number")
+    return found[1] + found[2]
+
+
+def _listed(value: object) -> list[str]:
+    """Read a list, which a CSV file holds as text: `['2']`, or as JSON."""
+    if isinstance(value, str):
+        if quoted := re.fullmatch(r"\s*\[\s*(['\"])(.*)\1\s*\]\s*", value, re.DOTALL):
+            value = [quoted[2].replace(r"\\", "\\")]
+        else:
+            value = [value]
+    return [str(part) for part in value] if isinstance(value, Sequence) else [str(value)]
+
+
+def _from_hub(dataset: str, config: str | None, split: str) -> list[Row]:
     import datasets
 
     try:
-        yield from datasets.load_dataset(dataset, config, split=split)
+        rows = datasets.load_dataset(dataset, config, split=split)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ProbeError(
             f"cannot load the data set {dataset!r} ({reason}); connect to the hub once, or give a "
             "local file with --set benchmarks.0.path=FILE"
         ) from error
+    return [Row(f"{dataset}, row {place}", row) for place, row in enumerate(rows, start=1)]

@@ -71,7 +71,7 @@ class BenchmarkChoice:
     """A name in `probe.problems.BENCHMARKS`."""
 
     path: str | None = None
-    """A local file with its problems, instead of the benchmark's own source."""
+    """A local file or folder with its problems, instead of the benchmark's own source."""
 
 
 @dataclass(frozen=True, config=_STRICT)
