@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from probe.errors import ProbeError
@@ -20,9 +21,17 @@ BINS = 100
 EPS = 1e-10
 
 
+Array = npt.NDArray[np.float64]
+
+
 def activation_intensity(scores: torch.Tensor, mask: torch.Tensor | None = None) -> float:
     """Mean of |W| over sequences and entries (Eq. 14)."""
-    return float(np.abs(_entries(scores, mask)).mean())
+    return float(intensities(scores, mask).mean())
+
+
+def intensities(scores: torch.Tensor, mask: torch.Tensor | None = None) -> Array:
+    """Mean of |W| of each sequence; their mean is the activation intensity."""
+    return np.abs(_entries(scores, mask)).mean(1)
 
 
 def information_complexity(
@@ -33,7 +42,12 @@ def information_complexity(
     The histogram has `bins` equal bins from 0 to the largest |W|; p log(p + eps) is summed. Bins
     and eps are not published: compare values of this metric only under the same `bins`.
     """
-    return _histogram_entropy(np.abs(_entries(scores, mask)), bins, eps)
+    return _histogram_entropy(strengths(scores, mask), bins, eps)
+
+
+def strengths(scores: torch.Tensor, mask: torch.Tensor | None = None) -> Array:
+    """Every |W| of each sequence: what information complexity makes a histogram of."""
+    return np.abs(_entries(scores, mask))
 
 
 def distribution_kurtosis(scores: torch.Tensor, mask: torch.Tensor | None = None) -> float:
@@ -41,11 +55,16 @@ def distribution_kurtosis(scores: torch.Tensor, mask: torch.Tensor | None = None
 
     Population moments. NaN if a sequence's entries are all equal.
     """
+    return float(kurtoses(scores, mask).mean())
+
+
+def kurtoses(scores: torch.Tensor, mask: torch.Tensor | None = None) -> Array:
+    """Excess kurtosis of each sequence's entries; their mean is the distribution kurtosis."""
     entries = _entries(scores, mask)
     centred = entries - entries.mean(1, keepdims=True)
     variance = (centred**2).mean(1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return float(((centred**4).mean(1) / variance**2 - 3).mean())
+        return (centred**4).mean(1) / variance**2 - 3
 
 
 def sample_diversity(scores: torch.Tensor, mask: torch.Tensor | None = None) -> float:
@@ -53,13 +72,16 @@ def sample_diversity(scores: torch.Tensor, mask: torch.Tensor | None = None) -> 
 
     NaN for fewer than two sequences.
     """
-    entries = _entries(scores, mask)
-    if len(entries) < 2:
+    if len(scores) == 1:
         return float("nan")
+    between = distances(scores, mask)
+    return float(between[np.triu_indices(len(between), k=1)].mean())
+
+
+def distances(scores: torch.Tensor, mask: torch.Tensor | None = None) -> Array:
+    """1 - Pearson correlation [sequence, sequence]; the pairs' mean is the sample diversity."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        correlation = np.corrcoef(entries)
-    pairs = np.asarray(correlation)[np.triu_indices(len(entries), k=1)]
-    return float(1 - pairs.mean())
+        return 1 - np.atleast_2d(np.corrcoef(_entries(scores, mask)))
 
 
 def output_entropy(
@@ -71,8 +93,22 @@ def output_entropy(
     rises of several hundred percent) are possible: with few edges pooled over sequences, one bin
     holds nearly all. Every edge into `logits` is real, so the mask changes nothing.
     """
+    return _histogram_entropy(output_strengths(scores, mask), bins, eps)
+
+
+def output_strengths(scores: torch.Tensor, mask: torch.Tensor | None = None) -> Array:
+    """Every |W| into the final node: what output entropy makes a histogram of."""
     del mask
-    return _histogram_entropy(np.abs(_entries(scores[..., -1:], None)), bins, eps)
+    return strengths(scores[..., -1:])
+
+
+def entropy(counts: Array, eps: float = EPS) -> Array:
+    """Shannon entropy, in nats, of histograms [..., bin]: what both entropies end with."""
+    shares = counts / counts.sum(-1, keepdims=True)
+    return -(shares * np.log(shares + eps)).sum(-1)
+
+
+Parts = Callable[[torch.Tensor], Array]
 
 
 class Metric(NamedTuple):
@@ -90,15 +126,33 @@ class Metric(NamedTuple):
     histogram: bool = False
     """Whether it takes `bins`."""
 
+    per_sample: Parts | None = None
+    """For a mean over sequences: its value of each, [sequence]."""
+
+    pooled: Parts | None = None
+    """For the entropy of a histogram: what it counts, not negative, [sequence, entry]."""
+
+    pairwise: Parts | None = None
+    """For a mean over pairs of sequences: its value of each pair, [sequence, sequence]."""
+
 
 METRICS: dict[str, Metric] = {
-    "activation_intensity": Metric(activation_intensity, "Act.Intens.", "up"),
-    "information_complexity": Metric(information_complexity, "Info.Complex.", "up", True),
-    "distribution_kurtosis": Metric(distribution_kurtosis, "Dist.Kurt.", "down"),
-    "sample_diversity": Metric(sample_diversity, "Diversity", "up"),
-    "output_entropy": Metric(output_entropy, "Out.Entropy", "up", True),
+    "activation_intensity": Metric(
+        activation_intensity, "Act.Intens.", "up", per_sample=intensities
+    ),
+    "information_complexity": Metric(
+        information_complexity, "Info.Complex.", "up", histogram=True, pooled=strengths
+    ),
+    "distribution_kurtosis": Metric(
+        distribution_kurtosis, "Dist.Kurt.", "down", per_sample=kurtoses
+    ),
+    "sample_diversity": Metric(sample_diversity, "Diversity", "up", pairwise=distances),
+    "output_entropy": Metric(
+        output_entropy, "Out.Entropy", "up", histogram=True, pooled=output_strengths
+    ),
 }
-"""Every metric by its name, in the order of the report; the one place to add one."""
+"""Every metric by its name, in the order of the report; the one place to add one. With one of
+`per_sample`, `pooled` and `pairwise`, `probe.statistics` is fast; without, it is right but slow."""
 
 
 def compute_metric(
@@ -116,9 +170,7 @@ def compute_metric(
     return metric.function(scores, mask, **options)
 
 
-def _entries(
-    scores: torch.Tensor, mask: torch.Tensor | None
-) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _entries(scores: torch.Tensor, mask: torch.Tensor | None) -> Array:
     """The entries of each sequence as float64 [sequence, entry]."""
     if scores.ndim != 3 or not len(scores):
         raise ProbeError(
@@ -129,9 +181,6 @@ def _entries(
     return flat.detach().cpu().double().numpy()
 
 
-def _histogram_entropy(
-    values: np.ndarray[tuple[int, int], np.dtype[np.float64]], bins: int, eps: float
-) -> float:
+def _histogram_entropy(values: Array, bins: int, eps: float) -> float:
     counts, _ = np.histogram(values, bins=bins, range=(0, values.max() or 1))
-    shares = counts / counts.sum()
-    return float(-(shares * np.log(shares + eps)).sum())
+    return float(entropy(counts.astype(np.float64), eps))

@@ -21,9 +21,14 @@ from probe.errors import ProbeError
 from probe.metrics import METRICS
 from probe.recipe import Pair
 from probe.report import Cell, Change, Report
+from probe.statistics import LEVEL
 
 Format = Literal["table", "markdown", "json", "csv"]
-COLUMNS = ("alpha", "metric", "before → after", "change", "as paper", "real edges")
+TITLES = {
+    "dense": ("alpha", "metric", "before → after", "change %", "interval", "as paper", "real %"),
+    "real": ("alpha", "metric", "before → after", "real %", "dense %", "interval", "as paper"),
+}
+"""The columns, by what the recipe shows; the statistics are next to the dense matrix's change."""
 
 
 def print_report(report: Report, style: Format = "table") -> None:
@@ -64,14 +69,17 @@ def render(report: Report, style: Format) -> str:
 
 
 def summary(report: Report) -> str:
-    """One line per pair and benchmark: what happened to it."""
+    """One line per pair and benchmark: what happened to it; where tested, beyond chance."""
     lines = []
+    tested = report.recipe.report.resamples > 0
     for benchmark, pair, cells in _groups(report):
         known = [cell for cell in cells if cell.as_in_paper is not None]
-        agree = sum(bool(cell.as_in_paper) for cell in known)
+        moved = [cell for cell in known if cell.significant or not tested]
+        agree = sum(bool(cell.as_in_paper) for cell in moved)
         lines.append(
             f"On {benchmark}, {pair.method or pair.name} moved {agree} of {len(known)} cells "
-            "in the direction that the paper reports for online RL."
+            f"{'significantly ' if tested else ''}in the direction that the paper reports for "
+            f"online RL{f', and {len(moved) - agree} against it' if tested else ''}."
         )
     return "\n".join(lines)
 
@@ -89,24 +97,27 @@ def _groups(report: Report) -> list[tuple[str, Pair, list[Cell]]]:
 
 
 def _row(cell: Cell, report: Report) -> list[str]:
-    shown = Change(cell.before, cell.after, cell.change)
-    other = cell.real_edges
-    if report.recipe.report.entries == "real":
-        shown, other = other, shown
+    dense, real = Change(cell.before, cell.after, cell.change), cell.real_edges
+    shown = real if report.recipe.report.entries == "real" else dense
     verdict = {True: "yes", False: "no", None: "-"}[cell.as_in_paper]
-    return [
+    start = [
         f"{cell.alpha:g}",
         METRICS[cell.metric].label,
         f"{_number(shown.before)} → {_number(shown.after)}",
-        _percent(shown.change),
-        verdict,
-        _percent(other.change),
     ]
+    # Padded by hand, so that numbers stay below each other with and without marks.
+    judged = [f"{_percent(dense.change):>6} {_mark(cell)}", _interval(cell.interval), verdict]
+    other = [_percent(real.change)]
+    return [*start, *other, *judged] if shown is real else [*start, *judged, *other]
 
 
-def _titles(report: Report) -> list[str]:
-    other = "dense" if report.recipe.report.entries == "real" else "real edges"
-    return [*COLUMNS[:-1], other]
+def _mark(cell: Cell) -> str:
+    noisy = "~" if cell.above_noise is False else ""
+    return ("*" if cell.significant else " ") + noisy
+
+
+def _titles(report: Report) -> tuple[str, ...]:
+    return TITLES[report.recipe.report.entries]
 
 
 def _heading(report: Report, benchmark: str, pair: Pair, cells: list[Cell]) -> str:
@@ -126,17 +137,24 @@ def tables(report: Report) -> RenderableType:
     parts: list[RenderableType] = [Text(summary(report)), Text("")]
     for benchmark, pair, cells in _groups(report):
         parts.append(Text(_heading(report, benchmark, pair, cells), style="bold"))
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for title in _titles(report):
-            left = title == "metric"
-            table.add_column(title, justify="left" if left else "right", no_wrap=True)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        titles = _titles(report)
+        judged = titles.index("interval") - 1
+        verdict = titles.index("as paper")
+        for place, title in enumerate(titles):
+            left = title == "metric" or place == judged
+            wide = title == "interval"  # of a change from nearly nothing
+            table.add_column(
+                title, justify="left" if left else "right", no_wrap=not wide, overflow="fold"
+            )
         for place, cell in enumerate(cells):
             row: list[str | Text] = [*_row(cell, report)]
-            verdict = str(row[-2])
-            row[-2] = Text(verdict, style={"yes": "green", "no": "red"}.get(verdict, ""))
+            style = {"yes": "green", "no": "red"}.get(str(row[verdict]), "")
+            row[verdict] = Text(str(row[verdict]), style=style)
             last = place + 1 == len(cells) or cells[place + 1].alpha != cell.alpha
-            table.add_row(*row, end_section=last)
-        parts.append(table)
+            dim = cell.significant is False
+            table.add_row(*row, end_section=last, style="dim" if dim else "")
+        parts += [Text(""), table, Text("")]
     if report.faithfulness:
         parts.append(view(report.faithfulness))
     parts.append(Text(_caveats(report), style="dim"))
@@ -148,12 +166,22 @@ def _caveats(report: Report) -> str:
     shown, other = "the dense matrix, structural zeros included", "real edges only"
     if recipe.report.entries == "real":
         shown, other = other, shown
+    column = "dense %" if recipe.report.entries == "real" else "real %"
     lines = [
-        f"Metrics over {shown}; last column: change of the same over {other}. "
+        f"Metrics over {shown}; {column}: change of the same over {other}. "
         f"Convention {recipe.selection.convention!r}, {recipe.attribution.method}, granularity "
-        f"{recipe.attribution.granularity}, {recipe.report.bins} bins, {recipe.compute.dtype}. "
+        f"{recipe.attribution.granularity}, {recipe.report.bins} bins, {recipe.compute.dtype}.",
         "A change is shown without its noise: it is no finding by itself.",
     ]
+    if recipe.report.resamples:
+        tested = sum(cell.p_value is not None for cell in report.cells)
+        lines[1] = (
+            f"Marks: * is significant, p < {LEVEL:g} where a question's two sides are exchanged at "
+            f"random, adjusted (Holm) for {tested} cells. ~ is within the noise: halves of one "
+            "model's questions differ as much. Interval: 95 % of the change with questions drawn "
+            f"again{', over the dense matrix' if recipe.report.entries == 'real' else ''}. "
+            "All of this is about other questions, not about other training runs."
+        )
     if report.missing:
         lines.append(f"Not in this report ({len(report.missing)}): " + "; ".join(report.missing))
     return "\n".join(lines)
@@ -164,8 +192,9 @@ def _markdown(report: Report) -> str:
     for benchmark, pair, cells in _groups(report):
         lines += [f"### {_heading(report, benchmark, pair, cells)}", ""]
         lines += ["| " + " | ".join(_titles(report)) + " |"]
-        lines += ["|---:|---|---:|---:|---:|---:|"]
-        lines += ["| " + " | ".join(_row(cell, report)) + " |" for cell in cells]
+        lines += ["|---:|---|---:|---:|---:|---:|---:|"]
+        for cell in cells:
+            lines += ["| " + " | ".join(" ".join(t.split()) for t in _row(cell, report)) + " |"]
         lines += [""]
     if report.faithfulness:
         lines += [*markdown_lines(report.faithfulness), ""]
@@ -177,8 +206,9 @@ def _csv(report: Report) -> str:
     rows = []
     for cell in report.cells:
         row = asdict(cell)
-        real = row.pop("real_edges")
-        rows.append(row | {f"real_edges_{name}": value for name, value in real.items()})
+        real, ends = row.pop("real_edges"), row.pop("interval") or (None, None)
+        row |= {f"real_edges_{name}": value for name, value in real.items()}
+        rows.append(row | dict(zip(("interval_low", "interval_high"), ends, strict=True)))
     if rows:
         writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
@@ -187,8 +217,20 @@ def _csv(report: Report) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2e}"
+    if value is None:
+        return "-"
+    digits, exponent = f"{value:.2e}".split("e")
+    return f"{digits}e{int(exponent)}"
 
 
 def _percent(change: float | None) -> str:
-    return "-" if change is None else f"{100 * change:+.1f} %"
+    if change is None:
+        return "-"
+    return f"{100 * change:+.{1 if abs(change) < 10 else 0}f}"
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    if ends is None:
+        return "-"
+    digits = 1 if max(map(abs, ends)) < 0.1 else 0
+    return "..".join(f"{100 * end:+.{digits}f}" for end in ends)

@@ -1,8 +1,8 @@
 """The report: each metric before and after, and whether it moved as the paper says RL moves it.
 
-A cell is one metric of one pair on one benchmark at one alpha. Cells are computed from the edges
-in a run folder, so a finished or half-finished run can be reported again at any time;
-`probe.rendering` prints them.
+A cell is one metric of one pair on one benchmark at one alpha, with what `probe.statistics` says
+about its change. Cells are computed from the edges in a run folder, so a finished or half-finished
+run can be reported again at any time; `probe.rendering` prints them.
 
     >>> report = build_report(Path("runs/tiny-math"))
     >>> report.cells[0].metric
@@ -10,7 +10,8 @@ in a run folder, so a finished or half-finished run can be reported again at any
 """
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from probe.run_folder import (
     first_names,
     model_names,
 )
+from probe.statistics import LEVEL, Statistics, compare_sides, holm, permutations_for
 
 _SIGNS = {"up": 1, "down": -1}
 
@@ -81,6 +83,29 @@ class Cell:
 
     real_edges: Change
     """The same over real edges only."""
+
+    interval: tuple[float, float] | None = None
+    """95 % bootstrap interval of the change over questions. This and what follows is over the dense
+    matrix, and None where it is not defined or the recipe leaves statistics out."""
+
+    p_value: float | None = None
+    """How often a change of this size comes about by exchanging questions' two sides at random."""
+
+    p_holm: float | None = None
+    """The same, adjusted by Holm's method for all cells of the report."""
+
+    effect_size: float | None = None
+    """after - before in standard deviations of a question's contribution to it."""
+
+    noise_floor: float | None = None
+    """The |change|, in this direction, that random halves of one model's questions differ by in
+    95 % of all splits."""
+
+    significant: bool | None = None
+    """Whether p_holm is below 0.05."""
+
+    above_noise: bool | None = None
+    """Whether |change| is above the noise floor."""
 
 
 @dataclass(frozen=True)
@@ -146,28 +171,43 @@ def build_report(path: Path) -> Report:
     recipe = recipe_from(folder.read_record()["recipe"], str(folder.record))
     cells: list[Cell] = []
     missing: list[str] = []
+    planned = len(recipe.pairs) * len(recipe.benchmarks) * len(recipe.selection.alpha)
+    permutations = permutations_for(planned * len(METRICS))
     accuracy = []
     for benchmark in (choice.name for choice in recipe.benchmarks):
         for pair in recipe.pairs:
             accuracy.append(_accuracy(folder, recipe, pair, benchmark))
             for alpha in recipe.selection.alpha:
                 name = cell_name(pair, benchmark, alpha)
+                files = [folder.edges_file(name, side) for side in ("before", "after")]
                 try:
-                    before, after = (
-                        folder.read_edges(folder.edges_file(name, side))
-                        for side in ("before", "after")
-                    )
+                    before, after = (folder.read_edges(file) for file in files)
+                    here = [folder.question_ids(file) for file in files if file.exists()]
                 except Damaged as error:
                     missing.append(f"{name}: {error}")
                     continue
                 if before is None or after is None:
                     missing.append(f"{name}: not computed yet")
                     continue
-                bins = recipe.report.bins
-                cells += _cells(pair.name, benchmark, alpha, before, after, bins)
+                if here[0] != here[1]:
+                    missing.append(f"{name}: before and after are of different questions")
+                    continue
+                options = recipe.report
+                statistics = {metric: Statistics() for metric in METRICS}
+                if options.resamples:
+                    statistics = compare_sides(
+                        before.scores,
+                        after.scores,
+                        bins=options.bins,
+                        resamples=options.resamples,
+                        permutations=permutations,
+                    )
+                cells += _cells(
+                    pair.name, benchmark, alpha, before, after, options.bins, statistics
+                )
     faithfulness = _faithfulness(folder, recipe, missing)
     known = tuple(row for row in accuracy if row)
-    return Report(recipe, tuple(cells), known, tuple(missing), faithfulness)
+    return Report(recipe, _judged(cells), known, tuple(missing), faithfulness)
 
 
 def _faithfulness(folder: RunFolder, recipe: Recipe, missing: list[str]) -> tuple[Agreement, ...]:
@@ -200,7 +240,13 @@ def _accuracy(folder: RunFolder, recipe: Recipe, pair: Pair, benchmark: str) -> 
 
 
 def _cells(
-    pair: str, benchmark: str, alpha: float, before: EdgeScores, after: EdgeScores, bins: int
+    pair: str,
+    benchmark: str,
+    alpha: float,
+    before: EdgeScores,
+    after: EdgeScores,
+    bins: int,
+    statistics: Mapping[str, Statistics],
 ) -> list[Cell]:
     cells = []
     for metric, entry in METRICS.items():
@@ -222,9 +268,25 @@ def _cells(
                 paper_direction=entry.direction,
                 as_in_paper=None if moved is None else moved * _SIGNS[entry.direction] > 0,
                 real_edges=real,
+                **vars(statistics[metric]),
             )
         )
     return cells
+
+
+def _judged(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+    """The cells with what depends on all of them, and on their own noise."""
+    tested = [cell.p_value for cell in cells if cell.p_value is not None]
+    adjusted = iter(holm(tested))
+    judged = []
+    for cell in cells:
+        if cell.p_value is not None:
+            p_holm = next(adjusted)
+            cell = replace(cell, p_holm=p_holm, significant=p_holm < LEVEL)
+        if cell.change is not None and cell.noise_floor is not None:
+            cell = replace(cell, above_noise=abs(cell.change) > cell.noise_floor)
+        judged.append(cell)
+    return tuple(judged)
 
 
 def _change(before: float, after: float) -> Change:

@@ -199,6 +199,18 @@ class RunFolder:
         with safe_open(part, framework="pt") as file:
             return [int(place) for place in json.loads(file.metadata()["ids"])]
 
+    def question_ids(self, path: Path) -> list[str]:
+        """Which questions a file of edges holds, in order.
+
+        Raises:
+            Damaged: The file does not say.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                return [str(name) for name in json.loads(file.metadata()["ids"])]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise Damaged("damaged (its questions are not known)") from error
+
     def write_edges(self, path: Path, edges: EdgeScores, ids: Sequence[str], key: str) -> None:
         """Write scores and losses.
 

@@ -7,7 +7,7 @@ from probe.attribution import EdgeScores
 from probe.errors import ProbeError
 from probe.graph import Graph
 from probe.metrics import METRICS
-from probe.rendering import print_report, render
+from probe.rendering import print_report, render, summary
 from probe.report import build_report
 
 
@@ -23,6 +23,11 @@ def test_a_half_finished_run(half_run):
     assert intensity.metric == "activation_intensity"
     assert intensity.change == pytest.approx(1.0)
     assert intensity.as_in_paper is True
+    assert intensity.interval == pytest.approx((1, 1))
+    assert intensity.p_value == pytest.approx(2 * 0.5**5, abs=0.01)  # all five rise, or all fall
+    assert intensity.p_value < intensity.p_holm
+    assert intensity.significant is False  # five questions cannot be enough
+    assert report.cells[1].p_value == 1  # an entropy does not see the scale
     assert report.table["complete"] is False
 
 
@@ -37,8 +42,62 @@ def test_metrics_that_are_not_defined_are_null(half_run):
     assert cells["activation_intensity"].change is None  # from 0
     assert cells["sample_diversity"].before is None
     assert cells["sample_diversity"].as_in_paper is None
+    for cell in cells.values():  # of one question
+        assert cell.interval is cell.p_value is cell.p_holm is cell.effect_size is None
+        assert cell.noise_floor is cell.significant is cell.above_noise is None
     assert json.loads(render(report, "json"))
     print_report(report)
+
+
+def write_sides(folder, cell, before, after, ids=None):
+    graph = Graph.build(2, "qkv")
+    for side, scores in (("before", before), ("after", after)):
+        edges = EdgeScores(scores * graph.mask, torch.ones(len(scores)), graph)
+        names = [str(place) for place in range(len(scores))] if ids is None else ids[side]
+        folder.write_edges(folder.edges_file(cell, side), edges, names, "key")
+
+
+def test_what_is_significant_and_above_the_noise(half_run):
+    torch.manual_seed(1)
+    shape = (30, *Graph.build(2, "qkv").mask.shape)
+    before, other = torch.randn(shape), torch.randn(shape)
+    write_sides(half_run, "sft-grpo.tiny-math.alpha-0.5", before, before / 3)
+    write_sides(half_run, "sft-dpo.tiny-math.alpha-0.5", before, other)
+    report = build_report(half_run.path)
+    assert len(report.cells) == 2 * len(METRICS)
+    found = {(cell.pair, cell.metric): cell for cell in report.cells}
+    weaker = found.pop(("sft-grpo", "activation_intensity"))
+    assert weaker.significant
+    assert weaker.above_noise
+    assert weaker.as_in_paper is False
+    assert weaker.p_holm == pytest.approx(10 * weaker.p_value)  # of ten cells the smallest
+    assert not any(cell.significant for cell in found.values())
+    assert all(low <= 0 <= high for low, high in (cell.interval for cell in found.values()))
+    first, second = summary(report).splitlines()
+    assert first.startswith("On tiny-math, GRPO moved 0 of 5 cells significantly in the direction")
+    assert first.endswith("and 1 against it.")
+    assert second.endswith("and 0 against it.")
+
+
+def test_statistics_can_be_left_out(half_run):
+    record = half_run.read_record()
+    record["recipe"]["report"]["resamples"] = 0
+    half_run.write_json("run.json", record)
+    report = build_report(half_run.path)
+    for cell in report.cells:
+        assert cell.change is not None
+        assert cell.interval is cell.p_holm is cell.significant is cell.above_noise is None
+    assert "significantly" not in render(report, "markdown")
+    assert "without its noise" in render(report, "markdown")
+
+
+def test_sides_of_different_questions_are_not_paired(half_run):
+    scores = torch.randn(2, *Graph.build(2, "qkv").mask.shape)
+    cell = "sft-grpo.tiny-math.alpha-0.5"
+    write_sides(half_run, cell, scores, scores, {"before": ["a", "b"], "after": ["b", "a"]})
+    report = build_report(half_run.path)
+    assert not report.cells
+    assert f"{cell}: before and after are of different questions" in report.missing
 
 
 def test_not_a_run_folder(tmp_path):

@@ -85,6 +85,10 @@ def test_the_report_has_every_cell_once(finished):
         )
         up = cell["change"] > 0
         assert cell["as_in_paper"] == (up == (cell["paper_direction"] == "up"))
+        assert cell["interval"][0] <= cell["interval"][1]
+        assert 0 < cell["p_value"] <= cell["p_holm"] <= 1
+        assert cell["significant"] == (cell["p_holm"] < 0.05)
+        assert cell["above_noise"] == (abs(cell["change"]) > cell["noise_floor"])
 
 
 def test_the_cells_are_the_metrics_of_the_attributed_sequences(finished):
@@ -254,6 +258,9 @@ def test_a_model_against_itself_is_identical(tmp_path):
         assert cell.change == 0
         assert cell.as_in_paper is False
         assert cell.real_edges.change == 0
+        assert cell.interval == (0, 0)
+        assert cell.p_value == cell.p_holm == 1
+        assert cell.significant is cell.above_noise is False
     assert len(list((tmp_path / "run" / "solutions").iterdir())) == 1  # asked once
 
 
