@@ -25,9 +25,15 @@ from rich.progress import Progress
 from probe.agreement import Agreement, MeasuredEdge, Stratum, compare_all
 from probe.attribution import Edge, Sequence, attribute, exact_effects
 from probe.errors import ProbeError
-from probe.graph import Granularity
 from probe.models import Model, cpu_threads, fingerprint, load_model, resolve_devices
-from probe.recipe import Recipe, read_recipe, recipe_files, recipe_from, recipe_table
+from probe.recipe import (
+    AttributionOptions,
+    Recipe,
+    read_recipe,
+    recipe_files,
+    recipe_from,
+    recipe_table,
+)
 from probe.record import timed
 from probe.report import build_report
 from probe.run import Side, check_methods, cut, progress_bar, run_recipe
@@ -97,9 +103,8 @@ def measure(
     methods: SequenceOf[str],
     edges: int = EDGES,
     seed: int = 42,
-    granularity: Granularity = "qkv",
+    options: AttributionOptions | None = None,
     batch_size: int = 32,
-    sequence_batch_size: int = 8,
     known: Mapping[tuple[str, str, str], float] | None = None,
     progress: Callable[[list[MeasuredEdge], int], None] | None = None,
 ) -> list[MeasuredEdge]:
@@ -111,16 +116,26 @@ def measure(
         methods: Names in `probe.attribution.METHODS`; the first one's scores make the strata.
         edges: How many edges to draw.
         seed: Seed of the draw.
-        granularity: As in `probe.attribute`.
+        options: Granularity, ablation, steps and batch size of the methods; their defaults if
+            not given.
         batch_size: How many edges run at once where the exact effects are computed.
-        sequence_batch_size: How many sequences run at once where a method scores all edges.
         known: Exact effects from before, by sequence, source and target.
         progress: Called with the sample so far and the number of exact effects that have come to
             it: first with those that were known, then after each batch.
     """
+    options = options or AttributionOptions()
+    granularity, ablation = options.granularity, options.ablation
     names = [sequence.id or str(place) for place, sequence in enumerate(sequences)]
     found = {
-        method: attribute(model, sequences, method, granularity, sequence_batch_size)
+        method: attribute(
+            model,
+            sequences,
+            method,
+            granularity,
+            options.batch_size,
+            ablation=ablation,
+            ig_steps=options.ig_steps,
+        )
         for method in methods
     }
     strata, _, graph, *_ = found[methods[0]]
@@ -141,8 +156,9 @@ def measure(
         batch = [place for place in order[start : start + batch_size] if rows[place].exact is None]
         if not batch:
             continue
+        edges_of_batch = [drawn[place] for place in batch]
         effects = exact_effects(
-            model, sequences, [drawn[place] for place in batch], granularity, batch_size
+            model, sequences, edges_of_batch, granularity, batch_size, ablation=ablation
         )
         for place, effect in zip(batch, effects.tolist(), strict=True):
             rows[place] = replace(rows[place], exact=effect)
@@ -311,7 +327,8 @@ def _measure_side(
 ) -> int:
     """Measure one model; how many edges there were."""
     options = recipe.faithfulness
-    granularity, precision = recipe.attribution.granularity, recipe.compute.dtype
+    scoring, precision = recipe.attribution, recipe.compute.dtype
+    settings = ("exact", scoring.granularity, scoring.ablation, precision)
     sequences = side.sequences[: options.sequences]
     file = faithfulness_file(name)
     picture = (folder.path / file).with_suffix(".png")
@@ -319,9 +336,10 @@ def _measure_side(
         "schema": SCHEMA,
         "model": side.model,
         "cell": f"{side.cell}.{side.side}",
-        "key": edges_key(fingerprint(side.model), ("exact", granularity, precision), sequences),
+        "key": edges_key(fingerprint(side.model), settings, sequences),
         **{key: value for key, value in asdict(options).items() if key != "batch_size"},
         "methods": list(options.methods),
+        "ig_steps": scoring.ig_steps,
     }
     finished, rows = False, []
     try:
@@ -348,9 +366,8 @@ def _measure_side(
             options.methods,
             options.edges,
             options.seed,
-            granularity,
+            scoring,
             options.batch_size,
-            recipe.attribution.batch_size,
             known,
             keep,
         )

@@ -19,6 +19,7 @@ from probe.agreement import Agreement, Estimate, agreement_from, compare, view
 from probe.cli import main
 from probe.errors import ProbeError
 from probe.faithfulness import draw_edges, measure, run_faithfulness
+from probe.recipe import AttributionOptions
 from probe.rendering import render, tables
 from probe.report import build_report
 
@@ -200,12 +201,24 @@ def test_rows_name_their_edges(tiny):
         assert row.scores["eap"] == pytest.approx(score, abs=1e-6)
 
 
+def test_the_recipes_ablation_and_steps_count(tiny):
+    sequences = [probe.Sequence([3, 4, 5, 6], [7, 8, 9], "p"), probe.Sequence([9, 4], [7, 3], "q")]
+    options = AttributionOptions(ablation="mean", ig_steps=2)
+    (row, *_) = measure(tiny, sequences, ["eap-ig", "exact"], edges=3, options=options)
+    for method in ("eap-ig", "exact"):
+        edges = probe.attribute(tiny, sequences, method, ablation="mean", ig_steps=2)
+        place = edges.graph.sources.index(row.source), edges.graph.targets.index(row.target)
+        score = float(edges.scores["pq".index(row.sequence)][place])
+        assert row.scores[method] == pytest.approx(score, abs=1e-5)
+    assert row.exact == pytest.approx(row.scores["exact"], abs=1e-5)
+
+
 def test_fewer_edges_than_asked(llama):
     mask = llama.graph("block").mask
     said = []
     rows = measure(
         *(llama, [probe.Sequence([5, 6], [7, 8])], ["eap"]),
-        granularity="block",
+        options=AttributionOptions(granularity="block"),
         edges=1000,
         progress=lambda sample, new: said.append((len(sample), new)),
     )
@@ -278,11 +291,11 @@ def count_exact(monkeypatch, stop_after=None):
     """Count the edges that are computed exactly; be stopped after some batches."""
     counts, original = [], module.exact_effects
 
-    def counted(model, sequences, edges, *rest):
+    def counted(model, sequences, edges, *rest, **options):
         if len(counts) == stop_after:
             raise KeyboardInterrupt
         counts.append(len(edges))
-        return original(model, sequences, edges, *rest)
+        return original(model, sequences, edges, *rest, **options)
 
     monkeypatch.setattr(module, "exact_effects", counted)
     return counts
