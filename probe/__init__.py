@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from probe import metrics as metrics
+    from probe.attribution import Edge as Edge
     from probe.attribution import EdgeScores as EdgeScores
     from probe.attribution import Sequence as Sequence
     from probe.attribution import attribute as attribute
+    from probe.attribution import exact_effects as exact_effects
     from probe.errors import ProbeError as ProbeError
+    from probe.faithfulness import run_faithfulness as run_faithfulness
     from probe.graph import Graph as Graph
     from probe.models import Model as Model
     from probe.models import load_model as load_model
@@ -28,9 +31,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "Edge": "attribution",
     "EdgeScores": "attribution",
     "Sequence": "attribution",
     "attribute": "attribution",
+    "exact_effects": "attribution",
+    "run_faithfulness": "faithfulness",
     "ProbeError": "errors",
     "Graph": "graph",
     "Model": "models",
