@@ -31,7 +31,7 @@ def activation_intensity(scores: torch.Tensor, mask: torch.Tensor | None = None)
 
 def intensities(scores: torch.Tensor, mask: torch.Tensor | None = None) -> Array:
     """Mean of |W| of each sequence; their mean is the activation intensity."""
-    return np.abs(_entries(scores, mask)).mean(1)
+    return strengths(scores, mask).mean(1)
 
 
 def information_complexity(

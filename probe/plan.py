@@ -167,7 +167,8 @@ def _model_need(reference: str, recipe: Recipe) -> ModelNeed:
                 parameters += size
     config = read_config(reference)
     # A fit to one measurement (7B Mistral shape, bfloat16: 8.5 MB a token), sources included.
-    per_layer = 18 * config.hidden_size + 4 * config.intermediate_size
+    d_ffn = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    per_layer = 18 * config.hidden_size + 4 * d_ffn
     activations = config.num_hidden_layers * per_layer * BYTES[recipe.compute.dtype]
     return ModelNeed(reference, True, parameters, activations)
 

@@ -182,7 +182,7 @@ def build_report(path: Path) -> Report:
                 files = [folder.edges_file(name, side) for side in ("before", "after")]
                 try:
                     before, after = (folder.read_edges(file) for file in files)
-                    here = [folder.question_ids(file) for file in files if file.exists()]
+                    here = [folder.sequence_ids(file) for file in files if file.exists()]
                 except Damaged as error:
                     missing.append(f"{name}: {error}")
                     continue

@@ -286,8 +286,8 @@ def _attribute(
     for part in folder.parts(path):
         edges = _read_edges(folder, part, key, progress.console)
         if edges is not None:
-            for row, place in enumerate(folder.part_places(part)):
-                kept[place] = edges.scores[row], edges.losses[row], edges.residual_error
+            for row, name in enumerate(folder.sequence_ids(part)):
+                kept[int(name)] = edges.scores[row], edges.losses[row], edges.residual_error
     progress.update(task, advance=len(kept))
 
     def keep(places: list[int], batch: EdgeBatch) -> None:

@@ -194,13 +194,8 @@ class RunFolder:
         """The batches that wait for the rest of their file."""
         return sorted(path.parent.glob(f"{glob.escape(path.stem)}.part-*.safetensors"))
 
-    def part_places(self, part: Path) -> list[int]:
-        """Which sequences of its file a sound batch holds."""
-        with safe_open(part, framework="pt") as file:
-            return [int(place) for place in json.loads(file.metadata()["ids"])]
-
-    def question_ids(self, path: Path) -> list[str]:
-        """Which questions a file of edges holds, in order.
+    def sequence_ids(self, path: Path) -> list[str]:
+        """Which questions a file of edges holds, in order; of a part, their places in its file.
 
         Raises:
             Damaged: The file does not say.

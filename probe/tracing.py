@@ -112,6 +112,7 @@ def edge_scores(
     norms_last = row.head_norms_last
     exact = torch.promote_types(model.dtype, torch.float32)
     slice_bytes = SLICE_BYTES[model.device.type]
+    tensor_of, mean_losses = _trace_functions(exact)
     hold, straighten, halve = _relevance_rules(row.centred_norms)
 
     with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=kept):
@@ -168,8 +169,7 @@ def edge_scores(
                     written = hold(layer.attention_output, layer.attention_output.input)
                     layer.attention_output.output = written
                 else:
-                    written = layer.attention_output.output
-                    written = written[0] if isinstance(written, tuple) else written
+                    written = tensor_of(layer.attention_output.output)
                 outputs.append(written * scale)
 
             reader = layer.ffn_norm or layer.ffn
@@ -200,8 +200,7 @@ def edge_scores(
                 written = hold(layer.ffn_output, layer.ffn_output.input)
                 layer.ffn_output.output = written
             else:
-                written = layer.ffn_output.output
-                written = written[0] if isinstance(written, tuple) else written
+                written = tensor_of(layer.ffn_output.output)
             outputs.append(written * scale)
         end = final_norm.input.clone()
         final_norm.input = end
@@ -209,11 +208,7 @@ def edge_scores(
         if relevance:
             final_norm.output = hold(final_norm, end)
 
-        logits = network.output.logits
-        scored = logits.gather(1, columns[..., None].expand(-1, -1, logits.shape[-1]))
-        losses = torch.nn.functional.cross_entropy(
-            scored.to(exact).transpose(1, 2), labels, reduction="none", ignore_index=-100
-        ).sum(1) / (labels != -100).sum(1)
+        losses = mean_losses(network.output.logits, columns, labels)
         # Sequences do not touch each other, so the gradient of the sum holds each one's own.
         distinct = list({id(tensor): tensor for tensor in branches}.values())
         found = torch.autograd.grad(losses.sum(), distinct, retain_graph=bool(pulls))
@@ -284,6 +279,7 @@ def ablated_losses(
             rows_of.setdefault(edge[1], []).append(place)
     scale, transposed = _scale(model), row.transposed
     exact = torch.promote_types(model.dtype, torch.float32)
+    tensor_of, mean_losses = _trace_functions(exact)
 
     with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=kept):
         outputs = {0: layers[0].module.input.clone()}
@@ -330,8 +326,7 @@ def ablated_losses(
                     n_sources += 1
             else:
                 if n_sources in needed:
-                    written = layer.attention_output.output
-                    written = written[0] if isinstance(written, tuple) else written
+                    written = tensor_of(layer.attention_output.output)
                     outputs[n_sources] = written * scale
                 n_sources += 1
             reader = layer.ffn_norm or layer.ffn
@@ -341,8 +336,7 @@ def ablated_losses(
                 changed[rows_of[target]] = without(changed, rows_of[target])
                 reader.input = changed
             if n_sources in needed:
-                written = layer.ffn_output.output
-                written = written[0] if isinstance(written, tuple) else written
+                written = tensor_of(layer.ffn_output.output)
                 outputs[n_sources] = written * scale
             n_sources += 1
         target = len(layers) * per_layer
@@ -350,11 +344,7 @@ def ablated_losses(
             changed = final_norm.input.clone()
             changed[rows_of[target]] = without(changed, rows_of[target])
             final_norm.input = changed
-        logits = network.output.logits
-        scored = logits.gather(1, columns[..., None].expand(-1, -1, logits.shape[-1]))
-        losses = torch.nn.functional.cross_entropy(
-            scored.to(exact).transpose(1, 2), labels, reduction="none", ignore_index=-100
-        ).sum(1) / (labels != -100).sum(1)
+        losses = mean_losses(network.output.logits, columns, labels)
         losses = nnsight.save(losses.detach().cpu())
     return losses
 
@@ -368,6 +358,7 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
     by_head = graph.granularity == "head"
     scale, transposed = _scale(model), row.transposed
     exact = torch.promote_types(model.dtype, torch.float32)
+    tensor_of, _ = _trace_functions(exact)
 
     with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=kept[:1]):
         outputs = [layers[0].module.input[valid].to(exact).sum(0)]
@@ -383,11 +374,9 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
                     bias = layer.attention_projection.bias.to(exact) * scale
                     outputs.append(bias * valid.sum())
             else:
-                written = layer.attention_output.output
-                written = written[0] if isinstance(written, tuple) else written
+                written = tensor_of(layer.attention_output.output)
                 outputs.append(written[valid].to(exact).sum(0) * scale)
-            written = layer.ffn_output.output
-            written = written[0] if isinstance(written, tuple) else written
+            written = tensor_of(layer.ffn_output.output)
             outputs.append(written[valid].to(exact).sum(0) * scale)
         sums = nnsight.save(torch.stack(outputs).cpu())
     return sums
@@ -457,6 +446,29 @@ def _branch_columns(model: Model, graph: Graph) -> list[tuple[int, torch.Tensor]
             chosen[columns] = True
             branches.append((place, chosen.to(model.device)))
     return branches
+
+
+def _trace_functions(exact: torch.dtype) -> tuple[Callable[..., torch.Tensor], ...]:
+    """What trace bodies have in common, as local functions.
+
+    Args:
+        exact: The precision of losses.
+    """
+
+    def tensor_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """What a module gives on, without what some modules give beside it."""
+        return output[0] if isinstance(output, tuple) else output
+
+    def mean_losses(
+        logits: torch.Tensor, columns: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean negative log-likelihood of the scored tokens of each sequence: [sequence]."""
+        scored = logits.gather(1, columns[..., None].expand(-1, -1, logits.shape[-1]))
+        return torch.nn.functional.cross_entropy(
+            scored.to(exact).transpose(1, 2), labels, reduction="none", ignore_index=-100
+        ).sum(1) / (labels != -100).sum(1)
+
+    return tensor_of, mean_losses
 
 
 def _relevance_rules(centred: bool) -> tuple[Callable[..., torch.Tensor], ...]:
