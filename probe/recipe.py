@@ -184,6 +184,29 @@ class ReportOptions:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Published:
+    """A value that was printed elsewhere, to be shown beside ours."""
+
+    pair: str
+    """The pair's name."""
+
+    benchmark: str
+    """The benchmark's name."""
+
+    metric: str
+    """A name in `probe.metrics.METRICS`, or `accuracy` (a fraction; it has no alpha)."""
+
+    before: float
+    """Of the model before."""
+
+    after: float
+    """Of the model after."""
+
+    alpha: Positive | None = None
+    """Scored length as a share of the reference length; None for `accuracy`."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Recipe:
     """A whole experiment."""
 
@@ -216,6 +239,9 @@ class Recipe:
 
     report: ReportOptions = Field(default_factory=ReportOptions)
     """Reporting."""
+
+    published: tuple[Published, ...] = ()
+    """What was printed elsewhere for the same cells; only what is known, never a guess."""
 
     def models(self) -> tuple[str, ...]:
         """Every model once, in the order of the pairs."""
@@ -358,5 +384,6 @@ def _known_keys(path: list[int | str]) -> list[str]:
             kind = {
                 "pairs": Pair,
                 "benchmarks": BenchmarkChoice,
+                "published": Published,
             }.get(part) or get_type_hints(kind)[part]
     return [field.name for field in fields(kind)]
