@@ -162,29 +162,35 @@ def faithfulness(
 
 
 @main.command()
-@click.argument("run", type=click.Path())
+@click.argument("runs", type=click.Path(), nargs=-1, required=True, metavar="RUN...")
 @click.option(
     "--format",
     "style",
-    type=click.Choice(["table", "markdown", "json", "csv"]),
+    type=click.Choice(["table", "markdown", "latex", "json", "csv"]),
     default="table",
     show_default=True,
     help="How to print it.",
 )
-def report(run: str, style: str) -> None:
-    """Print the report of a run again, finished or not.
+@click.option("--output", type=click.Path(), help="Write it to a file instead.")
+def report(runs: tuple[str, ...], style: str, output: str | None) -> None:
+    """Print the report of a run again, finished or not; of several, side by side.
 
     \b
     Examples:
       probe report runs/tiny-math
-      probe report runs/tiny-math --format markdown > report.md
+      probe report runs/tiny-math --format latex --output tables.tex
+      probe report runs/fast runs/exact
     """
     from pathlib import Path
 
-    from probe.rendering import print_report
+    from probe.rendering import print_report, write_report
     from probe.report import build_report
 
-    print_report(build_report(Path(run)), style)  # type: ignore[arg-type]
+    reports = [build_report(Path(run)) for run in runs]
+    if output is None:
+        print_report(reports, style)
+    else:
+        write_report(reports, style, Path(output))
 
 
 if __name__ == "__main__":
