@@ -215,8 +215,9 @@ def plot(runs: tuple[str, ...], output: str | None) -> None:
     if output is None and len(runs) > 1:
         raise ProbeError("figures of several runs need a place: give --output FOLDER")
     folder = Path(output) if output else Path(runs[0]) / "figures"
+    reports = [build_report(Path(run)) for run in runs]
     with progress_bar(Console(stderr=True, highlight=False)) as progress:
-        files = write_figures([build_report(Path(run)) for run in runs], folder, progress)
+        files = write_figures(reports, folder, progress)
     click.echo(f"{len(files)} files in {folder}")
 
 
