@@ -166,7 +166,7 @@ def faithfulness(
 @click.option(
     "--format",
     "style",
-    type=click.Choice(["table", "markdown", "latex", "json", "csv"]),
+    type=click.Choice(["table", "markdown", "latex", "html", "json", "csv"]),
     default="table",
     show_default=True,
     help="How to print it.",
@@ -178,7 +178,7 @@ def report(runs: tuple[str, ...], style: str, output: str | None) -> None:
     \b
     Examples:
       probe report runs/tiny-math
-      probe report runs/tiny-math --format latex --output tables.tex
+      probe report runs/tiny-math --format html --output report.html
       probe report runs/fast runs/exact
     """
     from pathlib import Path
