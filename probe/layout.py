@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from probe.agreement import TITLES, explanation, shown_texts
-from probe.metrics import METRICS
+from probe.metrics import METRICS, TOKEN_METRICS, metric_named
 from probe.report import Accuracy, Cell, Change, ExtraTable, Report
 from probe.wording import SAME, arrow, both, compared, interval, marks, number, percent, run_names
 
@@ -53,7 +53,7 @@ def cell_rows(cell: Cell, report: Report) -> list[Texts]:
     change = f"{percent(cell.change):>6} {marks(cell)}".rstrip()
     rows = [
         row(
-            (f"{cell.alpha:g}", METRICS[cell.metric].label, both(shown.before, shown.after)),
+            (f"{cell.alpha:g}", metric_named(cell.metric).label, both(shown.before, shown.after)),
             (change, interval(cell.interval), _VERDICTS[cell.as_in_paper]),
             percent(real.change),
         )
@@ -111,7 +111,7 @@ def table_1(reports: Sequence[Report]) -> ExtraTable:
                             if (cell.pair, cell.benchmark, cell.alpha) == where
                         },
                     )
-    labels = (METRICS[metric].label for metric in TABLE_1)
+    labels = (metric_named(metric).label for metric in TABLE_1)
     return ExtraTable(
         "Table 1 of the paper", "", ("pair", "benchmark", "alpha", *labels), tuple(rows)
     )
@@ -142,7 +142,7 @@ def side_by_side(reports: Sequence[Report]) -> list[ExtraTable]:
         for cell in report.cells:
             table = found.setdefault((cell.benchmark, cell.pair), {})
             table.setdefault((cell.alpha, cell.metric), {})[place] = cell
-    order = list(METRICS)
+    order = [*METRICS, *TOKEN_METRICS]
     tables = []
     for (benchmark, pair), cells in found.items():
         rows = []
@@ -150,7 +150,7 @@ def side_by_side(reports: Sequence[Report]) -> list[ExtraTable]:
             cells.items(), key=lambda item: (item[0][0], order.index(item[0][1]))
         ):
             shown = (_beside(row.get(place), len(names) < 3) for place in range(len(names)))
-            rows.append((f"{alpha:g}", METRICS[metric].label, *shown))
+            rows.append((f"{alpha:g}", metric_named(metric).label, *shown))
         columns = ("alpha", "metric", *names)
         tables.append(ExtraTable(f"{benchmark} · {pair}", "", columns, tuple(rows)))
     return tables

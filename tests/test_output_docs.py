@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from probe import report
 from probe.agreement import Agreement, Estimate, MeasuredEdge
-from probe.metrics import METRICS
+from probe.metrics import METRICS, TOKEN_METRICS
 from probe.recipe import read_recipe
 from probe.record import open_record
 from probe.rendering import FORMATS
@@ -53,7 +53,7 @@ def test_the_fields_of_the_report(half_run):
     assert documented("report.json") == list(table)
     assert table["schema"] == SCHEMA
     assert f"It is {SCHEMA}, and grows" in TEXT
-    for metric in METRICS:
+    for metric in METRICS | TOKEN_METRICS:
         assert f"`{metric}`" in TEXT
 
 
