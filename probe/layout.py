@@ -7,7 +7,7 @@
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from probe.agreement import TITLES, explanation, shown_texts
 from probe.metrics import METRICS, TOKEN_METRICS, metric_named
@@ -95,43 +95,30 @@ def _points(row: Accuracy | Change) -> Texts:
 def table_1(reports: Sequence[Report]) -> ExtraTable:
     """The paper's Table 1: three metrics over the dense matrix, by pair, benchmark and alpha.
 
-    What was published stands below the row that it belongs to.
+    Each pair has a row of its own above its cells, and what was published stands below them.
     """
     rows: list[Texts] = []
+    empty = ("",) * len(TABLE_1)
     for report in reports:
+        shown: dict[tuple[str, str, float], dict[str, Cell]] = {}
+        for cell in report.cells:
+            shown.setdefault((cell.pair, cell.benchmark, cell.alpha), {})[cell.metric] = cell
         for pair in report.recipe.pairs:
-            for benchmark in report.recipe.benchmarks:
-                for alpha in report.recipe.selection.alpha:
-                    where = (pair.name, benchmark.name, alpha)
-                    rows += _table_1_rows(
-                        where,
-                        {
-                            cell.metric: cell
-                            for cell in report.cells
-                            if (cell.pair, cell.benchmark, cell.alpha) == where
-                        },
-                    )
-    labels = (metric_named(metric).label for metric in TABLE_1)
-    return ExtraTable(
-        "Table 1 of the paper", "", ("pair", "benchmark", "alpha", *labels), tuple(rows)
-    )
+            of_pair = [where for where in shown if where[0] == pair.name]
+            rows += [(pair.name, "", *empty)] if of_pair else []
+            for where in of_pair:
+                found = [shown[where][metric] for metric in TABLE_1]
+                ours = (f"{both(cell.before, cell.after)} {marks(cell):<2}" for cell in found)
+                rows.append((f"  {where[1]}", f"{where[2]:g}", *ours))
+                if any(cell.published for cell in found):
+                    rows.append(("  published", "", *map(_published, found)))
+    columns = ("pair and benchmark", "alpha", *(metric_named(name).label for name in TABLE_1))
+    return ExtraTable("Table 1 of the paper", "", columns, tuple(rows))
 
 
-def _table_1_rows(where: tuple[str, str, float], cells: Mapping[str, Cell]) -> list[Texts]:
-    if not cells:
-        return []
-    found = [cells[metric] for metric in TABLE_1]
-    ours = (f"{both(cell.before, cell.after)} {marks(cell):<2}" for cell in found)
-    rows: list[Texts] = [(*where[:2], f"{where[2]:g}", *ours)]
-    if any(cell.published for cell in found):
-        theirs = (
-            f"{both(cell.published.before, cell.published.after)} {SAME[cell.as_published]} "
-            if cell.published
-            else "-  "
-            for cell in found
-        )
-        rows.append(("", "published", "", *theirs))
-    return rows
+def _published(cell: Cell) -> str:
+    theirs = cell.published
+    return f"{both(theirs.before, theirs.after)} {SAME[cell.as_published]} " if theirs else "-  "
 
 
 def side_by_side(reports: Sequence[Report]) -> list[ExtraTable]:

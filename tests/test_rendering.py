@@ -168,7 +168,7 @@ def test_published_values_are_below_their_cells(half_run):
     intensity, complexity, kurtosis = (f"{short(c.before)}" for c in report.cells[:3])
     table = shown(report, 100)
     assert re.search(
-        rf"sft-grpo +tiny-math +0.5 +{intensity} .* +{complexity} .* +{kurtosis} .*\n"
+        rf"sft-grpo *\n +tiny-math +0.5 +{intensity} .* +{complexity} .* +{kurtosis} .*\n"
         r" +published +1.10e-3 ↗ 1.31e-3 ✓ +1.10e-3 ↗ 1.31e-3 ✗ +-",
         table,
     )
@@ -204,7 +204,7 @@ def test_runs_of_different_cells_make_one_table(half_run):
     console = Console(file=io.StringIO(), width=100)
     console.print(view([report, other]))
     text = console.file.getvalue()
-    assert re.search(r"Table 1(.*\n)*sft-grpo +tiny-math(.*\n)*sft-dpo +tiny-math", text)
+    assert re.search(r"Table 1(.*\n)*sft-grpo *\n +tiny-math(.*\n)*sft-dpo *\n +tiny-math", text)
     assert "over 2 experiments" in text
 
 
