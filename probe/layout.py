@@ -113,7 +113,10 @@ def table_1(reports: Sequence[Report]) -> ExtraTable:
                 if any(cell.published for cell in found):
                     rows.append(("  published", "", *map(_published, found)))
     columns = ("pair and benchmark", "alpha", *(metric_named(name).label for name in TABLE_1))
-    return ExtraTable("Table 1 of the paper", "", columns, tuple(rows))
+    note = "Before and after; * is significant, ~ is within the noise of one model."
+    if any(cell.published for report in reports for cell in report.cells):
+        note += " Published values are below; ✓ is the same direction."
+    return ExtraTable("Table 1 of the paper", note, columns, tuple(rows))
 
 
 def _published(cell: Cell) -> str:
