@@ -48,6 +48,13 @@ def main() -> None:
 @click.argument("name", metavar="NAME|PATH.toml")
 @click.option("--output", type=click.Path(), help="Run folder [default: runs/NAME].")
 @click.option("--limit", type=click.IntRange(1), help="Ask only N questions of each benchmark.")
+@click.option(
+    "--benchmark-path",
+    "paths",
+    multiple=True,
+    metavar="[NAME=]PATH",
+    help="A local file or folder with a benchmark's problems.",
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key.")
 @click.option("--method", help="eap, eap-ig, relp or exact.")
 @click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1.")
@@ -58,6 +65,7 @@ def recipe(
     name: str,
     output: str | None,
     limit: int | None,
+    paths: tuple[str, ...],
     settings: tuple[str, ...],
     method: str | None,
     device: str | None,
@@ -71,7 +79,7 @@ def recipe(
     Examples:
       probe recipe tiny-math
       probe recipe tiny-math --limit 200 --set selection.samples=50
-      probe recipe my-recipe.toml --set pairs.0.before=my-folder --output runs/mine
+      probe recipe mistral-math --set pairs.0.before=my-folder --benchmark-path gsm8k=test.jsonl
     """
     overrides: dict[str, str | int | float] = {}
     for setting in settings:
@@ -88,9 +96,9 @@ def recipe(
         if given is not None:
             overrides[key] = given
 
-    from probe.recipe import read_recipe
+    from probe.recipe import place_benchmarks, read_recipe
 
-    chosen = read_recipe(name, overrides)
+    chosen = place_benchmarks(read_recipe(name, overrides), paths)
     if dry_run:
         from rich.console import Console
 
