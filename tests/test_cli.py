@@ -39,7 +39,7 @@ def test_help_imports_nothing_heavy(arguments):
     assert done.stderr.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["recipe", "recipes", "report", "faithfulness"])
+@pytest.mark.parametrize("command", ["recipe", "compare", "recipes", "report", "faithfulness"])
 def test_every_command_shows_an_example(command):
     text = call(command, "--help").output
     assert "Example" in text
