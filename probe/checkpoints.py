@@ -196,12 +196,20 @@ def _weights_in(folder: Path) -> list[Path]:
         files = sorted(folder.glob(pattern))
         index = next(iter(folder.glob(f"{pattern.replace('*', '')}.index.json")), None)
         if index and files:
-            table = json.loads(index.read_text(encoding="utf-8"))
-            shards = {folder / name for name in table["weight_map"].values()}
-            files = sorted(shards) if all(shard.is_file() for shard in shards) else []
+            files = _shards(index)
         if files:
             return files
     return []
+
+
+def _shards(index: Path) -> list[Path]:
+    """The weight files that an index lists, if all are there."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ProbeError(f"{index}: not an index of weight files; fetch it again") from error
+    shards = sorted(index.parent / name for name in names)
+    return shards if all(shard.is_file() for shard in shards) else []
 
 
 def _download(reference: str, weights: bool) -> Path:

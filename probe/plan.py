@@ -17,6 +17,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from probe.batching import ENOUGH_TOKENS
 from probe.checkpoints import adapter_base, find_checkpoint, hub_reachable, weight_files
 from probe.errors import ProbeError
 from probe.models import read_config
@@ -137,7 +138,7 @@ class Plan:
                 for alpha in selection.alpha:
                     tokens = scored_tokens(pair, alpha)
                     work = 4 * shape.parameters * tokens / OPERATIONS_PER_SECOND
-                    least = shape.n_layers * PASS_SECONDS / options.batch_size
+                    least = shape.n_layers * PASS_SECONDS / sequences_per_batch(self.recipe, tokens)
                     total += sum(samples) * passes * max(work, least)
         return total
 
@@ -160,6 +161,12 @@ def answer_tokens(pair: Pair) -> float:
 def scored_tokens(pair: Pair, alpha: float) -> float:
     """How long they take a scored sequence to be."""
     return PROMPT_TOKENS + alpha * answer_tokens(pair)
+
+
+def sequences_per_batch(recipe: Recipe, tokens: float) -> int:
+    """How many sequences of so many tokens run at once on a GPU with memory enough."""
+    size = recipe.attribution.batch_size
+    return max(1, int(ENOUGH_TOKENS["cuda"] / tokens)) if size == "auto" else size
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -287,10 +294,13 @@ def _needs(plan: Plan) -> list[str]:
             token = model.activation_bytes(recipe.compute.dtype)
             if weights and token:
                 tokens = scored_tokens(pair, max(recipe.selection.alpha, default=0))
-                batch = tokens * recipe.attribution.batch_size
+                batch = tokens * sequences_per_batch(recipe, tokens)
                 needs.append(weights + (token * batch if recipe.selection.alpha else 0))
     if len(needs) == 2 * len(recipe.pairs):
-        lines.append(f"Memory of the largest batch: about {_size(int(max(needs)))}.")
+        lines.append(
+            f"Memory of the largest batch: about {_size(int(max(needs)))}"
+            f"{'; smaller batches do with less' if recipe.selection.alpha else ''}."
+        )
     else:
         lines.append("Memory and time: unknown until the models are here.")
     times = [
