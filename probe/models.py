@@ -9,6 +9,7 @@ memory.
     (4, 160)
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,7 +185,9 @@ def _merged(module: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
             f"{adapter} is a PEFT adapter, which needs: pip install circuit-probe[peft]"
         ) from error
     try:
-        merged: PreTrainedModel = PeftModel.from_pretrained(module, adapter).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+            merged: PreTrainedModel = PeftModel.from_pretrained(module, adapter).merge_and_unload()
     except RuntimeError as error:  # sizes that do not fit
         reason = str(error).strip().splitlines()[-1].strip()
         raise ProbeError(f"the adapter {adapter} does not fit its base: {reason}") from error
