@@ -204,6 +204,8 @@ def attribute(
         raise ProbeError(f"method {method!r} is not known; one of: {', '.join(METHODS)}")
     if ig_steps < 1:
         raise ProbeError(f"ig_steps is {ig_steps}; it must be at least 1")
+    if method == "relp" and model.kernels != "eager":
+        raise ProbeError("relp needs what fused kernels leave out; load the model with eager ones")
     graph = model.graph(granularity)
     names = _check(model, sequences)
     means = _left(model, sequences, graph, ablation, batch_size)

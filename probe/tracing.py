@@ -161,8 +161,9 @@ def edge_scores(
     tensor_of, _ = _trace_functions(exact)
     own_logits = _own_logits(model)
     hold, straighten, halve = _relevance_rules(row.centred_norms, row.norm_offset)
-    pull = _norm_pull(row.centred_norms, row.norm_offset, relevance, exact)
-    open_product, write, receive, close_product = _edge_product(
+    n_columns = len(at_columns) or len(row.projections)
+    pull = _norm_pull(row.centred_norms, row.norm_offset, epsilon, relevance, model.kernels)
+    open_product, write, expect, receive, close_product = _edge_product(
         graph, len(layers), n_sequences, steps, left, thrift.sources_on_host
     )
 
@@ -179,27 +180,26 @@ def edge_scores(
             place = 0
             for layer in layers:
                 reader = layer.attention_norm or layer.attention
-                # A view has a gradient of its own, and costs nothing.
-                branch = reader.input.view_as(reader.input)
-                reader.input = branch
+                branch = reader.input
+                if not (at_inputs or at_columns):
+                    # A view has a gradient of its own, and costs nothing.
+                    branch = branch.view_as(branch)
+                    reader.input = branch
+                    receive(branch, place)
+                    place += 1
                 normed = branch
                 if layer.attention_norm and (at_inputs or relevance):
                     normed = layer.attention_norm.output
                     if relevance:
                         normed = hold(layer.attention_norm, branch, epsilon)
                         layer.attention_norm.output = normed
-                pulled = None
                 if layer.attention_norm and (at_inputs or at_columns):
-                    weight = layer.attention_norm.weight
-                    pulled = pull(branch.detach(), weight, epsilon)
-                if not (at_inputs or at_columns):
-                    receive(branch, place, None)
-                    place += 1
+                    expect(place, n_columns, pull(branch.detach(), layer.attention_norm.weight))
                 for number, projection in enumerate(layer.projections):
                     if at_inputs:
                         read = normed.view_as(normed)
                         projection.input = read
-                        receive(read, place, pulled)
+                        receive(read, place)
                         place += 1
                     here = [chosen for at, chosen in at_columns if at == number]
                     if here:
@@ -207,8 +207,7 @@ def edge_scores(
                         projection.output = projected
                         weight = projection.weight.T if transposed else projection.weight
                         for chosen in here:
-                            part = weight[chosen]
-                            receive(projected, place, pulled, chosen, part)
+                            receive(projected, place, chosen, weight[chosen])
                             place += 1
                     if relevance and not norms_last and number < len(layer.head_norms):
                         norm = layer.head_norms[number]
@@ -232,9 +231,10 @@ def edge_scores(
                     write(tensor_of(layer.attention_output.output), scale)
 
                 reader = layer.ffn_norm or layer.ffn
-                branch = reader.input.view_as(reader.input)
+                branch = reader.input
+                branch = branch.view_as(branch)
                 reader.input = branch
-                receive(branch, place, None)
+                receive(branch, place)
                 place += 1
                 if relevance:
                     if layer.ffn_norm:
@@ -260,9 +260,10 @@ def edge_scores(
                     norm = layer.ffn_output
                     norm.output = hold(norm, norm.input, epsilon)
                 write(tensor_of(layer.ffn_output.output), scale)
-            end = final_norm.input.view_as(final_norm.input)
+            end = final_norm.input
+            end = end.view_as(end)
             final_norm.input = end
-            receive(end, place, None)
+            receive(end, place)
             hidden = final_norm.output
             if relevance:
                 hidden = hold(final_norm, end, epsilon)
@@ -558,8 +559,8 @@ def _relevance_rules(centred: bool, offset: float) -> tuple[Callable[..., torch.
 
 
 def _norm_pull(
-    centred: bool, offset: float, held: bool, exact: torch.dtype
-) -> Callable[..., Callable[[torch.Tensor, torch.Tensor], None]]:
+    centred: bool, offset: float, epsilon: float, held: bool, kernels: str
+) -> Callable[[torch.Tensor, torch.Tensor], Callable[[torch.Tensor], None]]:
     """How gradients are pulled from a norm's output to its input, as a local function.
 
     Query, key and value each need their own gradient at the residual stream. With x the (centred)
@@ -569,33 +570,49 @@ def _norm_pull(
     Args:
         centred: Whether norms subtract the mean.
         offset: What is added to norms' weights.
+        epsilon: What norms add to the mean square.
         held: Whether r counts as a constant.
-        exact: The precision of the sums.
+        kernels: With `liger`, all is one kernel.
     """
+    fused: Callable[..., None] | None = None
+    if kernels == "liger" and not centred and not held:
+        from probe.kernels import pull_through_norm
 
-    def pull(
-        value: torch.Tensor, weight: torch.Tensor, epsilon: float
-    ) -> Callable[[torch.Tensor, torch.Tensor], None]:
-        known: dict[str, torch.Tensor] = {}
+        fused = pull_through_norm
 
-        def pulled(gradient: torch.Tensor, out: torch.Tensor) -> None:
-            if not known:  # once for query, key and value
-                wide = value.to(exact)
-                known["x"] = wide - wide.mean(-1, keepdim=True) if centred else wide
-                size = known["x"].square().mean(-1, keepdim=True)
-                known["r"] = (size + epsilon).rsqrt()
-            wide, rate = known["x"], known["r"]
-            along = gradient * (weight + offset) if offset else gradient * weight
-            if held:
-                result = along * rate
-            else:
-                radial = (along * wide).sum(-1, keepdim=True) * rate**3 / -wide.shape[-1]
-                result = torch.addcmul(along * rate, wide, radial)
+    def pull(value: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        def pulled(gradients: torch.Tensor) -> None:
+            """Replace gradients [branch, ...], three at a time: their copies stay small."""
+            if fused is not None:
+                fused(gradients, value, weight, offset, epsilon)
+                return
+            exact = torch.promote_types(value.dtype, torch.float32)
+            wide = value.to(exact)
             if centred:
-                result = result - result.mean(-1, keepdim=True)
-            out.copy_(result)
+                wide = wide - wide.mean(-1, keepdim=True)
+            rate = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+            gain = weight.to(exact) + offset
+            for room in gradients.split(3):
+                result = room * (rate * gain)
+                if not held:
+                    radial = dot(room, wide * gain)
+                    radial *= rate**3 / -wide.shape[-1]
+                    result = torch.addcmul(result, wide, radial, out=result)
+                if centred:
+                    result -= result.mean(-1, keepdim=True)
+                room.copy_(result)
 
         return pulled
+
+    def dot(gradients: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Inner products [branch, ..., 1] over d_model."""
+        if gradients.device.type == "cuda" and gradients.dtype != value.dtype:
+            width = value.shape[-1]
+            left = gradients.view(len(gradients), -1, width).transpose(0, 1)
+            right = value.to(gradients.dtype).view(-1, width, 1)
+            found = torch.bmm(left, right, out_dtype=value.dtype).transpose(0, 1)
+            return found.reshape(*gradients.shape[:-1], 1)
+        return (gradients * value).sum(-1, keepdim=True)
 
     return pull
 
@@ -607,7 +624,13 @@ def _edge_product(
     steps: int,
     left: torch.Tensor | None,
     on_host: bool,
-) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None], Callable[..., Pair]]:
+) -> tuple[
+    Callable[..., None],
+    Callable[..., None],
+    Callable[..., None],
+    Callable[..., None],
+    Callable[..., Pair],
+]:
     """What multiplies outputs with gradients as they come, as local functions.
 
     Args:
@@ -625,47 +648,48 @@ def _edge_product(
     group = per_layer * -(-n_layers // GRADIENT_GROUPS)
     slice_bytes = SLICE_BYTES
     held: dict[str, torch.Tensor] = {}
-    state = {"written": 0, "start": n_targets, "stop": n_targets}
-    filled: set[int] = set()
+    state = {"written": 0, "start": n_targets, "stop": n_targets, "piece": 1}
+    missing: set[int] = set()
+    pulls: dict[int, tuple[range, Callable[[torch.Tensor], None]]] = {}
 
     def open_product(stream: torch.Tensor) -> None:
         """Make room for all outputs and for the gradients of one group."""
         _, length, width = stream.shape
-        # Filled up so that positions fall into equal pieces, enough of them for a whole GPU.
-        piece = length
-        if stream.device.type != "cpu":
-            piece = max(4, 1 << (n_sequences * length // 1024).bit_length())
-        state["length"], state["piece"] = length, piece * width
-        padded = -(-length // piece) * piece
+        # The sum over positions falls into equal pieces, about enough of them for a whole GPU.
+        wanted = max(1, n_sequences * length // 1024)
+        divisors = (p for p in range(1, length + 1) if length % p == 0)
+        piece = min(divisors, key=lambda p: max(p / wanted, wanted / p))
+        state["piece"] = (length if stream.device.type == "cpu" else piece) * width
+        shape = (n_sequences, length, width)
         place = "cpu" if on_host else stream.device
-        shape = (n_sequences, padded, width)
         held["outputs"] = torch.empty(
             n_sources, *shape, dtype=stream.dtype, device=place, pin_memory=on_host
         )
-        held["gradients"] = stream.new_empty(group + 1, steps, *shape)
-        held["outputs"][:, :, length:] = 0
-        held["gradients"][..., length:, :] = 0
+        # A multiple of 8, for which matrix products have their fast kernels.
+        held["gradients"] = stream.new_zeros(-(-(group + 1) // 8) * 8, steps, *shape)
         exact = torch.promote_types(stream.dtype, torch.float32)
         held["scores"] = stream.new_zeros(n_sequences, n_sources, n_targets, dtype=exact)
 
     def write(output: torch.Tensor, scale: float) -> None:
         """Keep the output of the next source."""
-        room = held["outputs"][state["written"], :, : state["length"]]
+        room = held["outputs"][state["written"]]
         state["written"] += 1
         output = output.detach()[-n_sequences:]
-        if scale == 1:
-            room.copy_(output, non_blocking=True)
-        else:
-            room.copy_(output * scale, non_blocking=True)
+        room.copy_(output if scale == 1 else output * scale, non_blocking=True)
+
+    def expect(first: int, count: int, pulled: Callable[[torch.Tensor], None]) -> None:
+        """Pull the gradients of these branches back to the stream once all of them are there."""
+        branches = range(first, first + count)
+        for target in branches:
+            pulls[target] = branches, pulled
 
     def receive(
         branch: torch.Tensor,
         target: int,
-        pulled: Callable[[torch.Tensor, torch.Tensor], None] | None,
         chosen: torch.Tensor | None = None,
         weight: torch.Tensor | None = None,
     ) -> None:
-        """Take a branch's gradient when it comes, and pull it back to the residual stream.
+        """Take a branch's gradient when it comes.
 
         `chosen` are the columns of a projection's output that are this branch, and `weight` what
         they are computed with.
@@ -674,43 +698,56 @@ def _edge_product(
         def take(gradient: torch.Tensor) -> None:
             if target < state["start"]:
                 multiply()
+                last = int(state["start"] == n_targets)  # the final norm goes with the last group
                 state["stop"] = state["start"]
-                last = int(state["stop"] == n_targets)  # the final norm goes with the last group
                 state["start"] = max(0, state["stop"] - last - group)
+                missing.update(range(state["start"], state["stop"]))
             gradient = gradient.detach()
             if chosen is not None and weight is not None:
                 gradient = gradient[..., chosen] @ weight
-            filled.add(target)
             room = held["gradients"][target - state["start"]]
-            room = room.flatten(0, 1)[:, : state["length"]]
-            if pulled is None:
-                room.copy_(gradient)
-            else:
-                pulled(gradient, room)
+            room.copy_(gradient.view_as(room))
+            missing.discard(target)
+            if target in pulls and missing.isdisjoint(pulls[target][0]):
+                pull(target)
 
         branch.register_hook(take)
+
+    def pull(target: int) -> None:
+        """Pull back the gradients of the branches that belong together with this one."""
+        branches, pulled = pulls[target]
+        first = branches.start - state["start"]
+        pulled(held["gradients"][first : first + len(branches)].flatten(1, 2))
+        for branch in branches:
+            del pulls[branch]
 
     def multiply() -> None:
         """Multiply the gradients that are there with the outputs that they can have an edge to."""
         start, stop = state["start"], state["stop"]
         if start == stop:
             return
-        gradients, outputs = held["gradients"][: stop - start], held["outputs"]
-        for target in set(range(start, stop)) - filled:
-            gradients[target - start] = 0
+        for target in missing:  # a branch without influence
+            held["gradients"][target - start] = 0
+        missing.clear()
+        for target in [target for target in pulls if target >= start]:
+            if target in pulls:
+                pull(target)
+        full = -(-(stop - start) // 8) * 8
+        gradients = held["gradients"][:full]
         reach = int(mask[:, start:stop].any(1).nonzero().max()) + 1
-        outputs = outputs[:reach].flatten(1).unflatten(1, (-1, state["piece"])).transpose(0, 1)
+        outputs = held["outputs"][:reach].flatten(1).unflatten(1, (-1, state["piece"]))
         for step in range(steps):
             read = gradients[:, step].flatten(1).unflatten(1, (-1, state["piece"]))
-            found = product(outputs, read.permute(1, 2, 0)).unflatten(0, (n_sequences, -1)).sum(1)
+            found = product(outputs.transpose(0, 1), read.permute(1, 2, 0))
+            found = found.unflatten(0, (n_sequences, -1)).sum(1)[..., : stop - start]
             held["scores"][:, :reach, start:stop] -= found / steps
         if left is not None:
-            total = gradients.sum((1, 3), dtype=held["scores"].dtype) / steps
+            total = gradients[: stop - start].sum((1, 3), dtype=held["scores"].dtype) / steps
             kept = torch.einsum("sd,tnd->nst", left[:reach].to(total.dtype), total)
             held["scores"][:, :reach, start:stop] += kept
 
     def product(outputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-        """The batched matrix product, summed in `exact`, in parts where it needs copies."""
+        """The batched matrix product, summed in float32 or better, in parts if it needs copies."""
         exact = held["scores"].dtype
         if gradients.device == outputs.device:
             if gradients.dtype == exact:
@@ -718,8 +755,9 @@ def _edge_product(
             if gradients.device.type == "cuda":
                 # Products of 16-bit numbers are exact in float32, and are summed there.
                 return torch.bmm(outputs, gradients, out_dtype=exact)
-        found = gradients.new_empty(len(outputs), outputs.shape[1], gradients.shape[2], dtype=exact)
-        width = exact.itemsize * outputs.shape[2] * (outputs.shape[1] + gradients.shape[2])
+        shape = len(outputs), outputs.shape[1], gradients.shape[2]
+        found = gradients.new_empty(shape, dtype=exact)
+        width = exact.itemsize * outputs.shape[2] * (shape[1] + shape[2])
         step = max(1, slice_bytes // width)
         for start in range(0, len(outputs), step):
             part = slice(start, start + step)
@@ -732,15 +770,14 @@ def _edge_product(
         multiply()
         scores = held["scores"].masked_fill(~mask.to(end.device), 0)
         at = (torch.arange(n_sequences, device=end.device)[:, None], checked)
-        outputs = held["outputs"]
-        here = tuple(part.to(outputs.device) for part in at)
-        total = sum(output[here].to(scores.device, scores.dtype) for output in outputs)
+        here = tuple(part.to(held["outputs"].device) for part in at)
+        total = sum(output[here].to(end.device, scores.dtype) for output in held["outputs"])
         truth = end[-n_sequences:][at].to(scores.dtype)
         error = (total - truth).norm() / truth.norm()
         held.clear()
         return scores, error
 
-    return open_product, write, receive, close_product
+    return open_product, write, expect, receive, close_product
 
 
 def _own_logits(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
