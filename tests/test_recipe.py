@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import probe.recipe as recipes
 from probe.errors import ProbeError
 from probe.metrics import METRICS
 from probe.problems import BENCHMARKS
@@ -219,6 +220,52 @@ def test_defaults_are_the_published_runs(tmp_path):
     assert (options.beta, options.gamma, options.delta) == (0.5, 1.5, 0.5)
     assert (options.samples, options.seed, options.convention) == (100, 42, "code")
     assert options.alpha == (0.03, 0.1, 0.3, 0.5)
+
+
+SECTIONS = {
+    "The recipe": Recipe,
+    "`[[pairs]]`": recipes.Pair,
+    "`shape` of a pair": recipes.Shape,
+    "`[[benchmarks]]`": recipes.BenchmarkChoice,
+    "`[compute]`": recipes.Compute,
+    "`[solutions]`": recipes.SolutionOptions,
+    "`[selection]`": recipes.SelectionOptions,
+    "`[attribution]`": recipes.AttributionOptions,
+    "`[faithfulness]`": recipes.FaithfulnessOptions,
+    "`[report]`": recipes.ReportOptions,
+    "`[[published]]`": recipes.Published,
+    "`[[published_changes]]`": recipes.PublishedChange,
+}
+
+
+def expected_keys():
+    """The tables of docs/recipes.md, by heading, from the dataclasses and their docstrings."""
+    source = Path(recipes.__file__).read_text()
+    tables = {}
+    for title, kind in SECTIONS.items():
+        start = source.index(f"class {kind.__name__}:")
+        tables[title] = []
+        for field in dataclasses.fields(kind):
+            place = source.index(f"\n    {field.name}: ", start)
+            text = " ".join(source[place:].split('"""')[1].split()).replace("|", r"\|")
+            default = "needed"
+            if field.default is not dataclasses.MISSING:
+                value = getattr(field.default, "default", field.default)
+                factory = getattr(field.default, "default_factory", None)
+                default = "" if factory or value is None else f"`{json.dumps(value)}`"
+            tables[title].append(f"| `{field.name}` | {default} | {text} |")
+    return tables
+
+
+def test_the_docs_list_every_key_with_its_default():
+    text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    listed = [line for line in text.splitlines() if line.startswith("| `")]
+    assert listed == [row for rows in expected_keys().values() for row in rows]
+
+
+def test_every_dataclass_is_a_section():
+    kinds = {kind for kind in vars(recipes).values() if dataclasses.is_dataclass(kind)}
+    assert {kind for kind in kinds if kind.__module__ == recipes.__name__} == set(SECTIONS.values())
 
 
 def test_every_field_has_a_docstring():
