@@ -32,6 +32,8 @@ _FREE_KEYS = {
     "attribution": ("batch_size",),
     "faithfulness": None,
     "report": None,
+    "published": None,
+    "published_changes": None,
 }
 
 

@@ -149,3 +149,7 @@ def test_errors():
         probe.select(right, right, convention="text")
     with pytest.raises(ProbeError, match="alpha"):
         probe.select(right, right, alpha=0)
+    longer = solutions([5, 5], prompts=[4, 5])
+    with pytest.raises(ProbeError, match="prompts differ in length for all of the 2 questions"):
+        probe.select(right, longer)
+    assert len(probe.select(right, longer, convention="paper").ids) == 2
