@@ -157,7 +157,7 @@ def select(
     if convention == "code" and all(len(b.prompt) != len(a.prompt) for b, a in solved):
         raise ProbeError(
             f"the two models' prompts differ in length for all of the {len(solved)} questions that "
-            "both solve, so none can be compared: their chat templates differ; give a literal prompt"
+            "both solve, so none can be compared: give one literal prompt, not chat templates"
         )
     if not kept:
         raise ProbeError(
