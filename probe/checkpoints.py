@@ -41,8 +41,9 @@ class Checkpoint(NamedTuple):
     @property
     def tokenizer(self) -> Path:
         """The folder of its tokenizer: the adapter's where it brings one."""
-        own = self.adapter and self.adapter / "tokenizer_config.json"
-        return self.adapter if self.adapter and own and own.is_file() else self.folder
+        if self.adapter and (self.adapter / "tokenizer_config.json").is_file():
+            return self.adapter
+        return self.folder
 
 
 def local_folder(reference: str) -> Path | None:
@@ -178,6 +179,13 @@ def hub_reachable(seconds: float = 5) -> bool:
         return isinstance(getattr(error, "reason", None), ssl.SSLError)
 
 
+def unreachable() -> str:
+    """Say that the hub is out of reach, and whether that is by choice."""
+    from huggingface_hub import constants
+
+    return f"the hub cannot be reached{' (HF_HUB_OFFLINE is set)' * constants.HF_HUB_OFFLINE}"
+
+
 def _cached_folder(reference: str) -> Path | None:
     """The folder of the hub's cache that holds a model's config."""
     from huggingface_hub import try_to_load_from_cache
@@ -217,8 +225,8 @@ def _download(reference: str, weights: bool) -> Path:
 
     if not hub_reachable():
         raise ProbeError(
-            f"the model {reference!r} is not on this machine, and the hub cannot be reached; "
-            "give the folder of a copy instead"
+            f"the model {reference!r} is not on this machine, and {unreachable()}; give the folder "
+            "of a copy instead"
         )
     wanted = [*_SMALL]
     try:

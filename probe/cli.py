@@ -144,13 +144,13 @@ def recipe(
 @click.argument("before")
 @click.argument("after")
 @click.option("--benchmark", "benchmarks", multiple=True, help="May be repeated [default: gsm8k].")
-@click.option("--alpha", type=float, multiple=True, help="[default: 0.03, 0.1, 0.3 and 0.5]")
+@click.option("--alpha", type=float, multiple=True, help="Likewise [default: 0.03, 0.1, 0.3, 0.5].")
 @click.option(
     "--prompt",
     default="chat",
     show_default=True,
     metavar="TEXT|chat",
-    help="Text with {question} in it, or the tokenizer's chat template.",
+    help="Text with {question} in it (\\n breaks the line), or the tokenizer's chat template.",
 )
 @click.option("--save-recipe", type=click.Path(), help="Write the recipe that this is to a file.")
 @run_options

@@ -18,7 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from probe.batching import ENOUGH_TOKENS
-from probe.checkpoints import adapter_base, find_checkpoint, hub_reachable, weight_files
+from probe.checkpoints import (
+    adapter_base,
+    find_checkpoint,
+    hub_reachable,
+    unreachable,
+    weight_files,
+)
 from probe.errors import ProbeError
 from probe.models import read_config
 from probe.problems import BENCHMARKS, data_set_here, load_problems
@@ -224,8 +230,8 @@ def check_reach(recipe: Recipe) -> None:
             f"--benchmark-path {need.name}=FILE" for need in plan.benchmarks if not need.here
         ]
     raise ProbeError(
-        f"the hub cannot be reached, and this machine lacks {' and '.join(parts)}: download them "
-        f"where there is network, and say where they are by {' '.join(options)}"
+        f"{unreachable()}, and this machine lacks {' and '.join(parts)}: download them where there "
+        f"is network, and say where they are by {' '.join(options)}"
     )
 
 

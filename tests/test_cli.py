@@ -100,7 +100,7 @@ def test_dry_run_of_a_recipe_whose_models_are_not_here():
         (["recipe", "tiny-math", "--benchmark-path", "/no/file"], "cannot read the benchmark"),
         (
             ["recipe", "mistral-math"],
-            "the hub cannot be reached, and this machine lacks the models",
+            "(HF_HUB_OFFLINE is set), and this machine lacks the models",
         ),
         (["report", "/no/such/run"], "is not a run folder"),
     ],
