@@ -27,7 +27,7 @@ from probe.run_folder import SCHEMA, RunFolder
 _FREE_KEYS = {
     "description": None,
     "compute": ("device", "threads"),
-    "solutions": ("batch_size",),
+    "solutions": ("batch_size", "engine"),
     "attribution": ("batch_size",),
     "faithfulness": None,
     "report": None,

@@ -10,7 +10,9 @@ finds in the folder what is done already and goes on from there, and ends in the
 """
 
 import gc
+import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +22,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from probe.attribution import METHODS, EdgeScores, Sequence, attribute
 from probe.errors import ProbeError
@@ -160,7 +165,7 @@ def _solve_all(
     solutions: dict[tuple[str, str], list[Solution]] = {}
     total = len(names) * sum(len(part) for part in problems.values())
     task = progress.add_task("solutions", total=total)
-    for number, ((reference, prompt, max_new_tokens), name) in enumerate(names.items()):
+    for number, (use, name) in enumerate(names.items()):
         model: Model | None = None
         for benchmark, asked in problems.items():
             path = folder.solutions_file(name, benchmark)
@@ -175,19 +180,26 @@ def _solve_all(
             progress.update(task, advance=len(done))
             if len(done) < len(asked):
                 if model is None:
-                    model = _load(recipe, reference, devices[number % len(devices)])
+                    model = _load(recipe, use.model, devices[number % len(devices)])
                 batches = solve(
                     model,
                     asked,
-                    prompt,
-                    max_new_tokens=max_new_tokens,
+                    use.prompt,
+                    max_new_tokens=use.max_new_tokens,
+                    stop=use.stop,
                     batch_size=recipe.solutions.batch_size,
+                    engine=recipe.solutions.engine,
                     done=frozenset(done),
+                    say=progress.console.print,
                 )
-                for batch in batches:
-                    folder.append_solutions(path, batch)
-                    done |= {solution.id: solution for solution in batch}
-                    progress.update(task, advance=len(batch))
+                start, tokens = time.monotonic(), 0
+                with closing(batches):
+                    for batch in batches:
+                        folder.append_solutions(path, batch)
+                        done |= {solution.id: solution for solution in batch}
+                        tokens += sum(len(solution.answer) for solution in batch)
+                        speed = f"{tokens / (time.monotonic() - start):,.0f} tokens/s"
+                        progress.update(task, advance=len(batch), speed=speed)
                 folder.write_solutions(path, [done[problem.id] for problem in asked])
             solutions[name, benchmark] = [done[problem.id] for problem in asked]
         del model
@@ -208,10 +220,7 @@ def _select_all(
     task = progress.add_task("selection", total=len(cells))
     sides = []
     for pair, benchmark, alpha in cells:
-        before, after = (
-            solutions[names[model, pair.prompt, pair.max_new_tokens], benchmark]
-            for model in (pair.before, pair.after)
-        )
+        before, after = (solutions[names[asked], benchmark] for asked in pair.asked())
         try:
             selection = select(
                 before,
@@ -340,6 +349,14 @@ def cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:
     ]
 
 
+class Speed(ProgressColumn):
+    """What a task's `speed` says, where it says any."""
+
+    def render(self, task: Task) -> Text:
+        """Give the text."""
+        return Text(task.fields.get("speed", ""))
+
+
 def progress_bar(console: Console) -> Progress:
     """The bar that shows how far each phase is."""
     return Progress(
@@ -348,5 +365,6 @@ def progress_bar(console: Console) -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        Speed(),
         console=console,
     )
