@@ -24,11 +24,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import NormalDist
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, MistralConfig
 
+import probe.flash
 import probe.generation
 from probe.architectures import architecture_of
 from probe.generation import Engine, generate
@@ -84,15 +86,19 @@ def random_model(shape: dict[str, int | None], device: str, dtype: torch.dtype) 
 
 
 @contextmanager
-def continuous_settings(requests: int | None, **settings: object) -> Iterator[None]:
+def settings(requests: int | None = None, flash: bool = True, **options: object) -> Iterator[None]:
     """Let the continuous engine have other settings for a while."""
-    usual, config = probe.generation.REQUESTS, transformers.ContinuousBatchingConfig
+    usual, usable = probe.generation.REQUESTS, probe.flash.usable
+    config = transformers.ContinuousBatchingConfig
     probe.generation.REQUESTS = requests or usual
-    transformers.ContinuousBatchingConfig = functools.partial(config, **settings)
+    if not flash:
+        probe.flash.usable = lambda *given: False
+    transformers.ContinuousBatchingConfig = functools.partial(config, **options)
     try:
         yield
     finally:
-        probe.generation.REQUESTS, transformers.ContinuousBatchingConfig = usual, config
+        probe.generation.REQUESTS, probe.flash.usable = usual, usable
+        transformers.ContinuousBatchingConfig = config
 
 
 def measure(
@@ -152,24 +158,22 @@ def main() -> None:
     ]
     print(f"model ready after {time.perf_counter() - start:.1f} s", flush=True)
 
-    runs: list[tuple[str, Engine, int | None, dict[str, object]]] = [
-        ("static batches of 32", "static", None, {}),
-        ("continuous, as probe uses it", "continuous", None, {}),
+    runs: list[tuple[str, Engine, dict[str, Any]]] = [
+        ("static batches of 32", "static", {}),
+        ("continuous, as probe uses it", "continuous", {}),
     ]
     if options.skip_static:
         runs = runs[1:]
     if options.variants:
-        graphs = {"use_cuda_graph": True, "kv_padding_interval_size": 4096}
         runs += [
-            ("continuous, 128 at once", "continuous", 128, {}),
-            ("continuous, 64 at once", "continuous", 64, {}),
-            ("continuous, CUDA graphs", "continuous", None, graphs),
-            ("continuous, 128, CUDA graphs", "continuous", 128, graphs),
+            ("continuous, no CUDA graphs", "continuous", {"use_cuda_graph": False}),
+            ("continuous, masks (sdpa)", "continuous", {"flash": False}),
+            ("continuous, masks, 64 at once", "continuous", {"flash": False, "requests": 64}),
         ]
     results: dict[str, dict[str, object]] = {}
     written: dict[str, dict[int, list[int]]] = {}
-    for name, engine, requests, settings in runs:
-        with continuous_settings(requests, **settings):
+    for name, engine, changes in runs:
+        with settings(**changes):
             results[name], written[name] = measure(model, prompts, limits, engine)
         print(f"{name}: {json.dumps(results[name])}", flush=True)
     base = results[runs[0][0]].get("tokens_per_second")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 
+from probe import flash
 from probe.errors import ProbeError
 from probe.models import Model
 
@@ -39,8 +40,7 @@ BATCH_TOKENS = 2048
 """Tokens in one forward pass of the continuous engine, prompts and answers together."""
 
 REQUESTS = 256
-"""Answers that the continuous engine writes at once; without flash attention, its cost per step
-grows with the square of them."""
+"""Answers that the continuous engine writes at once."""
 
 PAGE = 256
 """Tokens in a block of its cache, which is transformers' own choice."""
@@ -271,13 +271,13 @@ def _manager(
         with _current(model.device):
             if manager is not None:
                 manager.stop(hard_stop=True)
-            if module.config._attn_implementation != attention:
-                module.set_attn_implementation(attention)
+            module.config._attn_implementation = attention
 
 
 def _prepare(model: Model, sizes: list[int], ending: _Ending) -> "ContinuousBatchingManager":
     """Make the engine and its cache, for prompts with answers of these sizes, largest first."""
     from transformers import ContinuousBatchingConfig
+    from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     module = model.network._module
     options = ContinuousBatchingConfig(
@@ -288,12 +288,15 @@ def _prepare(model: Model, sizes: list[int], ending: _Ending) -> "ContinuousBatc
         # Sharing pays for long common prompts; ours are short.
         allow_block_sharing=False,
     )
-    if model.dtype not in (torch.bfloat16, torch.float16):
-        # Left alone, it takes flash attention where that is installed, which knows only these two.
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    if half and (is_flash_attn_2_available() or is_flash_attn_3_available()):
+        pass  # transformers switches to that package by itself
+    elif flash.usable(model.device, model.dtype, model.heads.width):
+        module.config._attn_implementation = flash.register()
+    else:
+        module.config._attn_implementation = flash.paged(module.config._attn_implementation)
         if hasattr(options, "auto_switch_to_flash"):
             options.auto_switch_to_flash = False
-        else:
-            module.set_attn_implementation(f"paged|{module.config._attn_implementation}")
     # As much as can be used at once, and a quarter that it keeps free; or else what memory allows.
     needed = sum(-(-size // PAGE) + 1 for size in sizes[:REQUESTS])
     for number in (needed + needed // 4 + 1, None):
