@@ -56,6 +56,20 @@ class Asked(NamedTuple):
     stop: tuple[str, ...]
     """Texts that end an answer."""
 
+    given: str | None
+    """A file with solutions that it has written already."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SolutionFiles:
+    """Solutions that were generated elsewhere; see `probe.imported` for what is understood."""
+
+    before: str | None = None
+    """A file or folder with those of the model before; None to generate them here."""
+
+    after: str | None = None
+    """Likewise of the model after."""
+
 
 @dataclass(frozen=True, config=_STRICT)
 class Pair:
@@ -82,13 +96,16 @@ class Pair:
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end an answer, as an end-of-sequence token does; see `probe.generation`."""
 
+    solutions: SolutionFiles = Field(default_factory=SolutionFiles)
+    """Files with solutions that were generated elsewhere."""
+
     def asked(self) -> tuple[Asked, Asked]:
         """How it asks its two models."""
-        before, after = (
-            Asked(model, self.prompt, self.max_new_tokens, self.stop)
-            for model in (self.before, self.after)
+        how = (self.prompt, self.max_new_tokens, self.stop)
+        return (
+            Asked(self.before, *how, self.solutions.before),
+            Asked(self.after, *how, self.solutions.after),
         )
-        return before, after
 
 
 @dataclass(frozen=True, config=_STRICT)

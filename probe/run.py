@@ -33,7 +33,16 @@ from rich.text import Text
 
 from probe.attribution import METHODS, EdgeScores, Sequence, attribute
 from probe.errors import ProbeError
-from probe.models import Model, check_pair, cpu_threads, fingerprint, load_model, resolve_devices
+from probe.imported import Given, GivenAnswer, imported, match, read_given
+from probe.models import (
+    Model,
+    check_pair,
+    cpu_threads,
+    fingerprint,
+    load_model,
+    read_tokenizer,
+    resolve_devices,
+)
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
 from probe.record import now, open_record, timed
@@ -83,14 +92,18 @@ def run_recipe(
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
     problems = check_recipe(recipe)
+    given, answers = _read_given(recipe, problems)
     folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
-    record = open_record(folder, recipe, fresh)
+    tables = {name: file.table for name, file in given.items()}
+    record = open_record(folder, recipe, fresh, tables)
     console = console or Console(stderr=True, highlight=False)
+    for name, file in given.items():
+        console.print(f"solutions of {name}: {file.account}", soft_wrap=True)
     devices = resolve_devices(recipe.compute.device)
 
     with progress_bar(console) as progress, cpu_threads(recipe.compute.threads):
         with timed(folder, record, "solutions"):
-            solutions = _solve_all(recipe, problems, folder, devices, progress)
+            solutions = _solve_all(recipe, problems, answers, folder, devices, progress)
         with timed(folder, record, "selection"):
             sides = _select_all(recipe, solutions, folder, progress)
         with timed(folder, record, "attribution"):
@@ -153,9 +166,24 @@ def check_methods(recipe: Recipe) -> None:
                 raise ProbeError(f"{key} is {method!r}; known: {', '.join(METHODS)}")
 
 
+def _read_given(
+    recipe: Recipe, problems: Mapping[str, list[Problem]]
+) -> tuple[dict[str, Given], dict[tuple[str, str], dict[str, GivenAnswer]]]:
+    """The files of solutions by the model's name; their answers by name and benchmark."""
+    given: dict[str, Given] = {}
+    answers: dict[tuple[str, str], dict[str, GivenAnswer]] = {}
+    for asked, name in model_names(recipe).items():
+        if asked.given is not None:
+            given[name] = read_given(Path(asked.given).expanduser())
+            for benchmark in problems:
+                answers[name, benchmark] = match(given[name], problems, benchmark)
+    return given, answers
+
+
 def _solve_all(
     recipe: Recipe,
     problems: Mapping[str, list[Problem]],
+    given: Mapping[tuple[str, str], Mapping[str, GivenAnswer]],
     folder: RunFolder,
     devices: list[torch.device],
     progress: Progress,
@@ -179,19 +207,23 @@ def _solve_all(
             done = {solution.id: solution for solution in sound}
             progress.update(task, advance=len(done))
             if len(done) < len(asked):
-                if model is None:
-                    model = _load(recipe, use.model, devices[number % len(devices)])
-                batches = solve(
-                    model,
-                    asked,
-                    use.prompt,
-                    max_new_tokens=use.max_new_tokens,
-                    stop=use.stop,
-                    batch_size=recipe.solutions.batch_size,
-                    engine=recipe.solutions.engine,
-                    done=frozenset(done),
-                    say=progress.console.print,
-                )
+                if use.given is not None:
+                    tokenizer, answers = read_tokenizer(use.model), given[name, benchmark]
+                    batches = imported(tokenizer, asked, use.prompt, answers, frozenset(done))
+                else:
+                    if model is None:
+                        model = _load(recipe, use.model, devices[number % len(devices)])
+                    batches = solve(
+                        model,
+                        asked,
+                        use.prompt,
+                        max_new_tokens=use.max_new_tokens,
+                        stop=use.stop,
+                        batch_size=recipe.solutions.batch_size,
+                        engine=recipe.solutions.engine,
+                        done=frozenset(done),
+                        say=progress.console.print,
+                    )
                 start, tokens = time.monotonic(), 0
                 with closing(batches):
                     for batch in batches:

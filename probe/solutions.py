@@ -10,6 +10,7 @@ as soon as it is there, so that whoever stores them loses at most what is still 
 import warnings
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 from probe.errors import ProbeError
 from probe.generation import Engine, generate
@@ -18,11 +19,14 @@ from probe.models import Model
 from probe.problems import Problem
 from probe.selection import Solution
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def encode_prompt(model: Model, prompt: str, question: str) -> list[int]:
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, question: str) -> list[int]:
     """Tokens of a prompt; `{question}` in it stands for the question."""
     # Not str.format: prompts hold other braces, as in \boxed{}.
-    tokens: list[int] = model.tokenizer(prompt.replace("{question}", question))["input_ids"]
+    tokens: list[int] = tokenizer(prompt.replace("{question}", question))["input_ids"]
     return tokens
 
 
@@ -57,7 +61,7 @@ def solve(
     Raises:
         ProbeError: A question has no tokens, or more than fit into the model's context.
     """
-    prompts = [encode_prompt(model, prompt, problem.question) for problem in problems]
+    prompts = [encode_prompt(model.tokenizer, prompt, problem.question) for problem in problems]
     for problem, tokens in zip(problems, prompts, strict=True):
         if not tokens:
             raise ProbeError(f"question {problem.id}: its prompt has no tokens")
@@ -80,17 +84,19 @@ def solve(
     # Closed at once where the reader breaks off, as an engine may have a thread and much memory.
     with Grader() as grader, closing(answers):
         for finished in answers:
+            texts = model.tokenizer.batch_decode(
+                [answer.tokens for answer in finished], skip_special_tokens=True
+            )
             yield [
-                grade(grader, model, problems[place], prompts[place], tokens)
-                for place, tokens in finished
+                graded(grader, problems[place], prompts[place], tokens, text)
+                for (place, tokens), text in zip(finished, texts, strict=True)
             ]
 
 
-def grade(
-    grader: Grader, model: Model, problem: Problem, prompt: Sequence[int], answer: Sequence[int]
+def graded(
+    grader: Grader, problem: Problem, prompt: Sequence[int], answer: Sequence[int], text: str
 ) -> Solution:
-    """Make a solution of an answer's tokens."""
-    text = str(model.tokenizer.decode(list(answer), skip_special_tokens=True))
+    """Make a solution of an answer, as tokens and as text."""
     final = extract_answer(text)
     right = grader.grade(problem.answer, final)
     return Solution(problem.id, prompt, answer, right, text, final, problem.answer)
