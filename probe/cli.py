@@ -5,6 +5,7 @@ heavy is imported before a command needs it, so that `--help` answers at once.
 """
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -62,6 +63,9 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             help="A local file or folder with a benchmark's problems.",
         ),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key."),
+        click.option(
+            "--solutions", metavar="before=FILE,after=FILE", help="Solutions made elsewhere."
+        ),
         click.option("--method", help="eap, eap-ig, relp or exact."),
         click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1."),
         click.option("--dtype", help="float32, bfloat16, float16 or float64."),
@@ -85,7 +89,7 @@ KEYS = {
 
 
 def _overrides(
-    settings: tuple[str, ...], keys: dict[str, str | int | None]
+    settings: tuple[str, ...], solutions: str | None, keys: dict[str, str | int | None]
 ) -> dict[str, str | int | float]:
     overrides: dict[str, str | int | float] = {}
     for setting in settings:
@@ -94,6 +98,8 @@ def _overrides(
             raise ProbeError(f"--set {setting}: write KEY=VALUE, as in selection.samples=50")
         overrides[key.strip()] = value.strip()
     overrides |= {KEYS[name]: given for name, given in keys.items() if given is not None}
+    if solutions is not None:
+        overrides |= solution_files(solutions)
     return overrides
 
 
@@ -111,6 +117,17 @@ def _run(chosen: "Recipe", output: str | None, fresh: bool, dry_run: bool) -> No
     print_report(run_recipe(chosen, output, fresh=fresh))
 
 
+def solution_files(text: str) -> dict[str, str | int | float]:
+    """The keys that `before=FILE,after=FILE` sets; one side alone will do."""
+    overrides: dict[str, str | int | float] = {}
+    for part in re.split(r",(?=(?:before|after)=)", text):
+        side, equals, file = part.partition("=")
+        if side not in ("before", "after") or not equals or not file:
+            raise ProbeError(f"--solutions {text}: write before=FILE,after=FILE, or one of them")
+        overrides[f"pairs.0.solutions.{side}"] = file
+    return overrides
+
+
 @main.command()
 @click.argument("name", metavar="NAME|PATH.toml")
 @run_options
@@ -119,6 +136,7 @@ def recipe(
     output: str | None,
     paths: tuple[str, ...],
     settings: tuple[str, ...],
+    solutions: str | None,
     fresh: bool,
     dry_run: bool,
     **keys: str | int | None,
@@ -133,8 +151,14 @@ def recipe(
     """
     from probe.recipe import place_benchmarks, read_recipe
 
-    overrides = _overrides(settings, keys)
-    _run(place_benchmarks(read_recipe(name, overrides), paths), output, fresh, dry_run)
+    overrides = _overrides(settings, solutions, keys)
+    chosen = place_benchmarks(read_recipe(name, overrides), paths)
+    if solutions is not None and len(chosen.pairs) > 1:
+        raise ProbeError(
+            f"--solutions is for one pair, and {chosen.name} has {len(chosen.pairs)}; "
+            "use --set pairs.0.solutions.before=FILE"
+        )
+    _run(chosen, output, fresh, dry_run)
 
 
 @main.command()
@@ -161,6 +185,7 @@ def compare(
     output: str | None,
     paths: tuple[str, ...],
     settings: tuple[str, ...],
+    solutions: str | None,
     fresh: bool,
     dry_run: bool,
     **keys: str | int | None,
@@ -187,7 +212,7 @@ def compare(
         # A shell has no easy way to write a line break.
         prompt=prompt.replace("\\n", "\n"),
         benchmark_paths=paths,
-        overrides=_overrides(settings, keys),
+        overrides=_overrides(settings, solutions, keys),
     )
     if save_recipe:
         write_recipe(chosen, Path(save_recipe))
