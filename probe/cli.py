@@ -50,6 +50,7 @@ def main() -> None:
 @click.option("--limit", type=click.IntRange(1), help="Ask only N questions of each benchmark.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key.")
 @click.option("--method", help="eap, eap-ig, relp or exact.")
+@click.option("--control", help="cross-text: score each model on the other's answers too.")
 @click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1.")
 @click.option("--dtype", help="float32, bfloat16, float16 or float64.")
 @click.option("--fresh", is_flag=True, help="Start over instead of going on.")
@@ -60,6 +61,7 @@ def recipe(
     limit: int | None,
     settings: tuple[str, ...],
     method: str | None,
+    control: str | None,
     device: str | None,
     dtype: str | None,
     fresh: bool,
@@ -82,6 +84,7 @@ def recipe(
     for key, given in (
         ("solutions.questions", limit),
         ("attribution.method", method),
+        ("attribution.control", control),
         ("compute.device", device),
         ("compute.dtype", dtype),
     ):

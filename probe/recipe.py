@@ -147,6 +147,10 @@ class AttributionOptions:
     batch_size: Count = 8
     """How many sequences (for `exact`: edges) run at once."""
 
+    control: Literal["none", "cross-text"] = "none"
+    """`cross-text` also scores each model on the other's answers, at twice the cost; see
+    `probe.control`."""
+
 
 @dataclass(frozen=True, config=_STRICT)
 class FaithfulnessOptions:

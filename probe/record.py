@@ -28,7 +28,7 @@ _FREE_KEYS = {
     "description": None,
     "compute": ("device", "threads"),
     "solutions": ("batch_size",),
-    "attribution": ("batch_size",),
+    "attribution": ("batch_size", "control"),
     "faithfulness": None,
     "report": None,
 }

@@ -49,7 +49,8 @@ class Side(NamedTuple):
     """The cell's name."""
 
     side: str
-    """`before` or `after`."""
+    """`before` or `after`; with the cross-text control also `before-on-after` and
+    `after-on-before`: which model on whose answers."""
 
     sequences: list[Sequence]
     """What is scored: each prompt with its cut answer."""
@@ -228,8 +229,12 @@ def _select_all(
             raise ProbeError(f"pair {pair.name}, benchmark {benchmark}: {error}") from error
         cell = cell_name(pair, benchmark, alpha)
         folder.write_selection(cell, selection)
-        sides.append(Side(pair.before, cell, "before", cut(before, selection)))
-        sides.append(Side(pair.after, cell, "after", cut(after, selection)))
+        old, new = cut(before, selection), cut(after, selection)
+        sides += [Side(pair.before, cell, "before", old), Side(pair.after, cell, "after", new)]
+        if recipe.attribution.control == "cross-text":
+            old, new = cross(old, new)
+            sides.append(Side(pair.before, cell, "before-on-after", old))
+            sides.append(Side(pair.after, cell, "after-on-before", new))
         progress.update(task, advance=1)
     return sides
 
@@ -338,6 +343,15 @@ def cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:
         Sequence(by_id[name].prompt, by_id[name].answer[: selection.cut_length], name)
         for name in selection.ids
     ]
+
+
+def cross(before: list[Sequence], after: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
+    """Exchange the answers of two sides; each model keeps the prompt as it tokenises it."""
+    pairs = list(zip(before, after, strict=True))
+    return (
+        [old._replace(answer=new.answer) for old, new in pairs],
+        [new._replace(answer=old.answer) for old, new in pairs],
+    )
 
 
 def progress_bar(console: Console) -> Progress:

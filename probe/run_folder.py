@@ -4,6 +4,8 @@
     solutions/MODEL.BENCHMARK.jsonl              a solution a line, added batch by batch
     selection/PAIR.BENCHMARK.alpha-A.json        which questions, which lengths
     edges/PAIR.BENCHMARK.alpha-A.SIDE.safetensors   scores and losses
+                                                 (SIDE: before, after; with the cross-text control
+                                                 also before-on-after, after-on-before)
     faithfulness/MODEL.json, .png                exact effects of some edges, beside their scores
     report.json                                  the cells
 
