@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Literal
 
@@ -20,7 +20,7 @@ from probe.agreement import Agreement, markdown_lines, view
 from probe.errors import ProbeError
 from probe.metrics import METRICS
 from probe.recipe import Pair
-from probe.report import Cell, Change, Report
+from probe.report import Cell, Change, ExtraTable, Report
 from probe.statistics import LEVEL
 
 Format = Literal["table", "markdown", "json", "csv"]
@@ -157,8 +157,47 @@ def tables(report: Report) -> RenderableType:
         parts += [Text(""), table, Text("")]
     if report.faithfulness:
         parts.append(view(report.faithfulness))
+    for extra in report.extras:
+        parts += [_extra_view(extra), Text("")]
     parts.append(Text(_caveats(report), style="dim"))
     return Group(*parts)
+
+
+def _extra_view(extra: ExtraTable) -> RenderableType:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for title, numbers in zip(extra.columns, _numeric(extra), strict=True):
+        table.add_column(title, justify="right" if numbers else "left", overflow="fold")
+    for row in _extra_texts(extra):
+        table.add_row(*map(Text, row))
+    note = [Text(extra.note, style="dim")] if extra.note else []
+    return Group(Text(extra.title, style="bold"), Text(""), table, *note)
+
+
+def _extra_texts(extra: ExtraTable) -> list[list[str]]:
+    """The rows of a table as texts; the numbers of a column have the same digits."""
+    columns = zip(*extra.rows, strict=True)
+    return [list(row) for row in zip(*map(_column_texts, columns), strict=True)]
+
+
+def _column_texts(column: Sequence[str | float | None]) -> list[str]:
+    numbers = [abs(value) for value in column if isinstance(value, float | int)]
+    form: Callable[[float], str] = _number
+    if all(isinstance(value, int) for value in numbers):
+        form = str
+    elif all(value == 0 or 1e-3 <= value < 1e4 for value in numbers):
+        form = "{:.3f}".format
+    return [
+        "-" if value is None else value if isinstance(value, str) else form(value)
+        for value in column
+    ]
+
+
+def _numeric(extra: ExtraTable) -> list[bool]:
+    """Which columns hold numbers."""
+    return [
+        any(isinstance(row[place], float | int) for row in extra.rows)
+        for place in range(len(extra.columns))
+    ]
 
 
 def _caveats(report: Report) -> str:
@@ -198,6 +237,12 @@ def _markdown(report: Report) -> str:
         lines += [""]
     if report.faithfulness:
         lines += [*markdown_lines(report.faithfulness), ""]
+    for extra in report.extras:
+        lines += [f"### {extra.title}", ""]
+        rules = ["---:" if numbers else "---" for numbers in _numeric(extra)]
+        for row in (extra.columns, rules, *_extra_texts(extra)):
+            lines += ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |"]
+        lines += ["", *([extra.note, ""] if extra.note else [])]
     return "\n".join([*lines, _caveats(report)])
 
 

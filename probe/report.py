@@ -129,6 +129,24 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class ExtraTable:
+    """A table beside the cells, that every format shows in the same way."""
+
+    title: str
+    """What it shows, in a few words."""
+
+    note: str
+    """How to read it, in a sentence or two; may be empty."""
+
+    columns: tuple[str, ...]
+    """The heading of each column."""
+
+    rows: tuple[tuple[str | float | None, ...], ...]
+    """Texts and numbers; None where a number is not defined. Numbers of one column are shown with
+    the same digits."""
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything a run has to say."""
 
@@ -147,6 +165,9 @@ class Report:
     faithfulness: tuple[Agreement, ...] = ()
     """How near each method comes to the exact effects of some edges, model by model."""
 
+    extras: tuple[ExtraTable, ...] = ()
+    """What else was asked for, a table each."""
+
     @property
     def table(self) -> dict[str, object]:
         """The report as plain data, as report.json holds it."""
@@ -157,6 +178,7 @@ class Report:
             "cells": [asdict(cell) for cell in self.cells],
             "accuracy": [asdict(row) for row in self.accuracy],
             "faithfulness": [agreement.table for agreement in self.faithfulness],
+            "extras": [asdict(table) for table in self.extras],
             "missing": list(self.missing),
         }
 

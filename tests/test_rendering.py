@@ -9,7 +9,7 @@ from rich.console import Console
 
 from probe.errors import ProbeError
 from probe.rendering import print_report, render, summary, tables
-from probe.report import build_report
+from probe.report import ExtraTable, build_report
 
 
 def test_an_empty_run_prints(half_run, capsys):
@@ -114,3 +114,22 @@ def test_changes_from_nearly_nothing_fit(half_run, entries):
             for cell in report.cells
         )
         assert text in shown(replace(report, recipe=recipe, cells=cells), 80)
+
+
+def test_extra_tables_are_in_every_format(half_run):
+    extra = ExtraTable(
+        "Mass by distance",
+        "Shares of the sum of |W|.",
+        ("side | model", "share", "edges", "size"),
+        (("before", 0.25, 3, 1.5e-7), ("after", None, 40, 2.0)),
+    )
+    report = replace(build_report(half_run.path), extras=(extra,))
+    text = shown(report, 80)
+    assert re.search(r"Mass by distance\n\nside \| model +share +edges +size *\n", text)
+    assert re.search(r"before +0.250 +3 +1.50e-7 *\nafter +- +40 +2.00e0", text)
+    markdown = render(report, "markdown")
+    assert "| side \\| model | share | edges | size |\n| --- | ---: | ---: | ---: |" in markdown
+    assert "| after | - | 40 | 2.00e0 |\n\nShares of the sum" in markdown
+    assert json.loads(render(report, "json"))["extras"] == [
+        {**vars(extra), "columns": list(extra.columns), "rows": [list(row) for row in extra.rows]}
+    ]
