@@ -182,6 +182,9 @@ class ReportOptions:
     resamples: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = 1000
     """How many times the questions are drawn for an interval; 0 leaves all statistics out."""
 
+    extra: tuple[str, ...] = ("overlap", "concentration")
+    """Further tables: names in `probe.extras.EXTRAS`, which says what costs another pass."""
+
     entries: Literal["dense", "real"] = "dense"
     """What tables show: metrics over the dense matrix (the paper's) or over real edges only.
     The JSON holds both."""

@@ -229,7 +229,10 @@ def build_report(path: Path) -> Report:
                 )
     faithfulness = _faithfulness(folder, recipe, missing)
     known = tuple(row for row in accuracy if row)
-    return Report(recipe, _judged(cells), known, tuple(missing), faithfulness)
+    from probe.extras import extra_tables  # needs this module in turn
+
+    extras = extra_tables(folder, recipe, missing)
+    return Report(recipe, _judged(cells), known, tuple(missing), faithfulness, extras)
 
 
 def _faithfulness(folder: RunFolder, recipe: Recipe, missing: list[str]) -> tuple[Agreement, ...]:

@@ -28,6 +28,7 @@ from rich.progress import (
 
 from probe.attribution import METHODS, EdgeScores, Sequence, attribute
 from probe.errors import ProbeError
+from probe.extras import check_extras
 from probe.models import Model, check_pair, cpu_threads, fingerprint, load_model, resolve_devices
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
@@ -117,6 +118,7 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
             broken benchmark file, a device that is not here.
     """
     check_methods(recipe)
+    check_extras(recipe)
     resolve_devices(recipe.compute.device)
     options = recipe.solutions
     questions = None if options.questions == "all" else options.questions

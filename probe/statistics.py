@@ -118,6 +118,22 @@ def resample(
         return values, np.stack([_evaluate(metric, draws.resampled) for metric in metrics])
 
 
+def resample_means(sides: Array, resamples: int = RESAMPLES) -> Array:
+    """Means [side, draw] of drawn questions, the same ones on every side.
+
+    Args:
+        sides: A value of each question on each side, [side, question].
+        resamples: How many times questions are drawn.
+    """
+    questions = sides.shape[1]
+    return (sides / questions) @ _Draws(questions, resamples, 0).resampled.T
+
+
+def halves(questions: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """The random halves [split, question] of a noise floor; with an odd number, one is left."""
+    return _Draws(questions, 0, 0).halves
+
+
 def interval_of(values: Array) -> tuple[float, float] | None:
     """95 % of the values of resampled questions (percentiles); None where none is finite."""
     values = values[np.isfinite(values)]
