@@ -4,7 +4,7 @@ A recipe chooses them, `report.extra = ["overlap", "mass"]`. Those of a run's ed
 nothing, and two of them are in every report; the others cost a pass, and are on request. The
 cross-text control has its table where the recipe asks for it (`attribution.control`).
 
-An extra is a row of `EXTRAS`: columns, and a function of a cell's two sides to rows.
+An extra is a row of `EXTRAS`: columns, and a function from a cell to rows.
 
     >>> extra_tables(RunFolder(Path("runs/tiny-math")), read_recipe("tiny-math"), [])[0].title
     'Overlap of the circuits'
@@ -12,27 +12,26 @@ An extra is a row of `EXTRAS`: columns, and a function of a cell's two sides to 
 
 import difflib
 from collections.abc import Callable
-from typing import NamedTuple
-
-import numpy as np
+from typing import Literal, NamedTuple
 
 from probe import mass
-from probe.attribution import EdgeScores
-from probe.control import SIDES, cross_text
 from probe.errors import ProbeError
-from probe.graph import Graph
-from probe.metrics import METRICS, Array, strengths
-from probe.overlap import compare_circuits
+from probe.extra_rows import (
+    Cell,
+    Missing,
+    Row,
+    concentration_rows,
+    control_rows,
+    divergence_rows,
+    mass_rows,
+    overlap_rows,
+    similarity_rows,
+    weight_rows,
+)
 from probe.recipe import Recipe
 from probe.report import ExtraTable
-from probe.run_folder import Damaged, RunFolder, cell_name
-from probe.statistics import interval_of, resample_means
+from probe.run_folder import RunFolder
 
-Row = tuple[str | float | None, ...]
-Rows = Callable[[list[EdgeScores], Recipe], list[Row]]
-"""Rows of one cell, from the edges of its sides, `SIDES` of the extra."""
-
-PLACE = ("benchmark", "pair", "alpha")
 RANGE = ("low", "high")
 
 
@@ -46,69 +45,16 @@ class Extra(NamedTuple):
     """How to read it."""
 
     columns: tuple[str, ...]
-    """Its columns, behind those that say which cell it is."""
+    """Its columns, behind those that say where a row belongs."""
 
-    rows: Rows
+    rows: Callable[[Cell], list[Row]]
     """The rows of one cell."""
 
-    sides: tuple[str, ...] = ("before", "after")
-    """Which edges of the cell it takes."""
+    needs: Literal["edges", "states", "weights"] = "edges"
+    """What it is computed from; all but edges cost another pass."""
 
-
-def overlap_rows(sides: list[EdgeScores], recipe: Recipe) -> list[Row]:
-    """How much the circuits of both models have in common."""
-    del recipe
-    before, after = sides
-    found = compare_circuits(before.scores, after.scores, before.graph)
-    row: list[float | None] = []
-    for name in found.models._fields:
-        row += [part and getattr(part, name) for part in found]
-    return [tuple(row)]
-
-
-def concentration_rows(sides: list[EdgeScores], recipe: Recipe) -> list[Row]:
-    """How concentrated the scores of real edges are, question by question."""
-    values = [strengths(side.scores, side.graph.mask) for side in sides]
-    row: Row = ()
-    for measure in (mass.gini, mass.effective_edges):
-        row += _paired(np.stack([measure(side) for side in values]), recipe, relative=True)
-    return [row]
-
-
-def _mass_rows(groups: Callable[[Graph], mass.Groups]) -> Rows:
-    """How much of the mass each group of edges holds."""
-
-    def rows(sides: list[EdgeScores], recipe: Recipe) -> list[Row]:
-        parts = groups(sides[0].graph)
-        before, after = (
-            mass.shares(strengths(side.scores, side.graph.mask), parts) for side in sides
-        )
-        return [
-            (name, float(chosen.mean()), *_paired(np.stack([old, new]), recipe, relative=False))
-            for (name, chosen), old, new in zip(parts, before, after, strict=True)
-        ]
-
-    return rows
-
-
-def control_rows(sides: list[EdgeScores], recipe: Recipe) -> list[Row]:
-    """How much of each metric's change is the model, and how much the text."""
-    scores = [side.scores for side in sides]
-    options = recipe.report
-    return [
-        (
-            METRICS[part.metric].label,
-            part.change,
-            part.model,
-            *(part.model_interval or (None, None)),
-            part.text,
-            *(part.text_interval or (None, None)),
-            part.interaction,
-        )
-        for part in cross_text(
-            [scores[:2], scores[2:]], bins=options.bins, resamples=options.resamples
-        )
-    ]
+    where: tuple[Literal["benchmark", "pair", "alpha"], ...] = ("benchmark", "pair", "alpha")
+    """What tells its rows apart. Without alpha, a table is of the largest one."""
 
 
 _MASS = ("edges", "before", "after", "change", *RANGE)
@@ -145,15 +91,44 @@ EXTRAS: dict[str, Extra] = {
         concentration_rows,
     ),
     "mass": Extra(
-        "Mass by attention and FFN", _MASS_NOTE, ("group", *_MASS), _mass_rows(mass.kinds)
+        "Mass by attention and FFN", _MASS_NOTE, ("group", *_MASS), mass_rows(mass.kinds)
     ),
-    "layers": Extra("Mass by layer", _MASS_NOTE, ("group", *_MASS), _mass_rows(mass.layers)),
+    "layers": Extra("Mass by layer", _MASS_NOTE, ("group", *_MASS), mass_rows(mass.layers)),
     "distances": Extra(
         "Mass by distance",
         "Layers from writer to reader; the input counts as layer -1, the logits as the layer "
         f"behind the last. {_MASS_NOTE}",
         ("layers", *_MASS),
-        _mass_rows(mass.distances),
+        mass_rows(mass.distances),
+    ),
+    "token-kl": Extra(
+        "Divergence of the next token",
+        "KL(after || before) in nats, averaged over scored tokens and then over questions, where "
+        "both models read the answers of the model before, and those of the model after. From low "
+        "to high: 95 % of it with resampled questions.",
+        ("on before", *RANGE, "on after", "after low", "after high"),
+        divergence_rows,
+        needs="states",
+    ),
+    "residual": Extra(
+        "Similarity of the residual streams",
+        "Before each layer and at the end, where both models read the same answers (those of the "
+        "model before; of the model after), at the positions that predict a scored token of the "
+        "largest alpha. Cosine: mean over positions. CKA: linear, unbiased.",
+        ("before", "cosine on before", "cosine on after", "CKA on before", "CKA on after"),
+        similarity_rows,
+        needs="states",
+        where=("benchmark", "pair"),
+    ),
+    "weights": Extra(
+        "Change of the weights",
+        "Frobenius norm of after - before beside that of before: of all layers as one, of the "
+        "layer that moved least, and of the one that moved most. Unchanged: share of entries with "
+        "the same value. RUN/extras has every matrix.",
+        ("matrix", "layers", "moved", "least", "most", "unchanged"),
+        weight_rows,
+        needs="weights",
+        where=("pair",),
     ),
 }
 """Every further table by its name; the one place to add one."""
@@ -170,7 +145,6 @@ CONTROL = Extra(
         "both",
     ),
     control_rows,
-    tuple(side for row in SIDES for side in row),
 )
 
 
@@ -193,47 +167,36 @@ def extra_tables(folder: RunFolder, recipe: Recipe, missing: list[str]) -> tuple
     Args:
         folder: The run.
         recipe: Its recipe.
-        missing: Gets a line for each cell of which edges are there, but not those of the control.
+        missing: Gets a line for what is not there though the edges of its cell are.
     """
-    chosen = [CONTROL] if recipe.attribution.control == "cross-text" else []
-    chosen += [EXTRAS[name] for name in dict.fromkeys(recipe.report.extra)]
+    chosen = {name: EXTRAS[name] for name in recipe.report.extra}
+    if recipe.attribution.control == "cross-text":
+        chosen = {"cross-text control": CONTROL, **chosen}
+    alphas = recipe.selection.alpha
     tables = []
-    for extra in chosen:
+    for name, extra in chosen.items():
         rows: list[Row] = []
+        seen = set()
         for choice in recipe.benchmarks:
             for pair in recipe.pairs:
-                for alpha in recipe.selection.alpha:
-                    cell = cell_name(pair, choice.name, alpha)
-                    sides = _read_sides(folder, cell, extra.sides)
-                    if sides:
-                        place = (choice.name, pair.name, alpha)
-                        rows += [(*place, *row) for row in extra.rows(sides, recipe)]
-                    elif extra is CONTROL and _read_sides(folder, cell, ("before", "after")):
-                        missing.append(f"{cell}: the cross-text control is not computed yet")
+                for alpha in alphas if "alpha" in extra.where else [max(alphas)]:
+                    cell = Cell(folder, recipe, pair, choice.name, alpha)
+                    values: dict[str, str | float] = {
+                        "benchmark": choice.name,
+                        "pair": pair.name,
+                        "alpha": alpha,
+                    }
+                    place = tuple(values[part] for part in extra.where)
+                    if place in seen or not folder.edges_file(cell.name, "after").exists():
+                        continue
+                    seen.add(place)
+                    try:
+                        rows += [(*place, *row) for row in extra.rows(cell)]
+                    except Missing as error:
+                        # Of the edges that every table needs, the report itself says it.
+                        if extra is CONTROL or extra.needs != "edges":
+                            missing.append(f"{name} of {cell.name}: {error}")
         if rows:
-            tables.append(ExtraTable(extra.title, extra.note, PLACE + extra.columns, tuple(rows)))
+            columns = (*extra.where, *extra.columns)
+            tables.append(ExtraTable(extra.title, extra.note, columns, tuple(rows)))
     return tuple(tables)
-
-
-def _read_sides(folder: RunFolder, cell: str, names: tuple[str, ...]) -> list[EdgeScores]:
-    """Sides of a cell of the same questions; none where one is missing, which the cell says."""
-    files = [folder.edges_file(cell, name) for name in names]
-    try:
-        sides = [folder.read_edges(file) for file in files]
-        questions = [folder.sequence_ids(file) for file in files if file.exists()]
-    except Damaged:
-        return []
-    if len(questions) < len(names) or questions.count(questions[0]) < len(names):
-        return []
-    return [side for side in sides if side]
-
-
-def _paired(values: Array, recipe: Recipe, relative: bool) -> Row:
-    """Means before and after, their change, and its interval; values are [side, question]."""
-    old, new = (float(mean) if np.isfinite(mean) else None for mean in values.mean(1))
-    if old is None or new is None or (relative and old == 0):
-        return (old, new, None, None, None)
-    olds, news = resample_means(values, recipe.report.resamples)
-    scale = np.abs(olds) if relative else 1.0
-    low, high = interval_of((news - olds) / scale) or (None, None)
-    return (old, new, (new - old) / (abs(old) if relative else 1), low, high)

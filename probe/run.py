@@ -28,7 +28,8 @@ from rich.progress import (
 
 from probe.attribution import METHODS, EdgeScores, Sequence, attribute
 from probe.errors import ProbeError
-from probe.extras import check_extras
+from probe.extra_passes import measure_states, measure_weights
+from probe.extras import EXTRAS, check_extras
 from probe.models import Model, check_pair, cpu_threads, fingerprint, load_model, resolve_devices
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
@@ -97,6 +98,13 @@ def run_recipe(
 
             with timed(folder, record, "faithfulness"):
                 measure_models(recipe, sides, folder, devices, progress)
+        needs = {EXTRAS[name].needs for name in recipe.report.extra}
+        if "states" in needs:
+            with timed(folder, record, "states"):
+                measure_states(recipe, sides, folder, devices, progress)
+        if "weights" in needs:
+            with timed(folder, record, "weights"):
+                measure_weights(recipe, folder, progress)
         with timed(folder, record, "report"):
             task = progress.add_task("metrics", total=1)
             report = build_report(folder.path)

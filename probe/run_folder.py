@@ -7,6 +7,8 @@
                                                  (SIDE: before, after; with the cross-text control
                                                  also before-on-after, after-on-before)
     faithfulness/MODEL.json, .png                exact effects of some edges, beside their scores
+    extras/PAIR.BENCHMARK.on-SIDE.json           both models' states on the answers of one
+    extras/PAIR.weights.json                     how far each matrix moved
     report.json                                  the cells
 
 A file is written beside its place and moved there, so a kill leaves the old one or the new one.
@@ -41,7 +43,7 @@ from probe.recipe import Pair, Recipe
 from probe.selection import Selection, Solution
 
 SCHEMA = 1
-FOLDERS = ("solutions", "selection", "edges", "faithfulness")
+FOLDERS = ("solutions", "selection", "edges", "faithfulness", "extras")
 PARTS = (*FOLDERS, "run.json", "report.json")
 
 
