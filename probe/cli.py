@@ -165,29 +165,62 @@ def faithfulness(
 
 
 @main.command()
-@click.argument("run", type=click.Path())
+@click.argument("runs", type=click.Path(), nargs=-1, required=True, metavar="RUN...")
 @click.option(
     "--format",
     "style",
-    type=click.Choice(["table", "markdown", "json", "csv"]),
+    type=click.Choice(["table", "markdown", "latex", "json", "csv"]),
     default="table",
     show_default=True,
     help="How to print it.",
 )
-def report(run: str, style: str) -> None:
-    """Print the report of a run again, finished or not.
+@click.option("--output", type=click.Path(), help="Write it to a file instead.")
+def report(runs: tuple[str, ...], style: str, output: str | None) -> None:
+    """Print the report of a run again, finished or not; of several, side by side.
 
     \b
     Examples:
       probe report runs/tiny-math
-      probe report runs/tiny-math --format markdown > report.md
+      probe report runs/tiny-math --format latex --output tables.tex
+      probe report runs/fast runs/exact
     """
     from pathlib import Path
 
-    from probe.rendering import print_report
+    from probe.rendering import print_report, write_report
     from probe.report import build_report
 
-    print_report(build_report(Path(run)), style)  # type: ignore[arg-type]
+    reports = [build_report(Path(run)) for run in runs]
+    if output is None:
+        print_report(reports, style)
+    else:
+        write_report(reports, style, Path(output))
+
+
+@main.command()
+@click.argument("runs", type=click.Path(), nargs=-1, required=True, metavar="RUN...")
+@click.option("--output", type=click.Path(), help="Folder for them [default: RUN/figures].")
+def plot(runs: tuple[str, ...], output: str | None) -> None:
+    """Draw the figures of a run as PNG and PDF; of several runs, one picture of all.
+
+    \b
+    Examples:
+      probe plot runs/tiny-math
+      probe plot runs/mistral-math runs/deepseek-math --output figures
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from probe.figures import write_figures
+    from probe.report import build_report
+    from probe.run import progress_bar
+
+    if output is None and len(runs) > 1:
+        raise ProbeError("figures of several runs need a place: give --output FOLDER")
+    folder = Path(output) if output else Path(runs[0]) / "figures"
+    with progress_bar(Console(stderr=True, highlight=False)) as progress:
+        files = write_figures([build_report(Path(run)) for run in runs], folder, progress)
+    click.echo(f"{len(files)} files in {folder}")
 
 
 if __name__ == "__main__":

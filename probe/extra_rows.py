@@ -97,11 +97,11 @@ def concentration_rows(cell: Cell) -> list[Row]:
     """How concentrated the scores of real edges are, question by question."""
     sides = cell.sides("before", "after")
     values = [strengths(side.scores, side.graph.mask) for side in sides]
-    row: Row = ()
-    for measure in (mass.gini, mass.effective_edges):
-        found = np.stack([measure(side) for side in values])
-        row += _paired(found, cell.recipe, relative=True)
-    return [row]
+    measures = {"Gini coefficient": mass.gini, "effective edges": mass.effective_edges}
+    return [
+        (name, *_paired(np.stack([measure(side) for side in values]), cell.recipe, relative=True))
+        for name, measure in measures.items()
+    ]
 
 
 def mass_rows(groups: Callable[[Graph], mass.Groups]) -> Callable[[Cell], list[Row]]:
@@ -111,12 +111,12 @@ def mass_rows(groups: Callable[[Graph], mass.Groups]) -> Callable[[Cell], list[R
         sides = cell.sides("before", "after")
         parts = groups(sides[0].graph)
         before, after = (
-            mass.shares(strengths(side.scores, side.graph.mask), parts) for side in sides
+            100 * mass.shares(strengths(side.scores, side.graph.mask), parts) for side in sides
         )
         return [
             (
                 name,
-                float(chosen.mean()),
+                100 * float(chosen.mean()),
                 *_paired(np.stack([old, new]), cell.recipe, relative=False),
             )
             for (name, chosen), old, new in zip(parts, before, after, strict=True)
@@ -129,20 +129,20 @@ def control_rows(cell: Cell) -> list[Row]:
     """How much of each metric's change is the model, and how much the text."""
     options = cell.recipe.report
     scores = [side.scores for side in cell.sides(*(side for row in SIDES for side in row))]
-    return [
-        (
-            METRICS[part.metric].label,
+    rows: list[Row] = []
+    for part in cross_text(
+        [scores[:2], scores[2:]], bins=options.bins, resamples=options.resamples
+    ):
+        none = (None, None)
+        values = (
             part.change,
-            part.model,
-            *(part.model_interval or (None, None)),
-            part.text,
-            *(part.text_interval or (None, None)),
+            *(part.model, *(part.model_interval or none)),
+            *(part.text, *(part.text_interval or none)),
             part.interaction,
         )
-        for part in cross_text(
-            [scores[:2], scores[2:]], bins=options.bins, resamples=options.resamples
-        )
-    ]
+        percent = (None if value is None else 100 * value for value in values)
+        rows.append((METRICS[part.metric].label, *percent))
+    return rows
 
 
 def divergence_rows(cell: Cell) -> list[Row]:
@@ -178,11 +178,13 @@ def weight_rows(cell: Cell) -> list[Row]:
 
 
 def _paired(values: Array, recipe: Recipe, relative: bool) -> Row:
-    """Means before and after, their change, and its interval; values are [side, question]."""
+    """Means before and after, their change, and its interval; values are [side, question].
+
+    A relative change is in percent of the mean before.
+    """
     old, new = (float(mean) if np.isfinite(mean) else None for mean in values.mean(1))
     if old is None or new is None or (relative and old == 0):
         return (old, new, None, None, None)
     olds, news = resample_means(values, recipe.report.resamples)
-    scale = np.abs(olds) if relative else 1.0
-    low, high = interval_of((news - olds) / scale) or (None, None)
-    return (old, new, (new - old) / (abs(old) if relative else 1), low, high)
+    low, high = interval_of((news - olds) / (np.abs(olds) / 100 if relative else 1)) or (None, None)
+    return (old, new, (new - old) / (abs(old) / 100 if relative else 1), low, high)

@@ -32,7 +32,7 @@ from probe.recipe import Recipe
 from probe.report import ExtraTable
 from probe.run_folder import RunFolder
 
-RANGE = ("low", "high")
+_CHANGE = ("change %", "low %", "high %")
 
 
 class Extra(NamedTuple):
@@ -57,11 +57,11 @@ class Extra(NamedTuple):
     """What tells its rows apart. Without alpha, a table is of the largest one."""
 
 
-_MASS = ("edges", "before", "after", "change", *RANGE)
+_MASS = ("edges %", "before %", "after %", *_CHANGE)
 _MASS_NOTE = (
     "Share of each question's sum of |score| over real edges, averaged over questions; edges: the "
-    "group's share of the edges themselves. From low to high: 95 % of the change of resampled "
-    "questions."
+    "group's share of the edges themselves. Change in percentage points; from low to high: 95 % of "
+    "it with resampled questions."
 )
 
 EXTRAS: dict[str, Extra] = {
@@ -81,13 +81,9 @@ EXTRAS: dict[str, Extra] = {
     "concentration": Extra(
         "Concentration of the scores",
         "Of |score| over real edges, question by question: Gini coefficient (0: all edges alike), "
-        "and how many equal edges would be as spread out, exp(entropy). Change: as a fraction of "
-        "the value before; from low to high: 95 % of it with resampled questions.",
-        tuple(
-            f"{name} {part}"
-            for name in ("Gini", "edges")
-            for part in ("before", "after", "change", "low", "high")
-        ),
+        "and how many equal edges would be as spread out, exp(entropy). From low to high: 95 % of "
+        "the change with resampled questions.",
+        ("of", "before", "after", *_CHANGE),
         concentration_rows,
     ),
     "mass": Extra(
@@ -106,7 +102,7 @@ EXTRAS: dict[str, Extra] = {
         "KL(after || before) in nats, averaged over scored tokens and then over questions, where "
         "both models read the answers of the model before, and those of the model after. From low "
         "to high: 95 % of it with resampled questions.",
-        ("on before", *RANGE, "on after", "after low", "after high"),
+        tuple(f"on {text}{end}" for text in ("before", "after") for end in ("", " low", " high")),
         divergence_rows,
         needs="states",
     ),
@@ -136,13 +132,13 @@ EXTRAS: dict[str, Extra] = {
 CONTROL = Extra(
     "Cross-text control",
     "Each model is also scored on the other's answers. Model and text sum to the change; all are "
-    "fractions of the value before, from low to high with 95 % of resampled questions. Both: what "
+    "in percent of the value before, from low to high with 95 % of resampled questions. Both: what "
     "depends on model and text together, shared half and half; where large, the split says little.",
     (
         "metric",
-        "change",
-        *(f"{part}{end}" for part in ("model", "text") for end in ("", " low", " high")),
-        "both",
+        "change %",
+        *(f"{part}{end} %" for part in ("model", "text") for end in ("", " low", " high")),
+        "both %",
     ),
     control_rows,
 )

@@ -31,6 +31,7 @@ _FREE_KEYS = {
     "attribution": ("batch_size", "control"),
     "faithfulness": None,
     "report": None,
+    "published": None,
 }
 
 

@@ -13,7 +13,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
+
+import numpy as np
 
 from probe.agreement import Agreement, agreement_from
 from probe.attribution import EdgeScores
@@ -107,6 +109,12 @@ class Cell:
     above_noise: bool | None = None
     """Whether |change| is above the noise floor."""
 
+    published: Change | None = None
+    """What was printed elsewhere for this cell, where the recipe says."""
+
+    as_published: bool | None = None
+    """Whether it moved the way that the published value did."""
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -126,6 +134,15 @@ class Accuracy:
 
     questions: int
     """How many were asked."""
+
+    published: Change | None = None
+    """What was printed elsewhere, where the recipe says."""
+
+    as_published: bool | None = None
+    """Whether it moved the way that the published value did."""
+
+
+Row = TypeVar("Row", Cell, Accuracy)
 
 
 @dataclass(frozen=True)
@@ -167,6 +184,9 @@ class Report:
 
     extras: tuple[ExtraTable, ...] = ()
     """What else was asked for, a table each."""
+
+    path: Path = Path()
+    """The run folder that it was computed from."""
 
     @property
     def table(self) -> dict[str, object]:
@@ -228,11 +248,12 @@ def build_report(path: Path) -> Report:
                     pair.name, benchmark, alpha, before, after, options.bins, statistics
                 )
     faithfulness = _faithfulness(folder, recipe, missing)
-    known = tuple(row for row in accuracy if row)
+    known = tuple(_beside_published(row, recipe) for row in accuracy if row)
+    judged = tuple(_beside_published(cell, recipe) for cell in _judged(cells))
     from probe.extras import extra_tables  # needs this module in turn
 
     extras = extra_tables(folder, recipe, missing)
-    return Report(recipe, _judged(cells), known, tuple(missing), faithfulness, extras)
+    return Report(recipe, judged, known, tuple(missing), faithfulness, extras, path=path)
 
 
 def _faithfulness(folder: RunFolder, recipe: Recipe, missing: list[str]) -> tuple[Agreement, ...]:
@@ -299,7 +320,24 @@ def _cells(
     return cells
 
 
-def _judged(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+def _beside_published(row: Row, recipe: Recipe) -> Row:
+    """The row with the value that the recipe publishes for it, if it does."""
+    metric, alpha = (row.metric, row.alpha) if isinstance(row, Cell) else ("accuracy", None)
+    where = (row.pair, row.benchmark, metric, alpha)
+    for value in recipe.published:
+        if (value.pair, value.benchmark, value.metric, value.alpha) == where:
+            same = None
+            if row.before is not None and row.after is not None:
+                same = np.sign(row.after - row.before) == np.sign(value.after - value.before)
+            return replace(
+                row,
+                published=_change(value.before, value.after),
+                as_published=None if same is None else bool(same),
+            )
+    return row
+
+
+def _judged(cells: Sequence[Cell]) -> list[Cell]:
     """The cells with what depends on all of them, and on their own noise."""
     tested = [cell.p_value for cell in cells if cell.p_value is not None]
     adjusted = iter(holm(tested))
@@ -311,7 +349,7 @@ def _judged(cells: Sequence[Cell]) -> tuple[Cell, ...]:
         if cell.change is not None and cell.noise_floor is not None:
             cell = replace(cell, above_noise=abs(cell.change) > cell.noise_floor)
         judged.append(cell)
-    return tuple(judged)
+    return judged
 
 
 def _change(before: float, after: float) -> Change:

@@ -10,6 +10,7 @@
     extras/PAIR.BENCHMARK.on-SIDE.json           both models' states on the answers of one
     extras/PAIR.weights.json                     how far each matrix moved
     report.json                                  the cells
+    figures/                                     pictures, by `probe plot`
 
 A file is written beside its place and moved there, so a kill leaves the old one or the new one.
 Solutions are appended; a torn last line is the most that a kill costs, and reading drops it.
@@ -44,7 +45,7 @@ from probe.selection import Selection, Solution
 
 SCHEMA = 1
 FOLDERS = ("solutions", "selection", "edges", "faithfulness", "extras")
-PARTS = (*FOLDERS, "run.json", "report.json")
+PARTS = (*FOLDERS, "figures", "run.json", "report.json")
 
 
 class Damaged(Exception):

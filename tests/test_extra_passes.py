@@ -73,8 +73,7 @@ def test_the_tables_are_what_the_models_do(finished):
             means = [sum(line) / len(line) for line in found.divergences]
             row = rows["sft-grpo", alpha]
             assert row[f"on {text}"] == pytest.approx(sum(means) / 5, rel=1e-3)
-            low = row["low" if text == "before" else "after low"]
-            assert min(means) - 1e-9 <= low <= row[f"on {text}"]
+            assert min(means) - 1e-9 <= row[f"on {text} low"] <= row[f"on {text}"]
     residual = [row for row in table(report, "residual") if row["pair"] == "sft-grpo"]
     assert [row["before"] for row in residual] == [*(f"layer {n}" for n in range(4)), "logits"]
     assert [r["cosine on after"] for r in residual] == pytest.approx(found.cosines, abs=1e-5)

@@ -44,13 +44,14 @@ def test_what_a_scale_does_not_change(half_run):
     row = dict(zip(overlap.columns, overlap.rows[0], strict=True))
     assert row["edges"] == row["nodes"] == 1
     assert row["ranks"] == pytest.approx(1)
-    row = dict(zip(concentration.columns, concentration.rows[0], strict=True))
-    assert row["Gini before"] == pytest.approx(row["Gini after"])
-    assert row["edges change"] == pytest.approx(0, abs=1e-9)
+    for values in concentration.rows:
+        row = dict(zip(concentration.columns, values, strict=True))
+        assert row["before"] == pytest.approx(row["after"])
+        assert row["change %"] == pytest.approx(0, abs=1e-6)
     for values in mass.rows:
         row = dict(zip(mass.columns, values, strict=True))
-        assert row["low"] == pytest.approx(0, abs=1e-9)
-    assert sum(row[4] for row in mass.rows) == pytest.approx(2)  # all edges, by writer and reader
+        assert row["low %"] == pytest.approx(0, abs=1e-6)
+    assert sum(row[4] for row in mass.rows) == pytest.approx(200)  # all edges, by writer and reader
 
 
 def test_intervals_are_of_the_same_questions(half_run):
@@ -66,12 +67,13 @@ def test_intervals_are_of_the_same_questions(half_run):
     (table,) = extra_tables(half_run, recipe("mass"), [])
     rows = {row[3]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     row = rows["from input"]
-    assert 0 < row["low"] < row["change"] < row["high"]
+    assert 0 < row["low %"] < row["change %"] < row["high %"]
     parts = [
         [s[0][graph.mask[0]].abs().sum() / s.abs().sum() for s in side] for side in (before, after)
     ]
-    assert row["before"] == pytest.approx(float(torch.tensor(parts[0]).mean()), rel=1e-5)
-    assert row["after"] == pytest.approx(float(torch.tensor(parts[1]).mean()), rel=1e-5)
+    means = [100 * float(torch.tensor(side).mean()) for side in parts]
+    assert [row["before %"], row["after %"]] == pytest.approx(means, rel=1e-5)
+    assert row["change %"] == pytest.approx(means[1] - means[0], rel=1e-5)
 
 
 def test_the_control_is_shown_where_its_edges_are(half_run):
@@ -89,8 +91,8 @@ def test_the_control_is_shown_where_its_edges_are(half_run):
     assert missing == []
     row = dict(zip(table.columns, table.rows[0], strict=True))
     assert row["metric"] == "Act.Intens."
-    assert row["model"] == row["change"] == pytest.approx(1)
-    assert row["text"] == row["both"] == 0
+    assert row["model %"] == row["change %"] == pytest.approx(100)
+    assert row["text %"] == row["both %"] == 0
 
     half_run.write_edges(half_run.edges_file(CELL, side), edges, list("abcdx"), "key")
     missing = []
@@ -116,8 +118,9 @@ def test_without_resamples_there_is_no_interval(half_run):
     asked = replace(asked, report=replace(asked.report, resamples=0))
     (table,) = extra_tables(half_run, asked, [])
     row = dict(zip(table.columns, table.rows[0], strict=True))
-    assert row["Gini before"] > 0
-    assert row["Gini low"] is row["Gini high"] is None
+    assert row["of"] == "Gini coefficient"
+    assert row["before"] > 0
+    assert row["low %"] is row["high %"] is None
 
 
 def test_scores_of_zero_are_not_defined(half_run):
@@ -126,7 +129,7 @@ def test_scores_of_zero_are_not_defined(half_run):
     for side in ("before", "after"):
         half_run.write_edges(half_run.edges_file(CELL, side), edges, list("abc"), "key")
     (table,) = extra_tables(half_run, recipe("concentration"), [])
-    assert set(table.rows[0][3:]) == {None}
+    assert set(table.rows[0][4:]) == {None}
 
 
 def test_an_unknown_table():

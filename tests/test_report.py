@@ -7,8 +7,10 @@ from probe.attribution import EdgeScores
 from probe.errors import ProbeError
 from probe.graph import Graph
 from probe.metrics import METRICS
-from probe.rendering import print_report, render, summary
-from probe.report import build_report
+from probe.rendering import print_report, render
+from probe.report import Change, build_report
+from probe.selection import Solution
+from probe.wording import summary
 
 
 def test_a_half_finished_run(half_run):
@@ -73,10 +75,12 @@ def test_what_is_significant_and_above_the_noise(half_run):
     assert weaker.p_holm == pytest.approx(10 * weaker.p_value)  # of ten cells the smallest
     assert not any(cell.significant for cell in found.values())
     assert all(low <= 0 <= high for low, high in (cell.interval for cell in found.values()))
-    first, second = summary(report).splitlines()
-    assert first.startswith("On tiny-math, GRPO moved 0 of 5 cells significantly in the direction")
-    assert first.endswith("and 1 against it.")
-    assert second.endswith("and 0 against it.")
+    first, second = summary(report)
+    assert first == (
+        "On tiny-math, GRPO significantly lowered activation intensity in 1 of 1 cells: 0 of 5 "
+        "cells moved as the paper reports for online RL, 1 against it."
+    )
+    assert second == "On tiny-math, DPO changed none of 5 cells significantly."
 
 
 def test_statistics_can_be_left_out(half_run):
@@ -103,3 +107,33 @@ def test_sides_of_different_questions_are_not_paired(half_run):
 def test_not_a_run_folder(tmp_path):
     with pytest.raises(ProbeError, match="is not a run folder"):
         build_report(tmp_path)
+
+
+def test_published_values_stand_beside_their_cells(half_run):
+    cell = {"pair": "sft-grpo", "benchmark": "tiny-math"}
+    intensity = cell | {"metric": "activation_intensity", "alpha": 0.5}
+    record = half_run.read_record()
+    record["recipe"]["published"] = [
+        intensity | {"before": 1e-3, "after": 1.5e-3},
+        intensity | {"before": 1e-3, "after": 0.5e-3, "alpha": 0.1},  # has no edges yet
+        cell | {"metric": "distribution_kurtosis", "alpha": 0.5, "before": 300, "after": 200},
+        cell | {"metric": "accuracy", "before": 0.5, "after": 0.5},
+    ]
+    half_run.write_json("run.json", record)
+    for model, right in (("sft", (True, True, False)), ("grpo", (True, False, True))):
+        solutions = [
+            Solution(str(number), [1], [2], correct) for number, correct in enumerate(right)
+        ]
+        path = half_run.solutions_file(f"tiny-math--{model}", "tiny-math")
+        half_run.write_solutions(path, solutions)
+    report = build_report(half_run.path)
+    found = {cell.metric: cell for cell in report.cells}
+    rose = found["activation_intensity"]
+    assert rose.published == Change(1e-3, 1.5e-3, pytest.approx(0.5))
+    assert rose.as_published is True
+    assert found["distribution_kurtosis"].as_published is False  # ours does not see the scale
+    assert found["output_entropy"].published is None
+    assert found["output_entropy"].as_published is None
+    (accuracy,) = report.accuracy
+    assert accuracy.published == Change(0.5, 0.5, 0)
+    assert accuracy.as_published is True  # neither moved
