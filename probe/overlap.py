@@ -5,9 +5,9 @@ Edges are ranked by their mean |score| over questions. Three numbers, each 1 for
 - `edges`: Jaccard index of the two sets of the strongest tenth of all real edges;
 - `nodes`: the same of the nodes at the ends of these edges (an attention is one node, except with
   granularity `head`, where each end is the head's own);
-- `ranks`: rank-biased overlap of the rankings, which weighs the top most (Webber, Moffat and Zobel
-  2010, "A similarity measure for indefinite rankings", Eq. 32; p = 0.9, so that the first ten ranks
-  hold 86 % of the weight).
+- `ranks`: rank-biased overlap of the rankings, extrapolated, which weighs the top most (Webber,
+  Moffat and Zobel 2010, "A similarity measure for indefinite rankings"; p = 0.9, so that the first
+  ten ranks hold 86 % of the weight).
 
 Two halves of one model's questions do not give the same circuit either. So the overlap is also
 taken between random halves: across models (one half before, the other after) and within a model.

@@ -6,8 +6,8 @@ predicted there are three numbers:
 - the divergence of the next token, KL(after || before), in nats;
 - the cosine of both residual streams, before each layer and at the end;
 - linear CKA of both, which does not mind a rotation (Kornblith et al. 2019, arXiv 1905.00414). With
-  fewer positions than dimensions the plain one is near 1 for any two models; this is the unbiased
-  one, of Song et al. 2012 ("Feature selection via dependence maximization", Eq. 5).
+  fewer positions than dimensions the plain one is near 1 for any two models; this one takes the
+  unbiased estimator (Nguyen, Raghu and Kornblith 2021, arXiv 2010.15327, Eq. 3).
 
     >>> found = compare_states(before, after, sequences, batch_size=8)
     >>> len(found.cosines) == before.n_layers + 1

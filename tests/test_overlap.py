@@ -12,7 +12,7 @@ from probe.statistics import halves
 
 
 def slow_rbo(left, right, p, depth):
-    """Webber, Moffat and Zobel 2010, Eq. 32, with sets."""
+    """The extrapolated point estimate of Webber, Moffat and Zobel 2010, with sets."""
     orders = [sorted(range(len(v)), key=lambda i: -v[i]) for v in (left, right)]
     depth = min(depth, len(left))
     total = 0.0
