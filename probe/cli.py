@@ -169,7 +169,7 @@ def faithfulness(
 @click.option(
     "--format",
     "style",
-    type=click.Choice(["table", "markdown", "latex", "json", "csv"]),
+    type=click.Choice(["table", "markdown", "latex", "html", "json", "csv"]),
     default="table",
     show_default=True,
     help="How to print it.",
@@ -181,7 +181,7 @@ def report(runs: tuple[str, ...], style: str, output: str | None) -> None:
     \b
     Examples:
       probe report runs/tiny-math
-      probe report runs/tiny-math --format latex --output tables.tex
+      probe report runs/tiny-math --format html --output report.html
       probe report runs/fast runs/exact
     """
     from pathlib import Path
@@ -218,8 +218,9 @@ def plot(runs: tuple[str, ...], output: str | None) -> None:
     if output is None and len(runs) > 1:
         raise ProbeError("figures of several runs need a place: give --output FOLDER")
     folder = Path(output) if output else Path(runs[0]) / "figures"
+    reports = [build_report(Path(run)) for run in runs]
     with progress_bar(Console(stderr=True, highlight=False)) as progress:
-        files = write_figures([build_report(Path(run)) for run in runs], folder, progress)
+        files = write_figures(reports, folder, progress)
     click.echo(f"{len(files)} files in {folder}")
 
 

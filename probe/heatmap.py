@@ -19,7 +19,8 @@ COLOURS = "cividis"
 FEW = 30
 """As many targets can each have a label."""
 
-_LIMITS = (0.1, 0.25, 0.5, 1, 2, 3, 4, 5, 6, 8, 10)
+LIMITS = (0.1, 0.25, 0.5, 1, 2, 3, 4, 5, 6, 8, 10)
+"""Where colours may end, in doublings."""
 
 
 def draw_heatmap(strength: Strength) -> Figure:
@@ -56,7 +57,7 @@ def colour_limit(ratio: np.ndarray) -> float:
     """Where the colours end: a round number of doublings that holds 19 of 20 edges."""
     known = np.abs(ratio[np.isfinite(ratio)])
     needed = float(np.quantile(known, 0.95)) if len(known) else 1.0
-    return next((limit for limit in _LIMITS if limit >= needed), _LIMITS[-1])
+    return next((limit for limit in LIMITS if limit >= needed), LIMITS[-1])
 
 
 def _outline(axes: Axes, strength: Strength) -> None:

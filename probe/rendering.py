@@ -109,9 +109,17 @@ def _csv(reports: Sequence[Report]) -> str:
     return text.getvalue().rstrip("\n")
 
 
+def _html(reports: Sequence[Report]) -> str:
+    """One page that needs nothing else."""
+    from probe.webpage import page  # draws, and so loads matplotlib
+
+    return page(reports)
+
+
 FORMATS: dict[str, Callable[[Sequence[Report]], str]] = {
     "markdown": markdown.document,
     "latex": latex.document,
+    "html": _html,
     "json": _json,
     "csv": _csv,
 }
