@@ -138,7 +138,7 @@ def measure(
         )
         for method in methods
     }
-    strata, _, graph, *_ = found[methods[0]]
+    strata, graph = found[methods[0]].scores, found[methods[0]].graph
     sample = draw_edges(strata, graph.mask, edges, seed)
     drawn = [edge for edge, _ in sample]
     rows = []

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from nnsight.modeling.transformers import TransformersModel
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from probe.kernels import Kernels
+
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
 PACKAGE_DATA = Path(__file__).parent / "data"
@@ -57,6 +59,9 @@ class Model:
 
     dtype: "torch.dtype"
     """The precision of its weights and activations."""
+
+    kernels: Literal["eager", "liger"] = "eager"
+    """Whether it runs as transformers has it, or with fused kernels."""
 
     @property
     def n_layers(self) -> int:
@@ -158,13 +163,17 @@ def read_tokenizer(reference: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_model(reference: str, device: str = "cpu", dtype: str = "float32") -> Model:
+def load_model(
+    reference: str, device: str = "cpu", dtype: str = "float32", kernels: "Kernels" = "eager"
+) -> Model:
     """Load a causal language model, frozen and in evaluation mode.
 
     Args:
         reference: A folder, a hub id, or the `probe:` name of a model that ships with the package.
         device: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one.
         dtype: `float32`, `bfloat16`, `float16` or `float64`.
+        kernels: `eager`, as transformers has it; `liger`, fused kernels, which the method `relp`
+            cannot use; or `auto` for these where they run.
 
     Raises:
         ProbeError: The model cannot be found or read, its architecture is not in the table, or
@@ -174,11 +183,14 @@ def load_model(reference: str, device: str = "cpu", dtype: str = "float32") -> M
     from nnsight.modeling.transformers import TransformersModel
     from transformers import AutoModelForCausalLM
 
+    from probe.kernels import fuse, resolve_kernels
+
     if dtype not in get_args(DType):
         raise ProbeError(f"dtype {dtype!r} is not known; one of: {', '.join(get_args(DType))}")
     (place,) = resolve_devices(device, most=1)
     config = read_config(reference)
     architecture = architecture_of(config.model_type)
+    chosen = resolve_kernels(kernels, place, config.model_type)
     tokenizer = read_tokenizer(reference)
     # The fused kernel for experts knows no float64.
     experts = (
@@ -194,9 +206,11 @@ def load_model(reference: str, device: str = "cpu", dtype: str = "float32") -> M
             raise ProbeError(_cannot_read("the weights", reference, error)) from error
         raise
     module.requires_grad_(False).eval().to(place)
+    if chosen == "liger":
+        fuse(module)
     # Without a device the pipeline inside would move the model to the first GPU there is.
     network = TransformersModel(module, task="text-generation", tokenizer=tokenizer, device=place)
-    return Model(reference, network, tokenizer, config, architecture, place, module.dtype)
+    return Model(reference, network, tokenizer, config, architecture, place, module.dtype, chosen)
 
 
 def resolve_devices(device: str, most: int | None = None) -> "list[torch.device]":
