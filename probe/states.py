@@ -9,7 +9,7 @@ predicted there are three numbers:
   fewer positions than dimensions the plain one is near 1 for any two models; this one takes the
   unbiased estimator (Nguyen, Raghu and Kornblith 2021, arXiv 2010.15327, Eq. 3).
 
-    >>> found = compare_states(before, after, sequences, batch_size=8)
+    >>> found = compare_states(before, after, sequences)
     >>> len(found.cosines) == before.n_layers + 1
     True
 """
@@ -21,6 +21,7 @@ import torch
 
 from probe.attribution import Sequence as TokenSequence
 from probe.attribution import make_batch
+from probe.batching import ENOUGH_TOKENS, BatchSize
 from probe.models import Model
 from probe.tracing import states
 
@@ -52,7 +53,7 @@ def compare_states(
     before: Model,
     after: Model,
     sequences: Sequence[TokenSequence],
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> StateComparison:
     """Let both models read the same sequences, and compare them.
@@ -61,7 +62,7 @@ def compare_states(
         before: The model before.
         after: The model after, of the same shape.
         sequences: What both read.
-        batch_size: How many sequences run at once, at most.
+        batch_size: How many sequences run at once, at most; `auto` for as many as are good.
         progress: Called with the number of sequences that are done, after each batch.
     """
     vocabulary = min(int(model.config.vocab_size) for model in (before, after))
@@ -70,8 +71,10 @@ def compare_states(
     streams: list[list[torch.Tensor]] = [[], []]
     start = 0
     while start < len(sequences):
+        longest = max(len(s.prompt) + len(s.answer) for s in sequences[start:])
+        size = ENOUGH_TOKENS[before.device.type] // longest if batch_size == "auto" else batch_size
         room = _LOGITS // (vocabulary * max(len(s.answer) for s in sequences[start:]))
-        part = sequences[start : start + max(1, min(batch_size, room))]
+        part = sequences[start : start + max(1, min(size, room))]
         batch = make_batch(part)
         old, new = (states(model, batch, vocabulary) for model in (before, after))
         new = type(new)(*(tensor.to(before.device) for tensor in new))
