@@ -77,11 +77,11 @@ class Cell:
     samples: int
     """How many questions it is computed from."""
 
-    paper_direction: Literal["up", "down"]
-    """How the paper reports that online RL moves this metric."""
+    paper_direction: Literal["up", "down"] | None
+    """How the paper reports that online RL moves this metric; None where it has no such metric."""
 
     as_in_paper: bool | None
-    """Whether it moved that way; None where the change is not defined."""
+    """Whether it moved that way; None where the change or the way is not defined."""
 
     real_edges: Change
     """The same over real edges only."""
@@ -312,7 +312,11 @@ def _cells(
                 change=moved,
                 samples=len(before.scores),
                 paper_direction=entry.direction,
-                as_in_paper=None if moved is None else moved * _SIGNS[entry.direction] > 0,
+                as_in_paper=(
+                    moved * _SIGNS[entry.direction] > 0
+                    if moved is not None and entry.direction
+                    else None
+                ),
                 real_edges=real,
                 **vars(statistics[metric]),
             )
