@@ -5,6 +5,7 @@ heavy is imported before a command needs it, so that `--help` answers at once.
 """
 
 import os
+import re
 import signal
 import sys
 
@@ -49,6 +50,7 @@ def main() -> None:
 @click.option("--output", type=click.Path(), help="Run folder [default: runs/NAME].")
 @click.option("--limit", type=click.IntRange(1), help="Ask only N questions of each benchmark.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key.")
+@click.option("--solutions", metavar="before=FILE,after=FILE", help="Solutions made elsewhere.")
 @click.option("--method", help="eap, eap-ig, relp or exact.")
 @click.option("--control", help="cross-text: score each model on the other's answers too.")
 @click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1.")
@@ -60,6 +62,7 @@ def recipe(
     output: str | None,
     limit: int | None,
     settings: tuple[str, ...],
+    solutions: str | None,
     method: str | None,
     control: str | None,
     device: str | None,
@@ -91,9 +94,17 @@ def recipe(
         if given is not None:
             overrides[key] = given
 
+    if solutions is not None:
+        overrides |= solution_files(solutions)
+
     from probe.recipe import read_recipe
 
     chosen = read_recipe(name, overrides)
+    if solutions is not None and len(chosen.pairs) > 1:
+        raise ProbeError(
+            f"--solutions is for one pair, and {chosen.name} has {len(chosen.pairs)}; "
+            "use --set pairs.0.solutions.before=FILE"
+        )
     if dry_run:
         from rich.console import Console
 
@@ -105,6 +116,17 @@ def recipe(
     from probe.run import run_recipe
 
     print_report(run_recipe(chosen, output, fresh=fresh))
+
+
+def solution_files(text: str) -> dict[str, str | int | float]:
+    """The keys that `before=FILE,after=FILE` sets; one side alone will do."""
+    overrides: dict[str, str | int | float] = {}
+    for part in re.split(r",(?=(?:before|after)=)", text):
+        side, equals, file = part.partition("=")
+        if side not in ("before", "after") or not equals or not file:
+            raise ProbeError(f"--solutions {text}: write before=FILE,after=FILE, or one of them")
+        overrides[f"pairs.0.solutions.{side}"] = file
+    return overrides
 
 
 @main.command()

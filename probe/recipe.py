@@ -13,12 +13,13 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal, cast, get_type_hints
+from typing import Annotated, Literal, NamedTuple, cast, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from probe.errors import ProbeError
+from probe.generation import Engine
 from probe.graph import Ablation, Granularity
 from probe.metrics import BINS
 from probe.models import DType
@@ -38,6 +39,36 @@ Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class Asked(NamedTuple):
+    """A model as a pair asks it: all that its solutions depend on."""
+
+    model: str
+    """Its reference."""
+
+    prompt: str
+    """The literal prompt."""
+
+    max_new_tokens: int
+    """Longest answer, in tokens."""
+
+    stop: tuple[str, ...]
+    """Texts that end an answer."""
+
+    given: str | None
+    """A file with solutions that it has written already."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SolutionFiles:
+    """Solutions that were generated elsewhere; see `probe.imported` for what is understood."""
+
+    before: str | None = None
+    """A file or folder with those of the model before; None to generate them here."""
+
+    after: str | None = None
+    """Likewise of the model after."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -61,6 +92,20 @@ class Pair:
 
     max_new_tokens: Count = 1024
     """Longest answer, in tokens."""
+
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end an answer, as an end-of-sequence token does; see `probe.generation`."""
+
+    solutions: SolutionFiles = Field(default_factory=SolutionFiles)
+    """Files with solutions that were generated elsewhere."""
+
+    def asked(self) -> tuple[Asked, Asked]:
+        """How it asks its two models."""
+        how = (self.prompt, self.max_new_tokens, self.stop)
+        return (
+            Asked(self.before, *how, self.solutions.before),
+            Asked(self.after, *how, self.solutions.after),
+        )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -98,8 +143,11 @@ class SolutionOptions:
     seed: Seed = 42
     """Seed of that part."""
 
+    engine: Engine = "auto"
+    """`continuous` or `static` batches; `auto` is continuous on a GPU; see `probe.generation`."""
+
     batch_size: Count = 32
-    """How many questions run at once."""
+    """How many questions run at once in a static batch."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -275,9 +275,8 @@ def _faithfulness(folder: RunFolder, recipe: Recipe, missing: list[str]) -> tupl
 def _accuracy(folder: RunFolder, recipe: Recipe, pair: Pair, benchmark: str) -> Accuracy | None:
     names = model_names(recipe)
     sides = []
-    for model in (pair.before, pair.after):
-        name = names[model, pair.prompt, pair.max_new_tokens]
-        solutions, _ = folder.read_solutions(folder.solutions_file(name, benchmark))
+    for asked in pair.asked():
+        solutions, _ = folder.read_solutions(folder.solutions_file(names[asked], benchmark))
         sides.append([solution.correct for solution in solutions])
     if not sides[0] or len(sides[0]) != len(sides[1]):
         return None

@@ -10,7 +10,9 @@ finds in the folder what is done already and goes on from there, and ends in the
 """
 
 import gc
+import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,17 +22,29 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from probe.attribution import METHODS, EdgeScores, Sequence, attribute
 from probe.errors import ProbeError
 from probe.extra_passes import measure_states, measure_weights
 from probe.extras import EXTRAS, check_extras
-from probe.models import Model, check_pair, cpu_threads, fingerprint, load_model, resolve_devices
+from probe.imported import Given, GivenAnswer, imported, match, read_given
+from probe.models import (
+    Model,
+    check_pair,
+    cpu_threads,
+    fingerprint,
+    load_model,
+    read_tokenizer,
+    resolve_devices,
+)
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
 from probe.record import now, open_record, timed
@@ -80,14 +94,18 @@ def run_recipe(
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
     problems = check_recipe(recipe)
+    given, answers = _read_given(recipe, problems)
     folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
-    record = open_record(folder, recipe, fresh)
+    tables = {name: file.table for name, file in given.items()}
+    record = open_record(folder, recipe, fresh, tables)
     console = console or Console(stderr=True, highlight=False)
+    for name, file in given.items():
+        console.print(f"solutions of {name}: {file.account}", soft_wrap=True)
     devices = resolve_devices(recipe.compute.device)
 
     with progress_bar(console) as progress, cpu_threads(recipe.compute.threads):
         with timed(folder, record, "solutions"):
-            solutions = _solve_all(recipe, problems, folder, devices, progress)
+            solutions = _solve_all(recipe, problems, answers, folder, devices, progress)
         with timed(folder, record, "selection"):
             sides = _select_all(recipe, solutions, folder, progress)
         with timed(folder, record, "attribution"):
@@ -158,9 +176,24 @@ def check_methods(recipe: Recipe) -> None:
                 raise ProbeError(f"{key} is {method!r}; known: {', '.join(METHODS)}")
 
 
+def _read_given(
+    recipe: Recipe, problems: Mapping[str, list[Problem]]
+) -> tuple[dict[str, Given], dict[tuple[str, str], dict[str, GivenAnswer]]]:
+    """The files of solutions by the model's name; their answers by name and benchmark."""
+    given: dict[str, Given] = {}
+    answers: dict[tuple[str, str], dict[str, GivenAnswer]] = {}
+    for asked, name in model_names(recipe).items():
+        if asked.given is not None:
+            given[name] = read_given(Path(asked.given).expanduser())
+            for benchmark in problems:
+                answers[name, benchmark] = match(given[name], problems, benchmark)
+    return given, answers
+
+
 def _solve_all(
     recipe: Recipe,
     problems: Mapping[str, list[Problem]],
+    given: Mapping[tuple[str, str], Mapping[str, GivenAnswer]],
     folder: RunFolder,
     devices: list[torch.device],
     progress: Progress,
@@ -170,7 +203,7 @@ def _solve_all(
     solutions: dict[tuple[str, str], list[Solution]] = {}
     total = len(names) * sum(len(part) for part in problems.values())
     task = progress.add_task("solutions", total=total)
-    for number, ((reference, prompt, max_new_tokens), name) in enumerate(names.items()):
+    for number, (use, name) in enumerate(names.items()):
         model: Model | None = None
         for benchmark, asked in problems.items():
             path = folder.solutions_file(name, benchmark)
@@ -184,20 +217,31 @@ def _solve_all(
             done = {solution.id: solution for solution in sound}
             progress.update(task, advance=len(done))
             if len(done) < len(asked):
-                if model is None:
-                    model = _load(recipe, reference, devices[number % len(devices)])
-                batches = solve(
-                    model,
-                    asked,
-                    prompt,
-                    max_new_tokens=max_new_tokens,
-                    batch_size=recipe.solutions.batch_size,
-                    done=frozenset(done),
-                )
-                for batch in batches:
-                    folder.append_solutions(path, batch)
-                    done |= {solution.id: solution for solution in batch}
-                    progress.update(task, advance=len(batch))
+                if use.given is not None:
+                    tokenizer, answers = read_tokenizer(use.model), given[name, benchmark]
+                    batches = imported(tokenizer, asked, use.prompt, answers, frozenset(done))
+                else:
+                    if model is None:
+                        model = _load(recipe, use.model, devices[number % len(devices)])
+                    batches = solve(
+                        model,
+                        asked,
+                        use.prompt,
+                        max_new_tokens=use.max_new_tokens,
+                        stop=use.stop,
+                        batch_size=recipe.solutions.batch_size,
+                        engine=recipe.solutions.engine,
+                        done=frozenset(done),
+                        say=progress.console.print,
+                    )
+                start, tokens = time.monotonic(), 0
+                with closing(batches):
+                    for batch in batches:
+                        folder.append_solutions(path, batch)
+                        done |= {solution.id: solution for solution in batch}
+                        tokens += sum(len(solution.answer) for solution in batch)
+                        speed = f"{tokens / (time.monotonic() - start):,.0f} tokens/s"
+                        progress.update(task, advance=len(batch), speed=speed)
                 folder.write_solutions(path, [done[problem.id] for problem in asked])
             solutions[name, benchmark] = [done[problem.id] for problem in asked]
         del model
@@ -218,10 +262,7 @@ def _select_all(
     task = progress.add_task("selection", total=len(cells))
     sides = []
     for pair, benchmark, alpha in cells:
-        before, after = (
-            solutions[names[model, pair.prompt, pair.max_new_tokens], benchmark]
-            for model in (pair.before, pair.after)
-        )
+        before, after = (solutions[names[asked], benchmark] for asked in pair.asked())
         try:
             selection = select(
                 before,
@@ -362,6 +403,14 @@ def cross(before: list[Sequence], after: list[Sequence]) -> tuple[list[Sequence]
     )
 
 
+class Speed(ProgressColumn):
+    """What a task's `speed` says, where it says any."""
+
+    def render(self, task: Task) -> Text:
+        """Give the text."""
+        return Text(task.fields.get("speed", ""))
+
+
 def progress_bar(console: Console) -> Progress:
     """The bar that shows how far each phase is."""
     return Progress(
@@ -370,5 +419,6 @@ def progress_bar(console: Console) -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        Speed(),
         console=console,
     )
