@@ -111,12 +111,12 @@ def mass_rows(groups: Callable[[Graph], mass.Groups]) -> Callable[[Cell], list[R
         sides = cell.sides("before", "after")
         parts = groups(sides[0].graph)
         before, after = (
-            100 * mass.shares(strengths(side.scores, side.graph.mask), parts) for side in sides
+            mass.shares(strengths(side.scores, side.graph.mask), parts) for side in sides
         )
         return [
             (
                 name,
-                100 * float(chosen.mean()),
+                float(chosen.mean()),
                 *_paired(np.stack([old, new]), cell.recipe, relative=False),
             )
             for (name, chosen), old, new in zip(parts, before, after, strict=True)
@@ -178,13 +178,17 @@ def weight_rows(cell: Cell) -> list[Row]:
 
 
 def _paired(values: Array, recipe: Recipe, relative: bool) -> Row:
-    """Means before and after, their change, and its interval; values are [side, question].
+    """Means before and after; their change in percent, of the mean before or in points; interval.
 
-    A relative change is in percent of the mean before.
+    Args:
+        values: A value of each question on each side, [side, question].
+        recipe: How often to resample.
+        relative: Whether the change is beside the mean before.
     """
     old, new = (float(mean) if np.isfinite(mean) else None for mean in values.mean(1))
     if old is None or new is None or (relative and old == 0):
         return (old, new, None, None, None)
     olds, news = resample_means(values, recipe.report.resamples)
-    low, high = interval_of((news - olds) / (np.abs(olds) / 100 if relative else 1)) or (None, None)
-    return (old, new, (new - old) / (abs(old) / 100 if relative else 1), low, high)
+    drawn = 100 * (news - olds) / (np.abs(olds) if relative else 1)
+    change = 100 * (new - old) / (abs(old) if relative else 1)
+    return (old, new, change, *(interval_of(drawn) or (None, None)))

@@ -57,7 +57,7 @@ class Extra(NamedTuple):
     """What tells its rows apart. Without alpha, a table is of the largest one."""
 
 
-_MASS = ("edges %", "before %", "after %", *_CHANGE)
+_MASS = ("edges", "before", "after", *_CHANGE)
 _MASS_NOTE = (
     "Share of each question's sum of |score| over real edges, averaged over questions; edges: the "
     "group's share of the edges themselves. Change in percentage points; from low to high: 95 % of "

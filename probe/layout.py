@@ -190,13 +190,12 @@ def numeric(extra: ExtraTable) -> list[bool]:
 
 
 def _column(title: str, column: Sequence[str | float | None]) -> list[str]:
-    signed = [value for value in column if isinstance(value, float | int)]
-    numbers = [*map(abs, signed)]
+    numbers = [abs(value) for value in column if isinstance(value, float | int)]
     form: Callable[[float], str] = number
     if all(isinstance(value, int) for value in numbers):
         form = str
     elif title.endswith("%"):
-        form = ("{:+.1f}" if min(signed) < 0 else "{:.1f}").format
+        form = "{:+.1f}".format
     elif title == "alpha":
         form = "{:g}".format
     elif all(value == 0 or 1e-3 <= value < 1e4 for value in numbers):

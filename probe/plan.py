@@ -88,7 +88,7 @@ def make_plan(recipe: Recipe) -> Plan:
             continue
         questions = None if options.questions == "all" else options.questions
         path = Path(choice.path).expanduser() if choice.path else None
-        problems = load_problems(choice.name, path, questions, options.seed)
+        problems = load_problems(choice.name, path, questions, options.seed, choice.grading)
         source = choice.path or "ships with probe"
         benchmarks.append(BenchmarkNeed(choice.name, source, len(problems)))
     return Plan(recipe, models, tuple(benchmarks))

@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from probe.errors import ProbeError
 from probe.generation import Engine
+from probe.grading import Grading
 from probe.graph import Ablation, Granularity
 from probe.metrics import BINS
 from probe.models import DType
@@ -112,11 +113,15 @@ class Pair:
 class BenchmarkChoice:
     """A benchmark to solve."""
 
-    name: str
-    """A name in `probe.problems.BENCHMARKS`."""
+    name: Name
+    """A name in `probe.problems.BENCHMARKS`; any name for a file of one's own."""
 
     path: str | None = None
     """A local file or folder with its problems, instead of the benchmark's own source."""
+
+    grading: Grading | None = None
+    """`math` or `exact`: how answers are compared, as mathematics where not given. A file of one's
+    own must say it."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -153,6 +153,7 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
             Path(benchmark.path).expanduser() if benchmark.path else None,
             questions,
             options.seed,
+            benchmark.grading,
         )
         for benchmark in recipe.benchmarks
     }

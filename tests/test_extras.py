@@ -51,7 +51,7 @@ def test_what_a_scale_does_not_change(half_run):
     for values in mass.rows:
         row = dict(zip(mass.columns, values, strict=True))
         assert row["low %"] == pytest.approx(0, abs=1e-6)
-    assert sum(row[4] for row in mass.rows) == pytest.approx(200)  # all edges, by writer and reader
+    assert sum(row[4] for row in mass.rows) == pytest.approx(2)  # all edges, by writer and reader
 
 
 def test_intervals_are_of_the_same_questions(half_run):
@@ -62,7 +62,7 @@ def test_intervals_are_of_the_same_questions(half_run):
     after = before.clone()
     after[:, 0] *= 3
     for side, scores in (("before", before), ("after", after)):
-        edges = EdgeScores(scores, torch.ones(8), graph)
+        edges = EdgeScores(scores, torch.ones(8), torch.ones(8), graph)
         half_run.write_edges(half_run.edges_file(CELL, side), edges, list("abcdefgh"), "key")
     (table,) = extra_tables(half_run, recipe("mass"), [])
     rows = {row[3]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
@@ -71,9 +71,9 @@ def test_intervals_are_of_the_same_questions(half_run):
     parts = [
         [s[0][graph.mask[0]].abs().sum() / s.abs().sum() for s in side] for side in (before, after)
     ]
-    means = [100 * float(torch.tensor(side).mean()) for side in parts]
-    assert [row["before %"], row["after %"]] == pytest.approx(means, rel=1e-5)
-    assert row["change %"] == pytest.approx(means[1] - means[0], rel=1e-5)
+    means = [float(torch.tensor(side).mean()) for side in parts]
+    assert [row["before"], row["after"]] == pytest.approx(means, rel=1e-5)
+    assert row["change %"] == pytest.approx(100 * (means[1] - means[0]), rel=1e-5)
 
 
 def test_the_control_is_shown_where_its_edges_are(half_run):
@@ -125,7 +125,7 @@ def test_without_resamples_there_is_no_interval(half_run):
 
 def test_scores_of_zero_are_not_defined(half_run):
     graph = Graph.build(2, "qkv")
-    edges = EdgeScores(torch.zeros(3, *graph.mask.shape), torch.ones(3), graph)
+    edges = EdgeScores(torch.zeros(3, *graph.mask.shape), torch.ones(3), torch.ones(3), graph)
     for side in ("before", "after"):
         half_run.write_edges(half_run.edges_file(CELL, side), edges, list("abc"), "key")
     (table,) = extra_tables(half_run, recipe("concentration"), [])
