@@ -16,7 +16,7 @@ the `interaction`; the split gives half of it to each, so where it is large, the
     3.5
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ class Control:
     """The split of one metric's relative change; None where it is not defined."""
 
     metric: str
-    """A name in `probe.metrics.METRICS`."""
+    """A name in `probe.metrics.METRICS` or `TOKEN_METRICS`."""
 
     change: float | None = None
     """(after - before) / |before|, each on its own answers."""
@@ -90,19 +90,24 @@ def split(values: Array) -> Split:
 
 
 def cross_text(
-    sides: Sequence[Sequence[torch.Tensor]], *, bins: int = BINS, resamples: int = RESAMPLES
+    sides: Sequence[Sequence[torch.Tensor]],
+    *,
+    bins: int = BINS,
+    resamples: int = RESAMPLES,
+    metrics: Iterable[str] = METRICS,
 ) -> list[Control]:
     """Split the change of every metric.
 
     Args:
         sides: Scores [question, source, target] of each side, by [model][text] as in `SIDES`, of
-            the same questions in the same order.
+            the same questions in the same order; entropies [question] for `TOKEN_METRICS`.
         bins: Bins of the histograms.
         resamples: How many times questions are drawn for the intervals; 0 for none.
+        metrics: Names of the metrics.
     """
     flat = [scores for row in sides for scores in row]
     found = []
-    for name in METRICS:
+    for name in metrics:
         values, drawn = resample(name, flat, bins=bins, resamples=resamples)
         old = values[0]
         if not np.isfinite(values).all() or old == 0:

@@ -13,7 +13,7 @@ from probe.attribution import EdgeScores
 from probe.control import SIDES, cross_text
 from probe.extra_passes import TEXTS, states_file, weights_file
 from probe.graph import Graph
-from probe.metrics import METRICS, Array, strengths
+from probe.metrics import TOKEN_METRICS, Array, metric_named, strengths
 from probe.overlap import compare_circuits
 from probe.recipe import Pair, Recipe
 from probe.run_folder import Damaged, RunFolder, cell_name
@@ -128,11 +128,15 @@ def mass_rows(groups: Callable[[Graph], mass.Groups]) -> Callable[[Cell], list[R
 def control_rows(cell: Cell) -> list[Row]:
     """How much of each metric's change is the model, and how much the text."""
     options = cell.recipe.report
-    scores = [side.scores for side in cell.sides(*(side for row in SIDES for side in row))]
+    sides = cell.sides(*(side for row in SIDES for side in row))
+    of_edges, of_tokens = [s.scores for s in sides], [s.entropies for s in sides]
+    found = cross_text(
+        [of_edges[:2], of_edges[2:]], bins=options.bins, resamples=options.resamples
+    ) + cross_text(
+        [of_tokens[:2], of_tokens[2:]], resamples=options.resamples, metrics=TOKEN_METRICS
+    )
     rows: list[Row] = []
-    for part in cross_text(
-        [scores[:2], scores[2:]], bins=options.bins, resamples=options.resamples
-    ):
+    for part in found:
         none = (None, None)
         values = (
             part.change,
@@ -141,7 +145,7 @@ def control_rows(cell: Cell) -> list[Row]:
             part.interaction,
         )
         percent = (None if value is None else 100 * value for value in values)
-        rows.append((METRICS[part.metric].label, *percent))
+        rows.append((metric_named(part.metric).label, *percent))
     return rows
 
 

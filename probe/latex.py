@@ -48,17 +48,16 @@ def document(reports: Sequence[Report]) -> str:
 
 
 def table_lines(table: ExtraTable) -> list[str]:
-    """Any table as a float of its own, a rule where its first column changes."""
+    """Any table as a float of its own, with a space above rows that are headings."""
     columns = "".join("r" if right else "l" for right in numeric(table))
     lines = [r"\begin{table}", r"\centering\footnotesize\tabcolsep=3pt"]
     lines += [rf"\begin{{tabular}}{{{columns}}}"]
     lines += [r"\toprule", _row(table.columns), r"\midrule"]
-    last = ""
-    for row in extra_texts(table):
-        if last and row[0] and row[0] != last:
+    for place, row in enumerate(extra_texts(table)):
+        if place and row[0] and not any(row[1:]):
             lines.append(r"\addlinespace")
-        last = row[0] or last
-        lines.append(_row(row))
+        indent = r"\quad " if row[0].startswith(" ") else ""
+        lines.append(indent + _row(row))
     caption = f"{table.title}. {table.note}".strip()
     lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{escape(caption)}}}", r"\end{table}"]
     return lines

@@ -7,10 +7,10 @@
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from probe.agreement import TITLES, explanation, shown_texts
-from probe.metrics import METRICS
+from probe.metrics import METRICS, TOKEN_METRICS, metric_named
 from probe.report import Accuracy, Cell, Change, ExtraTable, Report
 from probe.wording import SAME, arrow, both, compared, interval, marks, number, percent, run_names
 
@@ -53,7 +53,7 @@ def cell_rows(cell: Cell, report: Report) -> list[Texts]:
     change = f"{percent(cell.change):>6} {marks(cell)}".rstrip()
     rows = [
         row(
-            (f"{cell.alpha:g}", METRICS[cell.metric].label, both(shown.before, shown.after)),
+            (f"{cell.alpha:g}", metric_named(cell.metric).label, both(shown.before, shown.after)),
             (change, interval(cell.interval), _VERDICTS[cell.as_in_paper]),
             percent(real.change),
         )
@@ -95,43 +95,33 @@ def _points(row: Accuracy | Change) -> Texts:
 def table_1(reports: Sequence[Report]) -> ExtraTable:
     """The paper's Table 1: three metrics over the dense matrix, by pair, benchmark and alpha.
 
-    What was published stands below the row that it belongs to.
+    Each pair has a row of its own above its cells, and what was published stands below them.
     """
     rows: list[Texts] = []
+    empty = ("",) * len(TABLE_1)
     for report in reports:
+        shown: dict[tuple[str, str, float], dict[str, Cell]] = {}
+        for cell in report.cells:
+            shown.setdefault((cell.pair, cell.benchmark, cell.alpha), {})[cell.metric] = cell
         for pair in report.recipe.pairs:
-            for benchmark in report.recipe.benchmarks:
-                for alpha in report.recipe.selection.alpha:
-                    where = (pair.name, benchmark.name, alpha)
-                    rows += _table_1_rows(
-                        where,
-                        {
-                            cell.metric: cell
-                            for cell in report.cells
-                            if (cell.pair, cell.benchmark, cell.alpha) == where
-                        },
-                    )
-    labels = (METRICS[metric].label for metric in TABLE_1)
-    return ExtraTable(
-        "Table 1 of the paper", "", ("pair", "benchmark", "alpha", *labels), tuple(rows)
-    )
+            of_pair = [where for where in shown if where[0] == pair.name]
+            rows += [(pair.name, "", *empty)] if of_pair else []
+            for where in of_pair:
+                found = [shown[where][metric] for metric in TABLE_1]
+                ours = (f"{both(cell.before, cell.after)} {marks(cell):<2}" for cell in found)
+                rows.append((f"  {where[1]}", f"{where[2]:g}", *ours))
+                if any(cell.published for cell in found):
+                    rows.append(("  published", "", *map(_published, found)))
+    columns = ("pair and benchmark", "alpha", *(metric_named(name).label for name in TABLE_1))
+    note = "Before and after; * is significant, ~ is within the noise of one model."
+    if any(cell.published for report in reports for cell in report.cells):
+        note += " Published values are below; ✓ is the same direction."
+    return ExtraTable("Table 1 of the paper", note, columns, tuple(rows))
 
 
-def _table_1_rows(where: tuple[str, str, float], cells: Mapping[str, Cell]) -> list[Texts]:
-    if not cells:
-        return []
-    found = [cells[metric] for metric in TABLE_1]
-    ours = (f"{both(cell.before, cell.after)} {marks(cell):<2}" for cell in found)
-    rows: list[Texts] = [(*where[:2], f"{where[2]:g}", *ours)]
-    if any(cell.published for cell in found):
-        theirs = (
-            f"{both(cell.published.before, cell.published.after)} {SAME[cell.as_published]} "
-            if cell.published
-            else "-  "
-            for cell in found
-        )
-        rows.append(("", "published", "", *theirs))
-    return rows
+def _published(cell: Cell) -> str:
+    theirs = cell.published
+    return f"{both(theirs.before, theirs.after)} {SAME[cell.as_published]} " if theirs else "-  "
 
 
 def side_by_side(reports: Sequence[Report]) -> list[ExtraTable]:
@@ -142,7 +132,7 @@ def side_by_side(reports: Sequence[Report]) -> list[ExtraTable]:
         for cell in report.cells:
             table = found.setdefault((cell.benchmark, cell.pair), {})
             table.setdefault((cell.alpha, cell.metric), {})[place] = cell
-    order = list(METRICS)
+    order = [*METRICS, *TOKEN_METRICS]
     tables = []
     for (benchmark, pair), cells in found.items():
         rows = []
@@ -150,7 +140,7 @@ def side_by_side(reports: Sequence[Report]) -> list[ExtraTable]:
             cells.items(), key=lambda item: (item[0][0], order.index(item[0][1]))
         ):
             shown = (_beside(row.get(place), len(names) < 3) for place in range(len(names)))
-            rows.append((f"{alpha:g}", METRICS[metric].label, *shown))
+            rows.append((f"{alpha:g}", metric_named(metric).label, *shown))
         columns = ("alpha", "metric", *names)
         tables.append(ExtraTable(f"{benchmark} · {pair}", "", columns, tuple(rows)))
     return tables

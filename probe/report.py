@@ -10,7 +10,7 @@ run can be reported again at any time; `probe.rendering` prints them.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -19,8 +19,8 @@ import numpy as np
 
 from probe.agreement import Agreement, agreement_from
 from probe.attribution import EdgeScores
-from probe.metrics import METRICS, compute_metric
-from probe.recipe import Pair, Recipe, recipe_from
+from probe.metrics import METRICS, TOKEN_METRICS, compute_metric, metric_named
+from probe.recipe import Pair, Recipe, ReportOptions, recipe_from
 from probe.run_folder import (
     SCHEMA,
     Damaged,
@@ -63,7 +63,7 @@ class Cell:
     """Scored length as a share of the reference length."""
 
     metric: str
-    """A name in `probe.metrics.METRICS`."""
+    """A name in `probe.metrics.METRICS`, or in `TOKEN_METRICS`."""
 
     before: float | None
     """The model before, over the dense matrix with its structural zeros."""
@@ -84,7 +84,7 @@ class Cell:
     """Whether it moved that way; None where the change or the way is not defined."""
 
     real_edges: Change
-    """The same over real edges only."""
+    """The same over real edges only; of a metric that is of no edges, the same again."""
 
     interval: tuple[float, float] | None = None
     """95 % bootstrap interval of the change over questions. This and what follows is over the dense
@@ -214,7 +214,7 @@ def build_report(path: Path) -> Report:
     cells: list[Cell] = []
     missing: list[str] = []
     planned = len(recipe.pairs) * len(recipe.benchmarks) * len(recipe.selection.alpha)
-    permutations = permutations_for(planned * len(METRICS))
+    permutations = permutations_for(planned * len(METRICS | TOKEN_METRICS))
     accuracy = []
     for benchmark in (choice.name for choice in recipe.benchmarks):
         for pair in recipe.pairs:
@@ -234,19 +234,8 @@ def build_report(path: Path) -> Report:
                 if here[0] != here[1]:
                     missing.append(f"{name}: before and after are of different questions")
                     continue
-                options = recipe.report
-                statistics = {metric: Statistics() for metric in METRICS}
-                if options.resamples:
-                    statistics = compare_sides(
-                        before.scores,
-                        after.scores,
-                        bins=options.bins,
-                        resamples=options.resamples,
-                        permutations=permutations,
-                    )
-                cells += _cells(
-                    pair.name, benchmark, alpha, before, after, options.bins, statistics
-                )
+                where = pair.name, benchmark, alpha
+                cells += _cells(where, before, after, recipe.report, permutations)
     faithfulness = _faithfulness(folder, recipe, missing)
     known = tuple(_beside_published(row, recipe) for row in accuracy if row)
     judged = tuple(_beside_published(cell, recipe) for cell in _judged(cells))
@@ -285,37 +274,56 @@ def _accuracy(folder: RunFolder, recipe: Recipe, pair: Pair, benchmark: str) -> 
 
 
 def _cells(
-    pair: str,
-    benchmark: str,
-    alpha: float,
+    where: tuple[str, str, float],
     before: EdgeScores,
     after: EdgeScores,
-    bins: int,
-    statistics: Mapping[str, Statistics],
+    options: ReportOptions,
+    permutations: int,
 ) -> list[Cell]:
-    cells = []
-    for metric, entry in METRICS.items():
-        dense, real = (
-            _change(*(compute_metric(metric, e.scores, mask, bins=bins) for e in (before, after)))
-            for mask in (None, before.graph.mask)
+    """The cells of a pair on a benchmark at an alpha, a metric each."""
+    sides = (before, after)
+    masks = None, before.graph.mask
+    values = {
+        metric: [
+            _change(*(compute_metric(metric, e.scores, mask, bins=options.bins) for e in sides))
+            for mask in masks
+        ]
+        for metric in METRICS
+    }
+    for metric, entry in TOKEN_METRICS.items():
+        # It is of no edges, so it is the same over all of them and over real ones.
+        values[metric] = 2 * [_change(*(entry.function(e.entropies) for e in sides))]
+    statistics = dict.fromkeys(values, Statistics())
+    if options.resamples:
+        statistics |= compare_sides(
+            before.scores,
+            after.scores,
+            bins=options.bins,
+            resamples=options.resamples,
+            permutations=permutations,
         )
-        moved = dense.change
+        statistics |= compare_sides(
+            before.entropies,
+            after.entropies,
+            resamples=options.resamples,
+            permutations=permutations,
+            metrics=TOKEN_METRICS,
+        )
+    cells = []
+    for metric, (dense, real) in values.items():
+        direction, agrees = metric_named(metric).direction, None
+        if dense.change is not None and direction:
+            agrees = dense.change * _SIGNS[direction] > 0
         cells.append(
             Cell(
-                pair=pair,
-                benchmark=benchmark,
-                alpha=alpha,
+                *where,
                 metric=metric,
                 before=dense.before,
                 after=dense.after,
-                change=moved,
+                change=dense.change,
                 samples=len(before.scores),
-                paper_direction=entry.direction,
-                as_in_paper=(
-                    moved * _SIGNS[entry.direction] > 0
-                    if moved is not None and entry.direction
-                    else None
-                ),
+                paper_direction=direction,
+                as_in_paper=agrees,
                 real_edges=real,
                 **vars(statistics[metric]),
             )

@@ -7,7 +7,7 @@ the scores of an attention's heads are added up first, which is the score of the
     ...     strength.before, strength.after, strength.change  # each [source, target]
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,15 +114,26 @@ def read_strengths(report: Report) -> Iterator[Strength]:
 
 def _whole_attentions(edges: EdgeScores) -> tuple[Array, Graph]:
     """Mean |W| over questions [source, target], heads added up, and the graph that it is of."""
-    graph, scores = edges.graph, edges.scores.double()
+    graph = edges.graph
+    rows = columns = None
     if graph.granularity == "head":
         coarse = Graph.build(graph.n_layers, "qkv", parallel=graph.parallel)
         # a0.h1 and a0.bias are part of a0, a0.q.h1 of a0.q.
-        rows = [coarse.sources.index(name.partition(".")[0]) for name in graph.sources]
-        columns = [coarse.targets.index(name.partition(".h")[0]) for name in graph.targets]
-        summed = scores.new_zeros(len(scores), len(coarse.sources), len(graph.targets))
-        summed.index_add_(1, torch.tensor(rows), scores)
-        scores = summed.new_zeros(len(scores), len(coarse.sources), len(coarse.targets))
-        scores.index_add_(2, torch.tensor(columns), summed)
+        rows = _places(graph.sources, coarse.sources, ".")
+        columns = _places(graph.targets, coarse.targets, ".h")
         graph = coarse
-    return scores.abs().mean(0).numpy(), graph
+    total = torch.zeros(graph.mask.shape, dtype=torch.float64)
+    for scores in edges.scores:  # one by one: those of heads are large
+        scores = scores.double()
+        if rows is not None and columns is not None:
+            parts = scores.new_zeros(len(graph.sources), scores.shape[1]).index_add_(
+                0, rows, scores
+            )
+            scores = torch.zeros_like(total).index_add_(1, columns, parts)
+        total += scores.abs()
+    return (total / len(edges.scores)).numpy(), graph
+
+
+def _places(nodes: Sequence[str], wholes: Sequence[str], end: str) -> torch.Tensor:
+    """Of which whole each node is a part, by its name up to `end`."""
+    return torch.tensor([wholes.index(name.partition(end)[0]) for name in nodes])

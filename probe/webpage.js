@@ -160,7 +160,8 @@ function drawCircuit(cell) {
   const width = 560, half = 34, middle = width / 2, height = step * nodes.length;
   const port = { q: -0.27, k: -0.09, v: 0.09 };
   svg.replaceChildren();
-  svg.setAttribute("viewBox", `0 0 ${width} ${height + 22}`);
+  svg.setAttribute("viewBox", `0 0 ${width} ${height + 24}`);
+  svg.style.fontSize = "14px";
   const y = (place) => height - step * (place + 0.5);
   const drawn = cell.ranked.slice(0, state.count).filter((edge) => edge.after !== edge.before);
   const largest = drawn.length ? Math.abs(drawn[0].after - drawn[0].before) : 1;
@@ -190,10 +191,10 @@ function drawCircuit(cell) {
     });
     element(svg, "text", {
       x: middle, y: y(place), "text-anchor": "middle", "dominant-baseline": "central",
-      "font-size": Math.min(12, 0.62 * step),
+      "font-size": Math.min(14, 0.66 * step),
     }, node);
   });
-  const base = height + 16;
+  const base = height + 18;
   element(svg, "text", { x: 8, y: base }, `weaker (dashed): ${drawn.length - stronger}`);
   element(svg, "text", { x: width - 8, y: base, "text-anchor": "end" }, `stronger (solid): ${stronger}`);
   page.counted.textContent = String(drawn.length);

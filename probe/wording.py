@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from probe.metrics import METRICS
+from probe.metrics import METRICS, TOKEN_METRICS
 from probe.recipe import Pair
 from probe.report import Cell, Report
 from probe.statistics import LEVEL
@@ -96,7 +96,7 @@ def _sentence(benchmark: str, subject: str, cells: Sequence[Cell], tested: bool)
     parts: list[str] = []
     for verb, sign in (("raised", 1), ("lowered", -1)):
         counts: list[str] = []
-        for metric in METRICS:
+        for metric in (*METRICS, *TOKEN_METRICS):
             of_metric = [cell for cell in known if cell.metric == metric]
             count = sum(cell.metric == metric and (cell.change or 0) * sign > 0 for cell in moved)
             if count:

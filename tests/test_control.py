@@ -84,3 +84,10 @@ def test_answers_are_exchanged_and_prompts_kept():
     old, new = cross(before, after)
     assert old == [Sequence([1, 2], [7, 8], "a"), Sequence([4], [9], "b")]
     assert new == [Sequence([0, 1, 2], [3], "a"), Sequence([4], [5, 6], "b")]
+
+
+def test_metrics_of_tokens_are_split_too():
+    table = [[torch.tensor([1.0, 3.0]), torch.tensor([2.0, 4.0])], 2 * [torch.tensor([6.0, 6.0])]]
+    (found,) = cross_text(table, resamples=20, metrics=["token_entropy"])
+    assert (found.change, found.model, found.text) == pytest.approx((2, 1.75, 0.25))
+    assert found.interaction == pytest.approx(-0.5)

@@ -57,7 +57,7 @@ def test_own_recipe(own_run):
 def test_read_a_run(own_run, tmp_path):
     printed = run(tmp_path, "read_a_run.py", own_run[0])
     assert re.search(r"mine +0.3 +[+-][\d.]+", printed)
-    assert "Cross-text control: 5 rows of benchmark, pair, alpha, metric, change %" in printed
+    assert "Cross-text control: 6 rows of benchmark, pair, alpha, metric, change %" in printed
     assert "How alike the circuits are" in printed
     assert re.search(r"tiny-math--sft +0\.\d+", printed)
     assert "Strongest edges of mine.tiny-math.alpha-0.3.after.safetensors" in printed

@@ -41,7 +41,7 @@ def test_all_figures_of_a_run(half_run, tmp_path):
     report = build_report(half_run.path)
     files = write_figures([report], tmp_path / "a")
     cell = "sft-grpo.tiny-math.alpha-0.5"
-    names = [f"heatmap.{cell}", f"circuit.{cell}", "diversity", "output-entropy"]
+    names = [f"heatmap.{cell}", f"circuit.{cell}", "diversity", "output-entropy", "token-entropy"]
     assert [path.name for path in files] == [f"{n}.{e}" for n in names for e in ("png", "pdf")]
     assert sorted((tmp_path / "a").iterdir()) == sorted(files)
     for path in files:

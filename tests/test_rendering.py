@@ -60,7 +60,7 @@ def test_tables_fit(half_run, width):
     text = shown(build_report(half_run.path), width)
     assert "+100.0     +100..+100    yes" in text
     assert "Not in this report (3)" in text
-    assert text.startswith("On tiny-math, GRPO changed none of 5 cells significantly.")
+    assert text.startswith("On tiny-math, GRPO changed none of 6 cells significantly.")
 
 
 def test_real_edges_can_be_what_the_table_shows(half_run):
@@ -168,7 +168,7 @@ def test_published_values_are_below_their_cells(half_run):
     intensity, complexity, kurtosis = (f"{short(c.before)}" for c in report.cells[:3])
     table = shown(report, 100)
     assert re.search(
-        rf"sft-grpo +tiny-math +0.5 +{intensity} .* +{complexity} .* +{kurtosis} .*\n"
+        rf"sft-grpo *\n +tiny-math +0.5 +{intensity} .* +{complexity} .* +{kurtosis} .*\n"
         r" +published +1.10e-3 ↗ 1.31e-3 ✓ +1.10e-3 ↗ 1.31e-3 ✗ +-",
         table,
     )
@@ -185,12 +185,12 @@ def test_runs_of_the_same_cells_are_side_by_side(half_run):
     console = Console(file=io.StringIO(), width=100)
     console.print(view([report, other]))
     text = console.file.getvalue()
-    assert "of 4 cells moved in the same direction in all runs" in text
+    assert "of 5 cells moved in the same direction in all runs" in text
     assert re.search(r"Act.Intens. .*\+100.0.* 2.00e0 ↘ 1.00e0 +-50.0", text)
-    assert re.search(r"Out.Entropy.* -\s*\n", text)  # of the one run only
+    assert re.search(r"Tok.Entropy.* -\s*\n", text)  # of the one run only
     rows = list(csv.DictReader(io.StringIO(render([report, other], "csv"))))
-    assert [row["run"] for row in rows] == ["run"] * 5 + ["other"] * 4
-    assert [len(run["cells"]) for run in json.loads(render([report, other], "json"))] == [5, 4]
+    assert [row["run"] for row in rows] == ["run"] * 6 + ["other"] * 5
+    assert [len(run["cells"]) for run in json.loads(render([report, other], "json"))] == [6, 5]
     assert "other" in render([report, other], "markdown")
 
 
@@ -204,7 +204,7 @@ def test_runs_of_different_cells_make_one_table(half_run):
     console = Console(file=io.StringIO(), width=100)
     console.print(view([report, other]))
     text = console.file.getvalue()
-    assert re.search(r"Table 1(.*\n)*sft-grpo +tiny-math(.*\n)*sft-dpo +tiny-math", text)
+    assert re.search(r"Table 1(.*\n)*sft-grpo *\n +tiny-math(.*\n)*sft-dpo *\n +tiny-math", text)
     assert "over 2 experiments" in text
 
 

@@ -6,7 +6,7 @@ import torch
 from probe.attribution import EdgeScores
 from probe.errors import ProbeError
 from probe.graph import Graph
-from probe.metrics import METRICS
+from probe.metrics import METRICS, TOKEN_METRICS
 from probe.rendering import print_report, render
 from probe.report import Change, build_report
 from probe.selection import Solution
@@ -15,7 +15,7 @@ from probe.wording import summary
 
 def test_a_half_finished_run(half_run):
     report = build_report(half_run.path)
-    assert len(report.cells) == len(METRICS)
+    assert len(report.cells) == len(METRICS | TOKEN_METRICS)
     assert report.missing == (
         "sft-grpo.tiny-math.alpha-0.1: not computed yet",
         "sft-dpo.tiny-math.alpha-0.1: not computed yet",
@@ -68,21 +68,21 @@ def test_what_is_significant_and_above_the_noise(half_run):
     write_sides(half_run, "sft-grpo.tiny-math.alpha-0.5", before, before / 3)
     write_sides(half_run, "sft-dpo.tiny-math.alpha-0.5", before, other)
     report = build_report(half_run.path)
-    assert len(report.cells) == 2 * len(METRICS)
+    assert len(report.cells) == 2 * len(METRICS | TOKEN_METRICS)
     found = {(cell.pair, cell.metric): cell for cell in report.cells}
     weaker = found.pop(("sft-grpo", "activation_intensity"))
     assert weaker.significant
     assert weaker.above_noise
     assert weaker.as_in_paper is False
-    assert weaker.p_holm == pytest.approx(10 * weaker.p_value)  # of ten cells the smallest
+    assert weaker.p_holm == pytest.approx(12 * weaker.p_value)  # of twelve cells the smallest
     assert not any(cell.significant for cell in found.values())
     assert all(low <= 0 <= high for low, high in (cell.interval for cell in found.values()))
     first, second = summary(report)
     assert first == (
-        "On tiny-math, GRPO significantly lowered activation intensity in 1 of 1 cells: 0 of 5 "
+        "On tiny-math, GRPO significantly lowered activation intensity in 1 of 1 cells: 0 of 6 "
         "cells moved as the paper reports for online RL, 1 against it."
     )
-    assert second == "On tiny-math, DPO changed none of 5 cells significantly."
+    assert second == "On tiny-math, DPO changed none of 6 cells significantly."
 
 
 def test_statistics_can_be_left_out(half_run):
@@ -139,3 +139,18 @@ def test_published_values_stand_beside_their_cells(half_run):
     (accuracy,) = report.accuracy
     assert accuracy.published == Change(0.5, 0.5, 0)
     assert accuracy.as_published is True  # neither moved
+
+
+def test_token_entropy_is_a_cell_of_its_own(half_run):
+    name = "sft-grpo.tiny-math.alpha-0.5"
+    for side, factor in (("before", 1.0), ("after", 0.5)):
+        path = half_run.edges_file(name, side)
+        edges = half_run.read_edges(path)
+        entropies = factor * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+        half_run.write_edges(path, edges._replace(entropies=entropies), list("abcde"), "key")
+    (cell,) = (c for c in build_report(half_run.path).cells if c.metric == "token_entropy")
+    assert (cell.before, cell.after, cell.change) == (3, 1.5, -0.5)
+    assert cell.real_edges == Change(3, 1.5, -0.5)
+    assert cell.as_in_paper is False
+    assert cell.interval == pytest.approx((-0.5, -0.5))
+    assert cell.p_value == pytest.approx(2 * 0.5**5, abs=0.01)

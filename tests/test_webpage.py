@@ -75,7 +75,7 @@ def test_the_page_needs_nothing_else(half_run):
     text = render(nasty(half_run), "html")
     assert "default-src 'none'" in text
     links = [a.get(name) for _, a in elements(text).found for name in ("src", "href") if name in a]
-    assert len(links) == 3  # the icon, two figures
+    assert len(links) == 4  # the icon, three figures
     assert all(link.startswith("data:") for link in links)
     assert "url(" not in text.replace("url(#colours)", "")
     assert "@import" not in text
