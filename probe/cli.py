@@ -10,6 +10,7 @@ import signal
 import sys
 
 import click
+from click.shell_completion import CompletionItem
 
 from probe.errors import ProbeError
 
@@ -31,6 +32,17 @@ class Group(click.Group):
             os._exit(128 + signal.SIGINT)
 
 
+def _recipe_names(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """What a shell offers for a recipe: names, and files where none fits."""
+    del context, parameter
+    from probe.shipped import recipe_files
+
+    names = [CompletionItem(name) for name in recipe_files() if name.startswith(incomplete)]
+    return names or [CompletionItem(incomplete, type="file")]
+
+
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="circuit-probe", prog_name="probe")
 def main() -> None:
@@ -46,7 +58,7 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("name", metavar="NAME|PATH.toml")
+@click.argument("name", metavar="NAME|PATH.toml", shell_complete=_recipe_names)
 @click.option("--output", type=click.Path(), help="Run folder [default: runs/NAME].")
 @click.option("--limit", type=click.IntRange(1), help="Ask only N questions of each benchmark.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key.")
@@ -143,7 +155,8 @@ def recipes() -> None:
     from rich.console import Console
 
     from probe.plan import make_plan, recipes_view
-    from probe.recipe import read_recipe, recipe_files
+    from probe.recipe import read_recipe
+    from probe.shipped import recipe_files
 
     plans = [make_plan(read_recipe(name)) for name in recipe_files()]
     Console(highlight=False).print(recipes_view(plans))

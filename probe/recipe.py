@@ -26,6 +26,7 @@ from probe.kernels import Kernels
 from probe.metrics import BINS
 from probe.models import DType
 from probe.selection import Convention
+from probe.shipped import recipe_files as recipe_files
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -311,14 +312,6 @@ class Recipe:
     def models(self) -> tuple[str, ...]:
         """Every model once, in the order of the pairs."""
         return tuple(dict.fromkeys(m for pair in self.pairs for m in (pair.before, pair.after)))
-
-
-def recipe_files() -> dict[str, Path]:
-    """The recipes that ship with the package, by name."""
-    here = Path(__file__).parent
-    # In a wheel they lie inside the package; in a checkout, beside it.
-    folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def read_recipe(
