@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
 from probe.errors import ProbeError
 
@@ -34,6 +35,17 @@ class Group(click.Group):
             sys.stderr.flush()
             # Threads of libraries may still be busy; what is written is whole, so leave at once.
             os._exit(128 + signal.SIGINT)
+
+
+def _recipe_names(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """What a shell offers for a recipe: names, and files where none fits."""
+    del context, parameter
+    from probe.shipped import recipe_files
+
+    names = [CompletionItem(name) for name in recipe_files() if name.startswith(incomplete)]
+    return names or [CompletionItem(incomplete, type="file")]
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -67,6 +79,7 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             "--solutions", metavar="before=FILE,after=FILE", help="Solutions made elsewhere."
         ),
         click.option("--method", help="eap, eap-ig, relp or exact."),
+        click.option("--control", help="cross-text: score each model on the other's answers too."),
         click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1."),
         click.option("--dtype", help="float32, bfloat16, float16 or float64."),
         click.option("--kernels", help="auto, eager, or liger: fused kernels on a GPU."),
@@ -81,6 +94,7 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
 KEYS = {
     "limit": "solutions.questions",
     "method": "attribution.method",
+    "control": "attribution.control",
     "device": "compute.device",
     "dtype": "compute.dtype",
     "kernels": "compute.kernels",
@@ -129,7 +143,7 @@ def solution_files(text: str) -> dict[str, str | int | float]:
 
 
 @main.command()
-@click.argument("name", metavar="NAME|PATH.toml")
+@click.argument("name", metavar="NAME|PATH.toml", shell_complete=_recipe_names)
 @run_options
 def recipe(
     name: str,
@@ -230,7 +244,8 @@ def recipes() -> None:
     from rich.console import Console
 
     from probe.plan import make_plan, recipes_view
-    from probe.recipe import read_recipe, recipe_files
+    from probe.recipe import read_recipe
+    from probe.shipped import recipe_files
 
     plans = [make_plan(read_recipe(name)) for name in recipe_files()]
     Console(highlight=False).print(recipes_view(plans))

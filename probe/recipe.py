@@ -28,11 +28,13 @@ from pydantic.dataclasses import dataclass
 
 from probe.errors import ProbeError
 from probe.generation import Engine
+from probe.grading import Grading
 from probe.graph import Ablation, Granularity
 from probe.kernels import Kernels
 from probe.metrics import BINS
 from probe.models import DType
 from probe.selection import Convention
+from probe.shipped import recipe_files as recipe_files
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -152,11 +154,15 @@ class Pair:
 class BenchmarkChoice:
     """A benchmark to solve."""
 
-    name: str
-    """A name in `probe.problems.BENCHMARKS`."""
+    name: Name
+    """A name in `probe.problems.BENCHMARKS`; any name for a file of one's own."""
 
     path: str | None = None
     """A local file or folder with its problems, instead of the benchmark's own source."""
+
+    grading: Grading | None = None
+    """`math` or `exact`: how answers are compared, as mathematics where not given. A file of one's
+    own must say it."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -239,6 +245,10 @@ class AttributionOptions:
     """How many sequences (for `exact`: edges) run at once; `auto` for as many as make it faster and
     fit into memory."""
 
+    control: Literal["none", "cross-text"] = "none"
+    """`cross-text` also scores each model on the other's answers, at twice the cost; see
+    `probe.control`."""
+
 
 @dataclass(frozen=True, config=_STRICT)
 class FaithfulnessOptions:
@@ -269,6 +279,9 @@ class ReportOptions:
 
     resamples: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = 1000
     """How many times the questions are drawn for an interval; 0 leaves all statistics out."""
+
+    extra: tuple[str, ...] = ("overlap", "concentration")
+    """Further tables: names in `probe.extras.EXTRAS`, which says what costs another pass."""
 
     entries: Literal["dense", "real"] = "dense"
     """What tables show: metrics over the dense matrix (the paper's) or over real edges only.
@@ -372,14 +385,6 @@ class Recipe:
 
 INCLUDED = ("pairs", "benchmarks", "published", "published_changes")
 """What an including recipe has of the included ones; all other keys are its own."""
-
-
-def recipe_files() -> dict[str, Path]:
-    """The recipes that ship with the package, by name."""
-    here = Path(__file__).parent
-    # In a wheel they lie inside the package; in a checkout, beside it.
-    folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def read_recipe(
