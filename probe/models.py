@@ -12,8 +12,8 @@ work and far more memory.
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from nnsight.modeling.transformers import TransformersModel
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from probe.remote import Deployment, Host, Job
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -57,6 +59,19 @@ class Model:
 
     dtype: "torch.dtype"
     """The precision of its weights and activations."""
+
+    deployment: "Deployment | None" = None
+    """Where on a server it runs; None for here. There `network` has no weights, and `device` is
+    only where inputs and results are."""
+
+    @property
+    def jobs(self) -> int:
+        """How many batches of it may run at once."""
+        return self.deployment.host.jobs if self.deployment else 1
+
+    def backend(self) -> "Job | None":
+        """What the next trace runs on; None for here."""
+        return self.deployment.job() if self.deployment else None
 
     @property
     def n_layers(self) -> int:
@@ -158,17 +173,21 @@ def read_tokenizer(reference: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_model(reference: str, device: str = "cpu", dtype: str = "float32") -> Model:
+def load_model(
+    reference: str, device: str = "cpu", dtype: str = "float32", host: "Host | None" = None
+) -> Model:
     """Load a causal language model, frozen and in evaluation mode.
 
     Args:
         reference: A folder, a hub id, or the `probe:` name of a model that ships with the package.
         device: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one.
         dtype: `float32`, `bfloat16`, `float16` or `float64`.
+        host: A server from `probe.remote.open_host` that runs it, under the same name; then
+            nothing but its config and tokenizer is read here.
 
     Raises:
         ProbeError: The model cannot be found or read, its architecture is not in the table, or
-            the device or dtype is not to be had here.
+            the device or dtype is not to be had here, or the model not there.
     """
     import torch
     from nnsight.modeling.transformers import TransformersModel
@@ -180,6 +199,8 @@ def load_model(reference: str, device: str = "cpu", dtype: str = "float32") -> M
     config = read_config(reference)
     architecture = architecture_of(config.model_type)
     tokenizer = read_tokenizer(reference)
+    if host is not None:
+        return _model_there(reference, dtype, host, tokenizer)
     # The fused kernel for experts knows no float64.
     experts = (
         {"experts_implementation": "eager"} if architecture.experts and dtype == "float64" else {}
@@ -197,6 +218,28 @@ def load_model(reference: str, device: str = "cpu", dtype: str = "float32") -> M
     # Without a device the pipeline inside would move the model to the first GPU there is.
     network = TransformersModel(module, task="text-generation", tokenizer=tokenizer, device=place)
     return Model(reference, network, tokenizer, config, architecture, place, module.dtype)
+
+
+def _model_there(
+    reference: str, dtype: str, host: "Host", tokenizer: "PreTrainedTokenizerBase"
+) -> Model:
+    """A model whose weights are on a server; what is here are the names of its modules."""
+    import torch
+    from nnsight.modeling.transformers import TransformersModel
+    from transformers import GenerationConfig
+
+    from probe.hosting import deploy
+
+    config = read_config(reference)
+    architecture = architecture_of(config.model_type)
+    place = str(local_folder(reference) or reference)
+    network = TransformersModel(place, task="text-generation", tokenizer=tokenizer, dtype=dtype)
+    # Built from the config alone, it lacks what a file of its own says of generation.
+    with suppress(OSError):
+        network._module.generation_config = GenerationConfig.from_pretrained(place)
+    here, precision = torch.device("cpu"), getattr(torch, dtype)
+    model = Model(reference, network, tokenizer, config, architecture, here, precision)
+    return replace(model, deployment=deploy(model, host))
 
 
 def resolve_devices(device: str, most: int | None = None) -> "list[torch.device]":

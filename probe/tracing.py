@@ -6,8 +6,9 @@ One forward and one backward pass give all edges of a batch. Two rules keep that
   and value), so the gradient at that clone is the gradient of that one branch, not of the stream.
 - The body of a `with ... trace(...)` uses torch and local variables only, and only edge scores
   and losses leave it: the same body can run on a server that does not have this package, and
-  activations never travel. (That is why a layer's modules lie in a plain namespace, and why the
-  rules of relevance patching are functions inside a function.)
+  activations never travel. (That is why heads and a layer's modules lie in plain namespaces, and
+  why the rules of relevance patching are functions inside a function.) It starts with `settle`,
+  since only the server knows on which device its model is.
 
 `edge_scores` is behind the gradient methods, `ablated_losses` behind the exact one, `source_means`
 behind mean ablation; all are called through `probe.attribution`, which makes the batches.
@@ -16,7 +17,7 @@ behind mean ablation; all are called through `probe.attribution`, which makes th
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import nnsight
 import torch
@@ -24,6 +25,9 @@ import torch
 from probe.architectures import projection_columns
 from probe.graph import Graph
 from probe.models import Model
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 # Positions are contracted in slices whose float32 copies stay small beside the activations; on a
 # GPU every slice costs a few hundred launches, so there are few.
@@ -92,7 +96,7 @@ def edge_scores(
         relevance: Whether to follow those rules.
         means: B of each source, [source, d_model]; zero if not given.
     """
-    network, row, heads = model.network, model.architecture, model.heads
+    network, row, heads = model.network, model.architecture, _heads(model)
     layers = _layers(model)
     final_norm = attrgetter(row.final_norm)(network)
     input_ids, labels, kept, columns = _inputs(model, batch, steps)
@@ -111,11 +115,15 @@ def edge_scores(
     scale, transposed = _scale(model), row.transposed
     norms_last = row.head_norms_last
     exact = torch.promote_types(model.dtype, torch.float32)
-    slice_bytes = SLICE_BYTES[model.device.type]
-    tensor_of, mean_losses = _trace_functions(exact)
+    settle, tensor_of, mean_losses = _trace_functions(exact)
     hold, straighten, halve = _relevance_rules(row.centred_norms)
 
-    with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=kept):
+    with network.trace(
+        input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=model.backend()
+    ):
+        left, shares, valid, no_edge = settle(network.device, left, shares, valid, no_edge)
+        columns, labels = settle(network.device, columns, labels)
+        at_columns = [(place, chosen.to(network.device)) for place, chosen in at_columns]
         # The one line that switches the graph on: parameters are frozen.
         stream = left[0] + shares * (layers[0].module.input.detach() - left[0])
         stream.requires_grad_(True)
@@ -225,7 +233,7 @@ def edge_scores(
         )
         distance, size = scores.new_zeros(()), scores.new_zeros(())
         width = 4 * n_sequences * stream.shape[-1] * (len(outputs) + len(gradients))
-        step = max(1, slice_bytes // width)
+        step = max(1, SLICE_BYTES[stream.device.type] // width)
         for start in range(0, length, step):
             part = slice(start, start + step)
             written = torch.stack([o.detach()[clean, part] for o in outputs], 1).to(exact)
@@ -239,7 +247,7 @@ def edge_scores(
             scores -= torch.bmm(written, read.flatten(2).transpose(1, 2))
         error = nnsight.save((distance / size).sqrt().cpu())
         scores = nnsight.save(scores.masked_fill(no_edge, 0).cpu())
-        losses = nnsight.save(losses[clean].detach().cpu())
+        losses = nnsight.save(losses[clean].detach().cpu().clone())
     return EdgeBatch(scores, losses, float(error))
 
 
@@ -262,7 +270,7 @@ def ablated_losses(
     Returns:
         [row], in nats, on the CPU, in float32 (float64 for a float64 model).
     """
-    network, row, heads = model.network, model.architecture, model.heads
+    network, row, heads = model.network, model.architecture, _heads(model)
     layers = _layers(model)
     final_norm = attrgetter(row.final_norm)(network)
     input_ids, labels, kept, columns = _inputs(model, batch)
@@ -279,9 +287,13 @@ def ablated_losses(
             rows_of.setdefault(edge[1], []).append(place)
     scale, transposed = _scale(model), row.transposed
     exact = torch.promote_types(model.dtype, torch.float32)
-    tensor_of, mean_losses = _trace_functions(exact)
+    settle, tensor_of, mean_losses = _trace_functions(exact)
 
-    with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=kept):
+    with network.trace(
+        input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=model.backend()
+    ):
+        left, columns, labels = settle(network.device, left, columns, labels)
+        branch_columns = [(place, chosen.to(network.device)) for place, chosen in branch_columns]
         outputs = {0: layers[0].module.input.clone()}
         n_sources = 1
 
@@ -351,16 +363,19 @@ def ablated_losses(
 
 def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
     """Sum of each source's output over all positions that are no filling: [source, d_model]."""
-    network, row, heads = model.network, model.architecture, model.heads
+    network, row, heads = model.network, model.architecture, _heads(model)
     layers = _layers(model)
     input_ids, _, kept, _ = _inputs(model, batch)
     valid = (torch.arange(input_ids.shape[1]) < batch.lengths[:, None]).to(model.device)
     by_head = graph.granularity == "head"
     scale, transposed = _scale(model), row.transposed
     exact = torch.promote_types(model.dtype, torch.float32)
-    tensor_of, _ = _trace_functions(exact)
+    settle, tensor_of, _ = _trace_functions(exact)
 
-    with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=kept[:1]):
+    with network.trace(
+        input_ids=input_ids, use_cache=False, logits_to_keep=kept[:1], backend=model.backend()
+    ):
+        (valid,) = settle(network.device, valid)
         outputs = [layers[0].module.input[valid].to(exact).sum(0)]
         for layer in layers:
             if by_head:
@@ -382,6 +397,43 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
     return sums
 
 
+def describe(model: Model) -> torch.Tensor:
+    """An empty tensor as deep and wide as the model is where it runs, and of its precision.
+
+    Returns:
+        [layer, d_model, 0]
+    """
+    network, layers = model.network, _layers(model)
+    token = torch.zeros(1, 1, dtype=torch.int64)
+
+    with network.trace(input_ids=token, use_cache=False, backend=model.backend()):
+        config = network._module.config
+        shape = (config.num_hidden_layers, config.hidden_size, 0)
+        found = nnsight.save(layers[0].module.input.new_zeros(shape).cpu())
+    return found
+
+
+def generate_tokens(
+    model: Model,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    options: "GenerationConfig",
+) -> torch.Tensor:
+    """Prompts with what the model generates after them: int64 [sequence, position]."""
+    network = model.network
+    settle, *_ = _trace_functions(torch.float32)
+
+    with network.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        generation_config=options,
+        backend=model.backend(),
+    ) as tracer:
+        settle(network.device)
+        tokens = nnsight.save(tracer.result.cpu())
+    return tokens
+
+
 def _inputs(
     model: Model, batch: Batch, times: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -393,6 +445,11 @@ def _inputs(
         for tensor in (batch.input_ids, batch.labels, columns)
     )
     return tokens, labels, kept.to(model.device), columns
+
+
+def _heads(model: Model) -> SimpleNamespace:
+    """The numbers of heads and their width, in what a server can unpack without this package."""
+    return SimpleNamespace(**model.heads._asdict())
 
 
 def _layers(model: Model) -> list[SimpleNamespace]:
@@ -448,12 +505,25 @@ def _branch_columns(model: Model, graph: Graph) -> list[tuple[int, torch.Tensor]
     return branches
 
 
-def _trace_functions(exact: torch.dtype) -> tuple[Callable[..., torch.Tensor], ...]:
+def _trace_functions(
+    exact: torch.dtype,
+) -> tuple[
+    Callable[..., list[torch.Tensor]], Callable[..., torch.Tensor], Callable[..., torch.Tensor]
+]:
     """What trace bodies have in common, as local functions.
 
     Args:
         exact: The precision of losses.
     """
+
+    def settle(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Tensors where the model is; from here on in the precision that they have.
+
+        A server runs traces of a bfloat16 model under autocast, where even a product of float32
+        tensors is taken in bfloat16.
+        """
+        torch.set_autocast_enabled(device.type, False)
+        return [tensor.to(device) for tensor in tensors]
 
     def tensor_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
         """What a module gives on, without what some modules give beside it."""
@@ -468,7 +538,7 @@ def _trace_functions(exact: torch.dtype) -> tuple[Callable[..., torch.Tensor], .
             scored.to(exact).transpose(1, 2), labels, reduction="none", ignore_index=-100
         ).sum(1) / (labels != -100).sum(1)
 
-    return tensor_of, mean_losses
+    return settle, tensor_of, mean_losses
 
 
 def _relevance_rules(centred: bool) -> tuple[Callable[..., torch.Tensor], ...]:
