@@ -12,6 +12,7 @@ the answer, and every token of the answer is scored; cut the answer before, not 
 from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, get_args
 
 import torch
@@ -20,6 +21,7 @@ from probe.architectures import GUIDE
 from probe.errors import ProbeError
 from probe.graph import Ablation, Granularity, Graph
 from probe.models import Model
+from probe.remote import in_flight
 from probe.tracing import Batch, EdgeBatch, ablated_losses, edge_scores, source_sums
 
 
@@ -181,8 +183,13 @@ def attribute(
     scores = torch.zeros(len(sequences), len(graph.sources), len(graph.targets), dtype=wide)
     losses = torch.zeros(len(sequences), dtype=wide)
     residual_error = 0.0
-    for number, places in enumerate(_batches(sequences, size, done)):
-        part = METHODS[method](model, [sequences[i] for i in places], graph, options)
+    batches = list(_batches(sequences, size, done))
+    calls = (
+        partial(METHODS[method], model, [sequences[i] for i in places], graph, options)
+        for places in batches
+    )
+    for number, part in enumerate(in_flight(calls, model.jobs)):
+        places = batches[number]
         finite = part.scores.isfinite().all(2).all(1) & part.losses.isfinite()
         if not finite.all():
             name = names[places[int((~finite).nonzero()[0])]]
@@ -312,10 +319,11 @@ def _left(
         raise ProbeError(f"ablation {ablation!r} is not known; use zero or mean")
     if ablation == "zero" or not sequences:
         return None
-    sums = sum(
-        source_sums(model, make_batch([sequences[i] for i in places]), graph)
+    calls = (
+        partial(source_sums, model, make_batch([sequences[i] for i in places]), graph)
         for places in _batches(sequences, batch_size)
     )
+    sums = sum(in_flight(calls, model.jobs))
     assert isinstance(sums, torch.Tensor)
     return sums / sum(_length(sequence) for sequence in sequences)
 

@@ -44,6 +44,15 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+remote_option = click.option(
+    "--remote",
+    is_flag=False,
+    flag_value="ndif",
+    metavar="[URL]",
+    help="Run the models on an NDIF server: the hosted one, or http://host:port.",
+)
+
+
 @main.command()
 @click.argument("name", metavar="NAME|PATH.toml")
 @click.option("--output", type=click.Path(), help="Run folder [default: runs/NAME].")
@@ -52,6 +61,8 @@ def main() -> None:
 @click.option("--method", help="eap, eap-ig, relp or exact.")
 @click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1.")
 @click.option("--dtype", help="float32, bfloat16, float16 or float64.")
+@remote_option
+@click.option("--jobs", type=click.IntRange(1), help="Batches under way there at once.")
 @click.option("--fresh", is_flag=True, help="Start over instead of going on.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 def recipe(
@@ -62,6 +73,8 @@ def recipe(
     method: str | None,
     device: str | None,
     dtype: str | None,
+    remote: str | None,
+    jobs: int | None,
     fresh: bool,
     dry_run: bool,
 ) -> None:
@@ -72,6 +85,7 @@ def recipe(
       probe recipe tiny-math
       probe recipe tiny-math --limit 200 --set selection.samples=50
       probe recipe my-recipe.toml --set pairs.0.before=my-folder --output runs/mine
+      probe recipe tiny-math --remote http://localhost:8001
     """
     overrides: dict[str, str | int | float] = {}
     for setting in settings:
@@ -84,6 +98,8 @@ def recipe(
         ("attribution.method", method),
         ("compute.device", device),
         ("compute.dtype", dtype),
+        ("compute.remote", remote),
+        ("compute.jobs", jobs),
     ):
         if given is not None:
             overrides[key] = given
@@ -128,6 +144,7 @@ def recipes() -> None:
 @click.option("--sequences", type=click.IntRange(1), help="Sequences per model [default: 8].")
 @click.option("--seed", type=click.IntRange(0), help="Seed of the draw [default: 42].")
 @click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1.")
+@remote_option
 def faithfulness(
     run: str,
     edges: int | None,
@@ -135,6 +152,7 @@ def faithfulness(
     sequences: int | None,
     seed: int | None,
     device: str | None,
+    remote: str | None,
 ) -> None:
     """Compare the methods' scores with the exact effects of a sample of edges.
 
@@ -157,8 +175,30 @@ def faithfulness(
         sequences=sequences,
         seed=seed,
         device=device,
+        remote=remote,
     )
     print_faithfulness(found)
+
+
+@main.command()
+@click.argument("server", metavar="[URL]", default="ndif")
+def ndif(server: str) -> None:
+    """Say whether an NDIF server can be used, and what could run there.
+
+    Without an address it is the hosted NDIF. The key is read from NDIF_API_KEY and not shown.
+
+    \b
+    Examples:
+      probe ndif
+      probe ndif http://localhost:8001
+    """
+    from rich.console import Console
+
+    from probe.hosting import server_view
+    from probe.remote import open_host
+
+    for part in server_view(open_host(server)):
+        Console(highlight=False).print(part)
 
 
 @main.command()

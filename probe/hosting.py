@@ -10,12 +10,18 @@ client and server run versions that understand each other.
 """
 
 import json
+import platform
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from typing import NamedTuple, cast
 
+from rich.console import RenderableType
+from rich.table import Table
+
 from probe.errors import ProbeError
 from probe.models import Model, local_folder
+from probe.recipe import read_recipe, recipe_files
 from probe.remote import Deployment, Host
 from probe.tracing import describe
 
@@ -82,6 +88,69 @@ def read_server(host: Host, patience: float = 5.0) -> Server:
         {name: packages[name] for name in PACKAGES if name in packages},
         tuple({model.key: model for model in models}.values()),
     )
+
+
+def check_host(host: Host, patience: float = 15.0) -> list[str]:
+    """Check that a server can be used at all.
+
+    Args:
+        host: The server.
+        patience: For how many seconds faults are tried again.
+
+    Returns:
+        A line for each difference of versions that may move numbers.
+
+    Raises:
+        ProbeError: It cannot be reached, does not take the key, or runs an nnsight of its own.
+    """
+    host.knock(patience)
+    return check_versions(host, read_server(host, patience))
+
+
+def server_view(host: Host) -> Iterator[RenderableType]:
+    """Lay out what can be said of a server, bit by bit, as it answers.
+
+    Raises:
+        ProbeError: It cannot be reached, or is no NDIF server.
+    """
+    server = read_server(host)
+    try:
+        host.knock()
+        key = "taken" if host.key else "none given, none asked for"
+    except ProbeError as error:
+        key = str(error).removeprefix(f"{host.url} ")
+    facts = Table(title=f"{host.url}: reachable", title_justify="left")
+    for title in ("", "here", "there"):
+        facts.add_column(title)
+    facts.add_row("python", platform.python_version(), server.python)
+    for name in PACKAGES:
+        facts.add_row(name, version(name), server.versions.get(name, "?"))
+    yield facts
+    yield f"key: {key}"
+    models = Table(title="Models that are up", title_justify="left")
+    for title in ("model", "architecture", "layers", "width", "dtype"):
+        models.add_column(title)
+    for model in server.models:
+        models.add_row(model.reference, *(str(value or "?") for value in _shape(model)))
+    yield models if server.models else "No model is up."
+    recipes = Table(title="Recipes", title_justify="left")
+    for title in ("recipe", "could run there now"):
+        recipes.add_column(title)
+    up = {model.reference.lower() for model in server.models}
+    for name in recipe_files():
+        missing = [
+            reference
+            for reference in read_recipe(name).models()
+            if str(local_folder(reference) or reference).lower() not in up
+        ]
+        recipes.add_row(name, f"not up: {', '.join(missing)}" if missing else "yes")
+    yield recipes
+    if host.deploys:
+        yield "What is not up is asked for when a recipe needs it."
+
+
+def _shape(model: HostedModel) -> tuple[object, ...]:
+    return model.model_type, model.n_layers, model.d_model, model.dtype
 
 
 def check_versions(host: Host, server: Server) -> list[str]:

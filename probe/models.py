@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nnsight.modeling.transformers import TransformersModel
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from probe.remote import Deployment, Host, Job
+    from probe.remote import Deployment, Host
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -68,10 +68,6 @@ class Model:
     def jobs(self) -> int:
         """How many batches of it may run at once."""
         return self.deployment.host.jobs if self.deployment else 1
-
-    def backend(self) -> "Job | None":
-        """What the next trace runs on; None for here."""
-        return self.deployment.job() if self.deployment else None
 
     @property
     def n_layers(self) -> int:

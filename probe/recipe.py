@@ -22,6 +22,7 @@ from probe.errors import ProbeError
 from probe.graph import Ablation, Granularity
 from probe.metrics import BINS
 from probe.models import DType
+from probe.remote import JOBS, TIMEOUT
 from probe.selection import Convention
 
 _STRICT = ConfigDict(extra="forbid")
@@ -86,6 +87,17 @@ class Compute:
 
     threads: Count | None = None
     """Threads of a run on CPU; torch's own choice if not given. Small models want 1."""
+
+    remote: str = ""
+    """`ndif` or `http://host:port`: the NDIF server that runs the models; nothing to run them
+    here. See `probe.remote`."""
+
+    jobs: Count = JOBS
+    """How many batches may be under way on that server at once."""
+
+    timeout: Count = TIMEOUT
+    """Seconds without a sign of life from that server after which a batch is sent once more, and
+    for which other faults are tried again."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -26,7 +26,7 @@ from probe.run_folder import SCHEMA, RunFolder
 # Keys of a recipe that do not change what comes out, only how fast or how it is shown.
 _FREE_KEYS = {
     "description": None,
-    "compute": ("device", "threads"),
+    "compute": ("device", "threads", "remote", "jobs", "timeout"),
     "solutions": ("batch_size",),
     "attribution": ("batch_size",),
     "faithfulness": None,

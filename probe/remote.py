@@ -28,14 +28,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-from nnsight.tracing.backend import Backend
-
 from probe.errors import ProbeError
 
 if TYPE_CHECKING:
     import torch
     from nnsight.schema.response import ResponseModel
-    from nnsight.tracing.tracer import Tracer
 
 HOSTED = "ndif"
 KEY_VARIABLE = "NDIF_API_KEY"
@@ -81,17 +78,38 @@ class Host:
     say: Callable[[str], None] = field(default=lambda line: None, repr=False)
     """Is told of faults that are tried again."""
 
-    watch: Callable[[Counter[str]], None] = field(default=lambda states: None, repr=False)
-    """Is told of each change of the jobs `queued`, `running` and `done`."""
+    watch: Callable[[], None] = field(default=lambda: None, repr=False)
+    """Is called at each change of `states`."""
 
     states: Counter[str] = field(default_factory=Counter)
     """How many jobs are `queued`, `running` and `done`."""
 
-    traffic: Counter[str] = field(default_factory=Counter)
-    """Over all jobs: `sent` and `received` bytes, `seconds` here and `seconds_there`."""
+    sent: int = 0
+    """Bytes that jobs were."""
+
+    received: int = 0
+    """Bytes that came home."""
+
+    seconds: float = 0.0
+    """From sending each job to having what it saved, summed."""
+
+    seconds_there: float = 0.0
+    """The part of it that the server says it took."""
 
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    """Guards the two counters."""
+    """Guards these counts."""
+
+    @property
+    def table(self) -> dict[str, object]:
+        """What happened, as plain data."""
+        return {
+            "host": self.url,
+            "jobs": self.states["done"],
+            "bytes_sent": self.sent,
+            "bytes_received": self.received,
+            "seconds": round(self.seconds, 3),
+            "seconds_there": round(self.seconds_there, 3),
+        }
 
     def ask(self, path: str, patience: float = 0.0) -> object:
         """What a GET answers, as plain data.
@@ -135,8 +153,8 @@ class Host:
         start = time.monotonic()
         saved = self.insist(lambda: self._attempt(model_key, env, blob), self.timeout)
         with self.lock:
-            self.traffic["sent"] += len(blob)
-            self.traffic["seconds"] += time.monotonic() - start  # type: ignore[assignment]
+            self.sent += len(blob)
+            self.seconds += time.monotonic() - start
         return saved
 
     def insist(self, call: Callable[[], T], patience: float) -> T:
@@ -283,9 +301,8 @@ class Host:
             data = self._request("GET", data)
         assert isinstance(data, bytes)
         with self.lock:
-            self.traffic["received"] += len(data)
-            there = (response.meta or {}).get("runtime")
-            self.traffic["seconds_there"] += there or 0
+            self.received += len(data)
+            self.seconds_there += (response.meta or {}).get("runtime") or 0
         plain = zstandard.ZstdDecompressor().decompress(data)
         saved: dict[str, torch.Tensor] = torch.load(
             io.BytesIO(plain), map_location="cpu", weights_only=True
@@ -316,7 +333,7 @@ class Host:
         with self.lock:
             self.states.subtract([old] if old else [])
             self.states.update([new] if new else [])
-        self.watch(self.states)
+        self.watch()
         return new
 
 
@@ -332,30 +349,6 @@ class Deployment:
 
     env: dict[str, object]
     """What nnsight wants the server to set on the model before each job."""
-
-    def job(self) -> "Job":
-        """What makes the next trace a job there."""
-        return Job(self)
-
-
-class Job(Backend):
-    """Runs one trace on a server."""
-
-    def __init__(self, deployment: Deployment) -> None:
-        """Take the model that the trace is of."""
-        self.deployment = deployment
-
-    def __call__(self, tracer: "Tracer") -> None:
-        """Send the trace, wait, and put what it saved where a local trace would."""
-        from nnsight.schema.request import RequestModel
-        from nnsight.tracing.util import push
-
-        # Not through nnsight's own backend, which would send modules of the working tree along:
-        # what runs from a checkout would then fail when installed.
-        blob = RequestModel.serialize(tracer, compress=True)
-        saved = self.deployment.host.run(self.deployment.key, self.deployment.env, blob)
-        assert tracer.info is not None
-        push(tracer.info.frame, saved)
 
 
 def open_host(

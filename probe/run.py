@@ -10,7 +10,8 @@ finds in the folder what is done already and goes on from there, and ends in the
 """
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +29,12 @@ from rich.progress import (
 
 from probe.attribution import METHODS, EdgeScores, Sequence, attribute
 from probe.errors import ProbeError
+from probe.hosting import check_host
 from probe.models import Model, check_pair, cpu_threads, fingerprint, load_model, resolve_devices
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
 from probe.record import now, open_record, timed
+from probe.remote import Host, open_host
 from probe.report import Report, build_report
 from probe.run_folder import Damaged, RunFolder, cell_name, edges_key, model_names
 from probe.selection import Selection, Solution, select
@@ -77,24 +80,31 @@ def run_recipe(
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
+    console = console or Console(stderr=True, highlight=False)
     problems = check_recipe(recipe)
+    host = recipe_host(recipe, console)
     folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
     record = open_record(folder, recipe, fresh)
-    console = console or Console(stderr=True, highlight=False)
     devices = resolve_devices(recipe.compute.device)
 
-    with progress_bar(console) as progress, cpu_threads(recipe.compute.threads):
+    with (
+        progress_bar(console) as progress,
+        cpu_threads(recipe.compute.threads),
+        told_of_jobs(host, record, progress),
+    ):
         with timed(folder, record, "solutions"):
-            solutions = _solve_all(recipe, problems, folder, devices, progress)
+            solutions = _solve_all(recipe, problems, folder, devices, host, progress)
         with timed(folder, record, "selection"):
             sides = _select_all(recipe, solutions, folder, progress)
         with timed(folder, record, "attribution"):
-            record["residual_error"] = _attribute_all(recipe, sides, folder, devices, progress)
+            record["residual_error"] = _attribute_all(
+                recipe, sides, folder, devices, host, progress
+            )
         if recipe.faithfulness.edges:
             from probe.faithfulness import measure_models  # needs this module in turn
 
             with timed(folder, record, "faithfulness"):
-                measure_models(recipe, sides, folder, devices, progress)
+                measure_models(recipe, sides, folder, devices, progress, host)
         with timed(folder, record, "report"):
             task = progress.add_task("metrics", total=1)
             report = build_report(folder.path)
@@ -133,6 +143,46 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
     return problems
 
 
+def recipe_host(recipe: Recipe, console: Console) -> Host | None:
+    """The server of a recipe, asked whether it can run it; None where it runs here.
+
+    Raises:
+        ProbeError: It cannot be reached, does not take the key, understands other versions only,
+            or does not have a model of the recipe.
+    """
+    options = recipe.compute
+    if not options.remote:
+        return None
+    host = open_host(options.remote, options.jobs, options.timeout, console.print)
+    for line in check_host(host):
+        console.print(line)
+    for reference in recipe.models():
+        load_model(reference, dtype=options.dtype, host=host)
+    return host
+
+
+@contextmanager
+def told_of_jobs(
+    host: Host | None, record: dict[str, object], progress: Progress
+) -> Iterator[None]:
+    """Show how many jobs are queued and running on a server, and record what went over the wire."""
+    if host is None:
+        yield
+        return
+    task = progress.add_task("jobs", total=None)
+
+    def show() -> None:
+        states = host.states
+        line = f"{states['queued']} queued, {states['running']} running"
+        progress.update(task, description=line, completed=states["done"])
+
+    host.watch = show
+    try:
+        yield
+    finally:
+        record["remote"] = host.table
+
+
 def check_methods(recipe: Recipe) -> None:
     """Check that a recipe's methods are known.
 
@@ -153,6 +203,7 @@ def _solve_all(
     problems: Mapping[str, list[Problem]],
     folder: RunFolder,
     devices: list[torch.device],
+    host: Host | None,
     progress: Progress,
 ) -> dict[tuple[str, str], list[Solution]]:
     """Let each model solve each benchmark, once; solutions by file name of model and benchmark."""
@@ -175,7 +226,7 @@ def _solve_all(
             progress.update(task, advance=len(done))
             if len(done) < len(asked):
                 if model is None:
-                    model = _load(recipe, reference, devices[number % len(devices)])
+                    model = _load(recipe, reference, devices[number % len(devices)], host)
                 batches = solve(
                     model,
                     asked,
@@ -239,6 +290,7 @@ def _attribute_all(
     sides: list[Side],
     folder: RunFolder,
     devices: list[torch.device],
+    host: Host | None,
     progress: Progress,
 ) -> dict[str, float]:
     """Score the edges of every cell, model by model; the largest residual error of each model."""
@@ -257,7 +309,7 @@ def _attribute_all(
             key = edges_key(weights, (*settings, recipe.compute.dtype), side.sequences)
             edges = _read_edges(folder, path, key, progress.console)
             if edges is None:
-                model = model or _load(recipe, reference, devices[number % len(devices)])
+                model = model or _load(recipe, reference, devices[number % len(devices)], host)
                 try:
                     edges = _attribute(recipe, model, side, folder, key, progress, task)
                 except ProbeError as error:
@@ -327,8 +379,8 @@ def _read_edges(folder: RunFolder, path: Path, key: str, console: Console) -> Ed
         return None
 
 
-def _load(recipe: Recipe, reference: str, device: torch.device) -> Model:
-    return load_model(reference, str(device), recipe.compute.dtype)
+def _load(recipe: Recipe, reference: str, device: torch.device, host: Host | None) -> Model:
+    return load_model(reference, str(device), recipe.compute.dtype, host)
 
 
 def cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:

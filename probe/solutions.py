@@ -8,6 +8,7 @@ batch is done, so that whoever stores them loses at most the running one.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -15,7 +16,9 @@ from probe.errors import ProbeError
 from probe.grading import Grader, extract_answer
 from probe.models import Model
 from probe.problems import Problem
+from probe.remote import in_flight
 from probe.selection import Solution
+from probe.tracing import generate_tokens
 
 
 def encode_prompt(model: Model, prompt: str, question: str) -> list[int]:
@@ -63,12 +66,15 @@ def solve(
                 f"in the model's context of {model.context}"
             )
     order = sorted(range(len(problems)), key=lambda place: len(prompts[place]))
+    starts = range(0, len(order), batch_size)
+    batches = [order[start : start + batch_size] for start in starts]
+    batches = [b for b in batches if any(problems[place].id not in done for place in b)]
+    calls = (
+        partial(generate, model, [prompts[place] for place in places], max_new_tokens)
+        for places in batches
+    )
     with Grader() as grader:
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            if all(problems[place].id in done for place in places):
-                continue
-            answers = generate(model, [prompts[place] for place in places], max_new_tokens)
+        for places, answers in zip(batches, in_flight(calls, model.jobs), strict=True):
             texts = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
             batch = []
             for place, answer, text in zip(places, answers, texts, strict=True):
@@ -114,17 +120,21 @@ def generate(
     for place, prompt in enumerate(prompts):
         input_ids[place, width - len(prompt) :] = torch.tensor(list(prompt))
         attention_mask[place, width - len(prompt) :] = 1
-    with torch.inference_mode():
-        generated = module.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=ends or None,
-                pad_token_id=filling,
-            ),
-        )
+    options = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=filling,
+    )
+    if model.deployment:
+        generated = generate_tokens(model, input_ids, attention_mask, options)
+    else:
+        with torch.inference_mode():
+            generated = module.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                generation_config=options,
+            )
     answers = []
     for row in generated[:, width:].tolist():
         stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))

@@ -21,10 +21,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import nnsight
 import torch
+from nnsight.schema.request import RequestModel
+from nnsight.tracing.backend import Backend
+from nnsight.tracing.tracer import Tracer
+from nnsight.tracing.util import push
 
 from probe.architectures import projection_columns
 from probe.graph import Graph
 from probe.models import Model
+from probe.remote import Deployment
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -119,7 +124,7 @@ def edge_scores(
     hold, straighten, halve = _relevance_rules(row.centred_norms)
 
     with network.trace(
-        input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=model.backend()
+        input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=_backend(model)
     ):
         left, shares, valid, no_edge = settle(network.device, left, shares, valid, no_edge)
         columns, labels = settle(network.device, columns, labels)
@@ -290,7 +295,7 @@ def ablated_losses(
     settle, tensor_of, mean_losses = _trace_functions(exact)
 
     with network.trace(
-        input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=model.backend()
+        input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=_backend(model)
     ):
         left, columns, labels = settle(network.device, left, columns, labels)
         branch_columns = [(place, chosen.to(network.device)) for place, chosen in branch_columns]
@@ -373,7 +378,7 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
     settle, tensor_of, _ = _trace_functions(exact)
 
     with network.trace(
-        input_ids=input_ids, use_cache=False, logits_to_keep=kept[:1], backend=model.backend()
+        input_ids=input_ids, use_cache=False, logits_to_keep=kept[:1], backend=_backend(model)
     ):
         (valid,) = settle(network.device, valid)
         outputs = [layers[0].module.input[valid].to(exact).sum(0)]
@@ -406,7 +411,7 @@ def describe(model: Model) -> torch.Tensor:
     network, layers = model.network, _layers(model)
     token = torch.zeros(1, 1, dtype=torch.int64)
 
-    with network.trace(input_ids=token, use_cache=False, backend=model.backend()):
+    with network.trace(input_ids=token, use_cache=False, backend=_backend(model)):
         config = network._module.config
         shape = (config.num_hidden_layers, config.hidden_size, 0)
         found = nnsight.save(layers[0].module.input.new_zeros(shape).cpu())
@@ -427,11 +432,32 @@ def generate_tokens(
         input_ids=input_ids,
         attention_mask=attention_mask,
         generation_config=options,
-        backend=model.backend(),
+        backend=_backend(model),
     ) as tracer:
         settle(network.device)
         tokens = nnsight.save(tracer.result.cpu())
     return tokens
+
+
+class _Job(Backend):
+    """Runs one trace on a server."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment = deployment
+
+    def __call__(self, tracer: Tracer) -> None:
+        """Send the trace, wait, and put what it saved where a local trace would."""
+        # nnsight's own backend would send modules of the working tree along: what runs from a
+        # checkout would then fail once installed.
+        blob = RequestModel.serialize(tracer, compress=True)
+        saved = self.deployment.host.run(self.deployment.key, self.deployment.env, blob)
+        assert tracer.info is not None
+        push(tracer.info.frame, saved)
+
+
+def _backend(model: Model) -> _Job | None:
+    """What runs the next trace of a model; None for nnsight's choice, which is here."""
+    return _Job(model.deployment) if model.deployment else None
 
 
 def _inputs(
