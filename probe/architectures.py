@@ -78,6 +78,15 @@ class Architecture:
     centred_norms: bool = False
     """Whether norms subtract the mean (LayerNorm) or not (RMSNorm)."""
 
+    norm_offset: float = 0.0
+    """What is added to norms' weights: 1 where they are kept as a distance from it."""
+
+    logits_divisor: str | None = None
+    """The key of the config by which logits are divided."""
+
+    logits_cap: str | None = None
+    """The key of the config that says to what size logits are squashed."""
+
     residual_scale: str | None = None
     """The key of the config by which every output is multiplied before it is added."""
 
@@ -94,6 +103,8 @@ _GEMMA2 = replace(
     attention_output="post_attention_layernorm",
     ffn_norm="pre_feedforward_layernorm",
     ffn_output="post_feedforward_layernorm",
+    norm_offset=1.0,
+    logits_cap="final_logit_softcapping",
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -145,7 +156,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         ffn_norm=None,
         ffn_output="post_feedforward_layernorm",
     ),
-    "granite": replace(_LLAMA, residual_scale="residual_multiplier"),
+    "granite": replace(
+        _LLAMA, residual_scale="residual_multiplier", logits_divisor="logits_scaling"
+    ),
     "mixtral": _MOE,
     "qwen3_moe": replace(_MOE, head_norms=_QK_NORMS),
 }

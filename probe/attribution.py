@@ -12,17 +12,24 @@ the answer, and every token of the answer is scored; cut the answer before, not 
 from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple, get_args
 
 import torch
 
 from probe.architectures import GUIDE
+from probe.batching import Batching, BatchSize
 from probe.errors import ProbeError
 from probe.graph import Ablation, Granularity, Graph
 from probe.models import Model
-from probe.remote import in_flight
-from probe.tracing import Batch, EdgeBatch, ablated_losses, edge_scores, source_sums
+from probe.tracing import (
+    PLENTY,
+    Batch,
+    EdgeBatch,
+    Thrift,
+    ablated_losses,
+    edge_scores,
+    source_sums,
+)
 
 
 class Sequence(NamedTuple):
@@ -60,6 +67,10 @@ class EdgeScores(NamedTuple):
     losses: torch.Tensor
     """float32 [sequence]: mean negative log-likelihood of the answer tokens, in nats."""
 
+    entropies: torch.Tensor
+    """float32 [sequence]: mean entropy of the next-token distribution at the answer tokens, in
+    nats."""
+
     graph: Graph
     """Which row and column is which node."""
 
@@ -78,8 +89,11 @@ class Options:
     means: torch.Tensor | None = None
     """What an ablation leaves of each source, [source, d_model]; nothing if not given."""
 
-    rows: int = 8
+    batch_size: BatchSize = "auto"
     """How many rows `exact` runs at once."""
+
+    thrift: Thrift = PLENTY
+    """What is done for the sake of memory."""
 
 
 Method = Callable[[Model, SequenceOf[Sequence], Graph, Options], EdgeBatch]
@@ -88,7 +102,8 @@ Method = Callable[[Model, SequenceOf[Sequence], Graph, Options], EdgeBatch]
 
 def eap(model: Model, sequences: SequenceOf[Sequence], graph: Graph, options: Options) -> EdgeBatch:
     """Edge attribution patching: -<dL/dH, O> (paper, Eq. 9)."""
-    return edge_scores(model, make_batch(sequences), graph, means=options.means)
+    batch = make_batch(sequences)
+    return edge_scores(model, batch, graph, means=options.means, thrift=options.thrift)
 
 
 def eap_ig(
@@ -100,7 +115,14 @@ def eap_ig(
     loss with a zero embedding, minus the loss, as the steps become many.
     """
     batch = make_batch(sequences)
-    return edge_scores(model, batch, graph, steps=options.ig_steps, means=options.means)
+    return edge_scores(
+        model,
+        batch,
+        graph,
+        steps=options.ig_steps,
+        means=options.means,
+        thrift=options.thrift,
+    )
 
 
 def relp(
@@ -111,7 +133,14 @@ def relp(
     Norms' denominators are constant, activations lines, and the gradients of products of gate
     and input halved; attention patterns keep their gradients.
     """
-    return edge_scores(model, make_batch(sequences), graph, relevance=True, means=options.means)
+    return edge_scores(
+        model,
+        make_batch(sequences),
+        graph,
+        relevance=True,
+        means=options.means,
+        thrift=options.thrift,
+    )
 
 
 def exact(
@@ -120,19 +149,19 @@ def exact(
     """Run the model again without each edge: L(f without the edge) - L(f) (paper, Eq. 8)."""
     every = graph.mask.nonzero().tolist()
     edges = [Edge(place, *edge) for place in range(len(sequences)) for edge in every]
-    first = edge_scores(model, make_batch(sequences), graph, means=options.means)
-    scores = torch.zeros_like(first.scores)
+    first = eap(model, sequences, graph, options)
+    scores = torch.zeros_like(first.scores, device="cpu")
     for part, effects in _effects(model, sequences, edges, graph, options):
         for edge, effect in zip(part, effects, strict=True):
             scores[edge] = effect
-    return EdgeBatch(scores, first.losses, first.residual_error)
+    return first._replace(scores=scores)
 
 
 METHODS: dict[str, Method] = {"eap": eap, "eap-ig": eap_ig, "relp": relp, "exact": exact}
 """Every attribution method by its name; the one place to add one."""
 
-# A relative distance of the sources' sum from the final norm's input that is no rounding any more.
-_LARGEST_RESIDUAL_ERROR = {torch.bfloat16: 3e-2, torch.float16: 3e-2}
+# A relative distance from what the model itself computes that is no rounding any more.
+_LARGEST_ERROR = {torch.bfloat16: 3e-2, torch.float16: 3e-2}
 
 
 def attribute(
@@ -140,12 +169,12 @@ def attribute(
     sequences: SequenceOf[Sequence],
     method: str = "eap",
     granularity: Granularity = "qkv",
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     *,
     ablation: Ablation = "zero",
     ig_steps: int = 5,
     done: Collection[int] = (),
-    finished: Callable[[list[int], EdgeBatch], None] | None = None,
+    finished: Callable[[list[int], EdgeScores], None] | None = None,
 ) -> EdgeScores:
     """Score every edge of the residual graph, for each sequence.
 
@@ -157,12 +186,14 @@ def attribute(
         sequences: What to attribute.
         method: A name in `METHODS`.
         granularity: `qkv`, an attention's query, key and value apart; `block`; or `head`.
-        batch_size: How many sequences (for `exact`: edges) run at once.
+        batch_size: How many sequences (for `exact`: edges) run at once; `auto` for as many as make
+            it faster and fit into memory.
         ablation: What is left of a removed output: `zero`, or its `mean` over all positions of
             these sequences.
         ig_steps: Points of the integral of `eap-ig`.
         done: Places of sequences that are left out; their scores stay 0.
-        finished: Called after each batch with the places of its sequences and what came out.
+        finished: Called with the places of each batch's sequences and their edges, while the
+            next batch is running.
 
     Raises:
         ProbeError: An unknown method, granularity or ablation, an empty prompt or answer, a token
@@ -173,23 +204,33 @@ def attribute(
         raise ProbeError(f"method {method!r} is not known; one of: {', '.join(METHODS)}")
     if ig_steps < 1:
         raise ProbeError(f"ig_steps is {ig_steps}; it must be at least 1")
+    if method == "relp" and model.kernels != "eager":
+        raise ProbeError("relp needs what fused kernels leave out; load the model with eager ones")
     graph = model.graph(granularity)
-    names = _check(model, sequences, batch_size)
+    names = _check(model, sequences)
     means = _left(model, sequences, graph, ablation, batch_size)
-    options = Options(ig_steps, means, batch_size)
+    steps = ig_steps if method == "eap-ig" else 1
     size = 1 if method == "exact" else batch_size
+    batching = Batching(model, graph, size, steps, recompute=method != "relp")
+
+    def score(places: list[int], thrift: Thrift) -> EdgeBatch:
+        options = Options(ig_steps, means, batch_size, thrift)
+        return METHODS[method](model, [sequences[i] for i in places], graph, options)
 
     wide = torch.promote_types(model.dtype, torch.float32)
     scores = torch.zeros(len(sequences), len(graph.sources), len(graph.targets), dtype=wide)
-    losses = torch.zeros(len(sequences), dtype=wide)
+    losses, entropies = torch.zeros(2, len(sequences), dtype=wide)
     residual_error = 0.0
-    batches = list(_batches(sequences, size, done))
-    calls = (
-        partial(METHODS[method], model, [sequences[i] for i in places], graph, options)
-        for places in batches
-    )
-    for number, part in enumerate(in_flight(calls, model.jobs)):
-        places = batches[number]
+
+    def fetch(places: list[int], batch: EdgeBatch) -> None:
+        nonlocal residual_error
+        part = EdgeScores(
+            batch.scores.cpu(),
+            batch.losses.cpu(),
+            batch.entropies.cpu(),
+            graph,
+            float(batch.residual_error),
+        )
         finite = part.scores.isfinite().all(2).all(1) & part.losses.isfinite()
         if not finite.all():
             name = names[places[int((~finite).nonzero()[0])]]
@@ -197,12 +238,21 @@ def attribute(
                 f"sequence {name}: its loss or a score is NaN or infinite in {model.reference}; "
                 "try another dtype (bfloat16 or float32 instead of float16), or check the weights"
             )
-        if number == 0:
-            residual_error = _check_residual(model, part.residual_error)
-        scores[places], losses[places] = part.scores, part.losses
+        _check_sums(model, batch)
+        residual_error = max(residual_error, part.residual_error)
+        scores[places], losses[places], entropies[places] = part[:3]
         if finished:
             finished(places, part)
-    return EdgeScores(scores, losses, graph, residual_error)
+
+    # A batch is fetched once the next one is on its way, so that a GPU never waits for Python.
+    last: tuple[list[int], EdgeBatch] | None = None
+    for places, batch in batching.run([_length(s) for s in sequences], score, done):
+        if last:
+            fetch(*last)
+        last = places, batch
+    if last:
+        fetch(*last)
+    return EdgeScores(scores, losses, entropies, graph, residual_error)
 
 
 def exact_effects(
@@ -210,7 +260,7 @@ def exact_effects(
     sequences: SequenceOf[Sequence],
     edges: SequenceOf[Edge],
     granularity: Granularity = "qkv",
-    batch_size: int = 32,
+    batch_size: BatchSize = "auto",
     progress: Callable[[int], None] | None = None,
     ablation: Ablation = "zero",
 ) -> torch.Tensor:
@@ -221,7 +271,7 @@ def exact_effects(
         sequences: The sequences that the edges speak of.
         edges: Which edges, in any order.
         granularity: That of the edges.
-        batch_size: How many edges run at once.
+        batch_size: How many edges run at once, or `auto`.
         progress: Called after each batch with the number of edges in it.
         ablation: What is left of a removed output, `zero` or `mean`.
 
@@ -232,7 +282,7 @@ def exact_effects(
         ProbeError: As `attribute`, or an edge that the graph does not have.
     """
     graph = model.graph(granularity)
-    names = _check(model, sequences, batch_size)
+    names = _check(model, sequences)
     mask = graph.mask
     for edge in edges:
         inside = edge.source < mask.shape[0] and edge.target < mask.shape[1]
@@ -245,7 +295,7 @@ def exact_effects(
     place = {edge: number for number, edge in enumerate(dict.fromkeys(edges))}
     effects = torch.zeros(len(place), dtype=wide)
     for part, values in _effects(
-        model, sequences, list(place), graph, Options(1, means, batch_size)
+        model, sequences, list(place), graph, Options(means=means, batch_size=batch_size)
     ):
         for edge, value in zip(part, values, strict=True):
             if not value.isfinite():
@@ -268,15 +318,21 @@ def _effects(
     The whole sequence runs beside its ablations so that both round alike: effects are small
     differences of two losses.
     """
-    order = sorted(edges, key=lambda edge: (-_length(sequences[edge.sequence]), edge))
-    for start in range(0, len(order), options.rows):
-        part = order[start : start + options.rows]
+    order = sorted(edges)
+    batching = Batching(model, graph, options.batch_size, recompute=False)
+
+    def effects(places: list[int], thrift: Thrift) -> torch.Tensor:
+        part = [order[place] for place in places]
         whole = sorted({edge.sequence for edge in part})
         batch = make_batch([sequences[i] for i in (*whole, *(edge.sequence for edge in part))])
         removed = [None] * len(whole) + [(edge.source, edge.target) for edge in part]
         losses = ablated_losses(model, batch, graph, removed, options.means)
         before = losses[[whole.index(edge.sequence) for edge in part]]
-        yield part, losses[len(whole) :] - before
+        return losses[len(whole) :] - before
+
+    lengths = [_length(sequences[edge.sequence]) for edge in order]
+    for places, found in batching.run(lengths, effects):
+        yield [order[place] for place in places], found
 
 
 def make_batch(sequences: SequenceOf[Sequence]) -> Batch:
@@ -297,57 +353,48 @@ def make_batch(sequences: SequenceOf[Sequence]) -> Batch:
     return Batch(input_ids, lengths, positions, labels)
 
 
-def _batches(
-    sequences: SequenceOf[Sequence], size: int, done: Collection[int] = ()
-) -> Iterator[list[int]]:
-    """Places of the sequences, the longest first: too little memory shows at once."""
-    todo = [place for place in range(len(sequences)) if place not in done]
-    order = sorted(todo, key=lambda place: -_length(sequences[place]))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
 def _left(
     model: Model,
     sequences: SequenceOf[Sequence],
     graph: Graph,
     ablation: Ablation,
-    batch_size: int,
+    batch_size: BatchSize,
 ) -> torch.Tensor | None:
     """What an ablation leaves of each source, [source, d_model], or None for nothing."""
     if ablation not in get_args(Ablation):
         raise ProbeError(f"ablation {ablation!r} is not known; use zero or mean")
     if ablation == "zero" or not sequences:
         return None
-    calls = (
-        partial(source_sums, model, make_batch([sequences[i] for i in places]), graph)
-        for places in _batches(sequences, batch_size)
-    )
-    sums = sum(in_flight(calls, model.jobs))
-    assert isinstance(sums, torch.Tensor)
-    return sums / sum(_length(sequence) for sequence in sequences)
+
+    def sums(places: list[int], thrift: Thrift) -> torch.Tensor:
+        return source_sums(model, make_batch([sequences[i] for i in places]), graph)
+
+    lengths = [_length(sequence) for sequence in sequences]
+    parts = Batching(model, graph, batch_size, recompute=False).run(lengths, sums)
+    return torch.stack([part for _, part in parts]).sum(0) / sum(lengths)
 
 
 def _length(sequence: Sequence) -> int:
     return len(sequence.prompt) + len(sequence.answer) - 1
 
 
-def _check_residual(model: Model, error: float) -> float:
-    """Refuse a model whose sources do not sum to what the final norm reads."""
-    largest = _LARGEST_RESIDUAL_ERROR.get(model.dtype, 1e-3)
-    if not error <= largest:
-        raise ProbeError(
-            f"{model.reference}: the sources do not sum to the residual stream (relative error "
-            f"{error:.1e}; rounding is at most {largest:g}): the row {model.config.model_type!r} "
-            f"of the architecture table is wrong for this checkpoint; see {GUIDE}"
-        )
-    return error
+def _check_sums(model: Model, batch: EdgeBatch) -> None:
+    """Refuse a model whose row of the architecture table does not describe it."""
+    largest = _LARGEST_ERROR.get(model.dtype, 1e-3)
+    for error, what in (
+        (float(batch.residual_error), "the sources do not sum to the residual stream"),
+        (float(batch.logits_error), "the logits are not the model's own"),
+    ):
+        if not error <= largest:
+            raise ProbeError(
+                f"{model.reference}: {what} (relative error {error:.1e}; rounding is at most "
+                f"{largest:g}): the row {model.config.model_type!r} of the architecture table is "
+                f"wrong for this checkpoint; see {GUIDE}"
+            )
 
 
-def _check(model: Model, sequences: SequenceOf[Sequence], batch_size: int) -> list[str]:
+def _check(model: Model, sequences: SequenceOf[Sequence]) -> list[str]:
     """Check what is to be attributed; the names of the sequences for messages."""
-    if batch_size < 1:
-        raise ProbeError(f"batch_size is {batch_size}; it must be at least 1")
     names = [str(s.id) or str(place) for place, s in enumerate(sequences)]
     vocabulary = int(model.config.vocab_size)
     for name, sequence in zip(names, sequences, strict=True):

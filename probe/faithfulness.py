@@ -148,7 +148,7 @@ def measure(
         )
         for method in methods
     }
-    strata, _, graph, *_ = found[methods[0]]
+    strata, graph = found[methods[0]].scores, found[methods[0]].graph
     sample = draw_edges(strata, graph.mask, edges, seed)
     drawn = [edge for edge, _ in sample]
     rows = []
@@ -377,7 +377,7 @@ def _measure_side(
         advance(new)
 
     known = {(r.sequence, r.source, r.target): r.exact for r in rows if r.exact is not None}
-    model = load_model(side.model, str(device), precision, host)
+    model = load_model(side.model, str(device), precision, host=host)
     try:
         rows = measure(
             model,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nnsight.modeling.transformers import TransformersModel
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from probe.kernels import Kernels
     from probe.remote import Deployment, Host
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -59,6 +60,9 @@ class Model:
 
     dtype: "torch.dtype"
     """The precision of its weights and activations."""
+
+    kernels: Literal["eager", "liger"] = "eager"
+    """Whether it runs as transformers has it, or with fused kernels."""
 
     deployment: "Deployment | None" = None
     """Where on a server it runs; None for here. There `network` has no weights, and `device` is
@@ -170,7 +174,11 @@ def read_tokenizer(reference: str) -> "PreTrainedTokenizerBase":
 
 
 def load_model(
-    reference: str, device: str = "cpu", dtype: str = "float32", host: "Host | None" = None
+    reference: str,
+    device: str = "cpu",
+    dtype: str = "float32",
+    kernels: "Kernels" = "eager",
+    host: "Host | None" = None,
 ) -> Model:
     """Load a causal language model, frozen and in evaluation mode.
 
@@ -178,6 +186,8 @@ def load_model(
         reference: A folder, a hub id, or the `probe:` name of a model that ships with the package.
         device: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one.
         dtype: `float32`, `bfloat16`, `float16` or `float64`.
+        kernels: `eager`, as transformers has it; `liger`, fused kernels, which the method `relp`
+            cannot use; or `auto` for these where they run.
         host: A server from `probe.remote.open_host` that runs it, under the same name; then
             nothing but its config and tokenizer is read here.
 
@@ -189,11 +199,14 @@ def load_model(
     from nnsight.modeling.transformers import TransformersModel
     from transformers import AutoModelForCausalLM
 
+    from probe.kernels import fuse, resolve_kernels
+
     if dtype not in get_args(DType):
         raise ProbeError(f"dtype {dtype!r} is not known; one of: {', '.join(get_args(DType))}")
     (place,) = resolve_devices(device, most=1)
     config = read_config(reference)
     architecture = architecture_of(config.model_type)
+    chosen = resolve_kernels(kernels, place, config.model_type)
     tokenizer = read_tokenizer(reference)
     if host is not None:
         return _model_there(reference, dtype, host, tokenizer)
@@ -211,9 +224,11 @@ def load_model(
             raise ProbeError(_cannot_read("the weights", reference, error)) from error
         raise
     module.requires_grad_(False).eval().to(place)
+    if chosen == "liger":
+        fuse(module)
     # Without a device the pipeline inside would move the model to the first GPU there is.
     network = TransformersModel(module, task="text-generation", tokenizer=tokenizer, device=place)
-    return Model(reference, network, tokenizer, config, architecture, place, module.dtype)
+    return Model(reference, network, tokenizer, config, architecture, place, module.dtype, chosen)
 
 
 def _model_there(

@@ -156,8 +156,9 @@ class AttributionOptions:
     ig_steps: Count = 5
     """Points of the integral of `eap-ig`."""
 
-    batch_size: Count = 8
-    """How many sequences (for `exact`: edges) run at once."""
+    batch_size: Count | Literal["auto"] = "auto"
+    """How many sequences (for `exact`: edges) run at once; `auto` for as many as make it faster and
+    fit into memory."""
 
 
 @dataclass(frozen=True, config=_STRICT)

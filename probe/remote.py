@@ -99,6 +99,10 @@ class Host:
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     """Guards these counts."""
 
+    def __post_init__(self) -> None:
+        """Make as many slots as jobs may be under way."""
+        self._slots = threading.BoundedSemaphore(self.jobs)
+
     @property
     def table(self) -> dict[str, object]:
         """What happened, as plain data."""
@@ -150,11 +154,12 @@ class Host:
             ProbeError: It cannot run there, or faults did not pass.
             RuntimeError: The job itself is broken; the message is the server's.
         """
-        start = time.monotonic()
-        saved = self.insist(lambda: self._attempt(model_key, env, blob), self.timeout)
-        with self.lock:
-            self.sent += len(blob)
-            self.seconds += time.monotonic() - start
+        with self._slots:
+            start = time.monotonic()
+            saved = self.insist(lambda: self._attempt(model_key, env, blob), self.timeout)
+            with self.lock:
+                self.sent += len(blob)
+                self.seconds += time.monotonic() - start
         return saved
 
     def insist(self, call: Callable[[], T], patience: float) -> T:
@@ -318,7 +323,9 @@ class Host:
         if "exceeded the execution timeout" in text:
             return ProbeError(f"{self.url}: {last} {smaller}; {_GO_ON}")
         if "OutOfMemoryError" in text or "out of memory" in text:
-            return ProbeError(f"{self.url}: a job ran out of memory there; {smaller}; {_GO_ON}")
+            import torch
+
+            return torch.OutOfMemoryError(f"{self.url}: a job ran out of memory there; {smaller}")
         if "EndpointConnectionError" in text or "object store" in text.lower():
             return ProbeError(
                 f"{self.url}: what a job saved is more than the server can send without an object "

@@ -39,7 +39,6 @@ from probe.report import Report, build_report
 from probe.run_folder import Damaged, RunFolder, cell_name, edges_key, model_names
 from probe.selection import Selection, Solution, select
 from probe.solutions import solve
-from probe.tracing import EdgeBatch
 
 
 class Side(NamedTuple):
@@ -334,20 +333,18 @@ def _attribute(
     """Score one side of a cell, from where an earlier run has got to, keeping each batch."""
     options = recipe.attribution
     path = folder.edges_file(side.cell, side.side)
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor, float]] = {}
-    for part in folder.parts(path):
-        edges = _read_edges(folder, part, key, progress.console)
+    kept: dict[int, tuple[int, EdgeScores]] = {}
+    for file in folder.parts(path):
+        edges = _read_edges(folder, file, key, progress.console)
         if edges is not None:
-            for row, name in enumerate(folder.sequence_ids(part)):
-                kept[int(name)] = edges.scores[row], edges.losses[row], edges.residual_error
+            for row, name in enumerate(folder.sequence_ids(file)):
+                kept[int(name)] = row, edges
     progress.update(task, advance=len(kept))
 
-    def keep(places: list[int], batch: EdgeBatch) -> None:
-        edges = EdgeScores(batch.scores, batch.losses, graph, batch.residual_error)
+    def keep(places: list[int], edges: EdgeScores) -> None:
         folder.write_part(path, edges, places, key)
         progress.update(task, advance=len(places))
 
-    graph = model.graph(options.granularity)
     edges = attribute(
         model,
         side.sequences,
@@ -360,13 +357,14 @@ def _attribute(
         finished=keep,
     )
     error = edges.residual_error
-    for place, (scores, loss, old) in kept.items():
-        edges.scores[place], edges.losses[place] = scores, loss
-        error = max(error, old)
+    for place, (row, part) in kept.items():
+        edges.scores[place], edges.losses[place] = part.scores[row], part.losses[row]
+        edges.entropies[place] = part.entropies[row]
+        error = max(error, part.residual_error)
     edges = edges._replace(residual_error=error)
     folder.write_edges(path, edges, [s.id for s in side.sequences], key)
-    for part in folder.parts(path):
-        part.unlink()
+    for file in folder.parts(path):
+        file.unlink()
     return edges
 
 
@@ -380,7 +378,7 @@ def _read_edges(folder: RunFolder, path: Path, key: str, console: Console) -> Ed
 
 
 def _load(recipe: Recipe, reference: str, device: torch.device, host: Host | None) -> Model:
-    return load_model(reference, str(device), recipe.compute.dtype, host)
+    return load_model(reference, str(device), recipe.compute.dtype, host=host)
 
 
 def cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:

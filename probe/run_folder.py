@@ -207,7 +207,7 @@ class RunFolder:
             raise Damaged("damaged (its questions are not known)") from error
 
     def write_edges(self, path: Path, edges: EdgeScores, ids: Sequence[str], key: str) -> None:
-        """Write scores and losses.
+        """Write scores, losses and entropies.
 
         Args:
             path: The file.
@@ -221,11 +221,15 @@ class RunFolder:
             "graph": json.dumps(asdict(edges.graph)),
             "residual_error": repr(edges.residual_error),
         }
-        tensors = {"scores": edges.scores.float().contiguous(), "losses": edges.losses.float()}
+        tensors = {
+            "scores": edges.scores.float().contiguous(),
+            "losses": edges.losses.float(),
+            "entropies": edges.entropies.float(),
+        }
         write_whole(path, lambda place: save_file(tensors, place, metadata))
 
     def read_edges(self, path: Path, key: str | None = None) -> EdgeScores | None:
-        """Read scores and losses; None where there is no such file.
+        """Read scores, losses and entropies; None where there is no such file.
 
         Args:
             path: The file.
@@ -239,7 +243,9 @@ class RunFolder:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                scores, losses = file.get_tensor("scores"), file.get_tensor("losses")
+                scores, losses, entropies = (
+                    file.get_tensor(name) for name in ("scores", "losses", "entropies")
+                )
             graph = TypeAdapter(Graph).validate_json(metadata["graph"])
             residual_error = float(metadata["residual_error"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -248,7 +254,7 @@ class RunFolder:
             raise Damaged("computed from other solutions or settings")
         if scores.shape[1:] != graph.mask.shape or not torch.isfinite(scores).all():
             raise Damaged("damaged (scores of the wrong shape, or not finite)")
-        return EdgeScores(scores, losses, graph, residual_error)
+        return EdgeScores(scores, losses, entropies, graph, residual_error)
 
 
 def cell_name(pair: Pair, benchmark: str, alpha: float) -> str:

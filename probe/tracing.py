@@ -14,13 +14,16 @@ One forward and one backward pass give all edges of a batch. Two rules keep that
 behind mean ablation; all are called through `probe.attribution`, which makes the batches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
 import nnsight
 import torch
+import torch.utils.checkpoint
 from nnsight.schema.request import RequestModel
 from nnsight.tracing.backend import Backend
 from nnsight.tracing.tracer import Tracer
@@ -34,9 +37,16 @@ from probe.remote import Deployment
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-# Positions are contracted in slices whose float32 copies stay small beside the activations; on a
-# GPU every slice costs a few hundred launches, so there are few.
-SLICE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+# Float32 copies, where a product needs them, stay small beside the activations; so do logits.
+SLICE_BYTES = 64 * 2**20
+LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+
+# Gradients of so many groups of layers are multiplied one after the other: the more groups, the
+# less memory, and the more often the outputs are read.
+GRADIENT_GROUPS = 8
+
+# At so many positions of each sequence the sources' sum is compared with the residual stream.
+CHECKED_POSITIONS = 16
 
 
 class Batch(NamedTuple):
@@ -59,8 +69,11 @@ class Batch(NamedTuple):
     """int64 [sequence, scored]: the answer tokens, -100 past an answer's end."""
 
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
 class EdgeBatch(NamedTuple):
-    """What comes out of one batch, on the CPU."""
+    """What comes out of one batch, where it was computed."""
 
     scores: torch.Tensor
     """[sequence, source, target], 0 where there is no edge."""
@@ -68,8 +81,31 @@ class EdgeBatch(NamedTuple):
     losses: torch.Tensor
     """[sequence]: mean negative log-likelihood of the scored tokens, in nats."""
 
-    residual_error: float
-    """How far the sources' sum is from the final norm's input, relative to that."""
+    entropies: torch.Tensor
+    """[sequence]: mean entropy of the next-token distribution at the scored tokens, in nats."""
+
+    residual_error: torch.Tensor
+    """[]: how far the sources' sum is from the final norm's input, relative to that, at a few
+    positions of each sequence."""
+
+    logits_error: torch.Tensor
+    """[]: how far the logits that the loss is computed from are from the model's own, relative to
+    those, at each sequence's last position."""
+
+
+class Thrift(NamedTuple):
+    """What a batch does to need less memory."""
+
+    recompute: bool = False
+    """Whether a layer's activations are dropped and computed again in the backward pass. Not with
+    `relevance`, whose rules a second pass through a layer would not follow."""
+
+    sources_on_host: bool = False
+    """Whether the sources' outputs wait in the host's memory."""
+
+
+PLENTY = Thrift()
+"""What a batch does where memory is plenty: nothing."""
 
 
 def edge_scores(
@@ -79,6 +115,7 @@ def edge_scores(
     steps: int = 1,
     relevance: bool = False,
     means: torch.Tensor | None = None,
+    thrift: Thrift = PLENTY,
 ) -> EdgeBatch:
     """Score every edge: -<G, O - B>, accumulated in float32 (float64 for a float64 model).
 
@@ -93,6 +130,10 @@ def edge_scores(
       an activation f counts as the line f(x)/x, and the gradient of a product of gate and
       input is halved.
 
+    Outputs are kept from the forward pass. A gradient is kept only until the few layers around it
+    have theirs, and is then multiplied with all outputs at once: one thin matrix product for many
+    edges, and no gradient waits for the end.
+
     Args:
         model: The model.
         batch: The sequences.
@@ -100,18 +141,23 @@ def edge_scores(
         steps: Points of the integral.
         relevance: Whether to follow those rules.
         means: B of each source, [source, d_model]; zero if not given.
+        thrift: What to do for the sake of memory.
     """
-    network, row, heads = model.network, model.architecture, _heads(model)
+    network, row = model.network, model.architecture
+    n_heads, head_width = model.heads.query, model.heads.width
     layers = _layers(model)
     final_norm = attrgetter(row.final_norm)(network)
-    input_ids, labels, kept, columns = _inputs(model, batch, steps)
-    n_sequences, length = batch.input_ids.shape
-    valid = (torch.arange(length) < batch.lengths[:, None]).to(model.device)[..., None]
-    shares = torch.arange(1, steps + 1).repeat_interleave(n_sequences) / steps
-    shares = shares[:, None, None].to(model.device, model.dtype)
-    left = torch.zeros(len(graph.sources), model.d_model) if means is None else means
-    left = left.to(model.device, model.dtype)
-    no_edge = ~graph.mask.to(model.device)
+    exact = torch.promote_types(model.dtype, torch.float32)
+    input_ids = batch.input_ids.repeat(steps, 1).to(model.device)
+    rows, positions, labels, shares = (
+        part.to(model.device) for part in _scored(batch, steps, exact)
+    )
+    n_sequences = len(batch.input_ids)
+    points = torch.arange(1, steps + 1).repeat_interleave(n_sequences).to(exact) / steps
+    points = points[:, None, None].to(model.device, model.dtype)
+    checked = torch.linspace(0, 1, CHECKED_POSITIONS)[None] * (batch.lengths[:, None] - 1)
+    checked = checked.long().to(model.device)
+    left = None if means is None else means.to(model.device, model.dtype)
     by_head = graph.granularity == "head"
     # Query, key and value part at the inputs of their projections where they have their own;
     # otherwise, and head by head, at columns of the projections' outputs.
@@ -119,141 +165,152 @@ def edge_scores(
     at_columns = [] if at_inputs else _branch_columns(model, graph)
     scale, transposed = _scale(model), row.transposed
     norms_last = row.head_norms_last
-    exact = torch.promote_types(model.dtype, torch.float32)
-    settle, tensor_of, mean_losses = _trace_functions(exact)
-    hold, straighten, halve = _relevance_rules(row.centred_norms)
+    logits_width = 4 * int(model.config.vocab_size)
+    epsilon = _epsilon(model)
+    settle, bring, tensor_of, _ = _trace_functions(model, exact)
+    own_logits = _own_logits(model)
+    hold, straighten, halve = _relevance_rules(row.centred_norms, row.norm_offset)
+    n_columns = len(at_columns) or len(row.projections)
+    pull = _norm_pull(row.centred_norms, row.norm_offset, epsilon, relevance, model.kernels)
+    open_product, write, expect, receive, close_product = _edge_product(
+        graph, len(layers), n_sequences, steps, left, thrift.sources_on_host
+    )
 
-    with network.trace(
-        input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=_backend(model)
-    ):
-        left, shares, valid, no_edge = settle(network.device, left, shares, valid, no_edge)
-        columns, labels = settle(network.device, columns, labels)
-        at_columns = [(place, chosen.to(network.device)) for place, chosen in at_columns]
-        # The one line that switches the graph on: parameters are frozen.
-        stream = left[0] + shares * (layers[0].module.input.detach() - left[0])
-        stream.requires_grad_(True)
-        layers[0].module.input = stream
-        outputs = [stream]
-        branches: list[torch.Tensor] = []
-        pulls: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
-        for layer in layers:
-            reader = layer.attention_norm or layer.attention
-            branch = reader.input.clone()
-            reader.input = branch
-            normed = branch
-            if layer.attention_norm and (at_inputs or relevance):
-                normed = layer.attention_norm.output
+    with _recomputing(model, thrift.recompute):  # noqa: SIM117 - a trace needs its own statement
+        with network.trace(
+            input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=_backend(model)
+        ):
+            points, checked = settle(network.device, points, checked)
+            at_columns = [(number, chosen.to(network.device)) for number, chosen in at_columns]
+            # The one line that switches the graph on: parameters are frozen.
+            stream = layers[0].module.input.detach()
+            if steps > 1:
+                base = 0 if left is None else left[0].to(stream.device)
+                stream = base + points * (stream - base)
+            stream.requires_grad_(True)
+            layers[0].module.input = stream
+            open_product(stream)
+            write(stream, 1.0)
+            place = 0
+            for layer in layers:
+                reader = layer.attention_norm or layer.attention
+                branch = reader.input
+                if not (at_inputs or at_columns):
+                    # A view has a gradient of its own, and costs nothing.
+                    branch = branch.view_as(branch)
+                    reader.input = branch
+                    receive(branch, place)
+                    place += 1
+                normed = branch
+                if layer.attention_norm and (at_inputs or relevance):
+                    normed = layer.attention_norm.output
+                    if relevance:
+                        normed = hold(layer.attention_norm, branch, epsilon)
+                        layer.attention_norm.output = normed
+                if layer.attention_norm and (at_inputs or at_columns):
+                    expect(place, n_columns, pull(branch.detach(), layer.attention_norm.weight))
+                for number, projection in enumerate(layer.projections):
+                    if at_inputs:
+                        read = normed.view_as(normed)
+                        projection.input = read
+                        receive(read, place)
+                        place += 1
+                    here = [chosen for at, chosen in at_columns if at == number]
+                    if here:
+                        projected = projection.output.view_as(projection.output)
+                        projection.output = projected
+                        weight = projection.weight.T if transposed else projection.weight
+                        for chosen in here:
+                            receive(projected, place, chosen, weight[chosen])
+                            place += 1
+                    if relevance and not norms_last and number < len(layer.head_norms):
+                        norm = layer.head_norms[number]
+                        norm.output = hold(norm, norm.input, epsilon)
+                if relevance and norms_last:
+                    for norm in layer.head_norms:
+                        norm.output = hold(norm, norm.input, epsilon)
+                if by_head:
+                    beside = layer.attention_projection.input.detach()
+                    weight = layer.attention_projection.weight
+                    weight = weight if transposed else weight.T
+                    for head in range(n_heads):
+                        part = slice(head * head_width, (head + 1) * head_width)
+                        write(beside[..., part] @ weight[part], scale)
+                    if layer.attention_projection.bias is not None:
+                        write(layer.attention_projection.bias.expand_as(stream), scale)
+                else:
+                    if relevance and layer.attention_output is not layer.attention:
+                        norm = layer.attention_output
+                        norm.output = hold(norm, norm.input, epsilon)
+                    write(tensor_of(layer.attention_output.output), scale)
+
+                reader = layer.ffn_norm or layer.ffn
+                branch = reader.input
+                branch = branch.view_as(branch)
+                reader.input = branch
+                receive(branch, place)
+                place += 1
                 if relevance:
-                    normed = hold(layer.attention_norm, branch)
-                    layer.attention_norm.output = normed
-            if not (at_inputs or at_columns):
-                branches.append(branch)
-            projected = []
-            for place, projection in enumerate(layer.projections):
-                if at_inputs:
-                    read = normed.clone()
-                    projection.input = read
-                    if layer.attention_norm:
-                        pulls.append((len(branches), normed, branch, None))
-                    branches.append(read)
-                if at_columns:
-                    projected.append(projection.output.clone())
-                    projection.output = projected[-1]
-                if relevance and not norms_last and place < len(layer.head_norms):
-                    norm = layer.head_norms[place]
-                    norm.output = hold(norm, norm.input)
-            if relevance and norms_last:
-                for norm in layer.head_norms:
-                    norm.output = hold(norm, norm.input)
-            for place, chosen in at_columns:
-                pulls.append((len(branches), projected[place], branch, chosen))
-                branches.append(projected[place])
-            if by_head:
-                beside = layer.attention_projection.input.detach()
-                weight = layer.attention_projection.weight
-                weight = weight if transposed else weight.T
-                for head in range(heads.query):
-                    part = slice(head * heads.width, (head + 1) * heads.width)
-                    outputs.append(beside[..., part] @ weight[part] * scale)
-                if layer.attention_projection.bias is not None:
-                    outputs.append((layer.attention_projection.bias * scale).expand_as(stream))
-            else:
-                if relevance and layer.attention_output is not layer.attention:
-                    written = hold(layer.attention_output, layer.attention_output.input)
-                    layer.attention_output.output = written
-                else:
-                    written = tensor_of(layer.attention_output.output)
-                outputs.append(written * scale)
-
-            reader = layer.ffn_norm or layer.ffn
-            branch = reader.input.clone()
-            reader.input = branch
-            branches.append(branch)
+                    if layer.ffn_norm:
+                        layer.ffn_norm.output = hold(layer.ffn_norm, branch, epsilon)
+                    if layer.experts:
+                        tokens, chosen, share = layer.experts.inputs[0]
+                        mixed = torch.zeros_like(tokens)
+                        for expert in range(layer.experts.num_experts):
+                            at, rank = (chosen == expert).nonzero(as_tuple=True)
+                            both = tokens[at] @ layer.experts.gate_up_proj[expert].T
+                            gate, up = both.chunk(2, dim=-1)
+                            opened = halve(straighten(layer.experts.act_fn(gate), gate) * up)
+                            answer = opened @ layer.experts.down_proj[expert].T
+                            answer = halve(answer * share[at, rank, None])
+                            mixed = mixed.index_add(0, at, answer.to(mixed.dtype))
+                        layer.experts.output = mixed
+                    else:
+                        value = layer.activation.input
+                        layer.activation.output = straighten(layer.activation.output, value)
+                        if layer.product:
+                            layer.product.input = halve(layer.product.input)
+                if relevance and layer.ffn_output is not layer.ffn:
+                    norm = layer.ffn_output
+                    norm.output = hold(norm, norm.input, epsilon)
+                write(tensor_of(layer.ffn_output.output), scale)
+            end = final_norm.input
+            end = end.view_as(end)
+            final_norm.input = end
+            receive(end, place)
+            hidden = final_norm.output
             if relevance:
-                if layer.ffn_norm:
-                    layer.ffn_norm.output = hold(layer.ffn_norm, branch)
-                if layer.experts:
-                    tokens, chosen, share = layer.experts.inputs[0]
-                    mixed = torch.zeros_like(tokens)
-                    for expert in range(layer.experts.num_experts):
-                        place, rank = (chosen == expert).nonzero(as_tuple=True)
-                        both = tokens[place] @ layer.experts.gate_up_proj[expert].T
-                        gate, up = both.chunk(2, dim=-1)
-                        opened = halve(straighten(layer.experts.act_fn(gate), gate) * up)
-                        answer = opened @ layer.experts.down_proj[expert].T
-                        answer = halve(answer * share[place, rank, None])
-                        mixed = mixed.index_add(0, place, answer.to(mixed.dtype))
-                    layer.experts.output = mixed
-                else:
-                    value = layer.activation.input
-                    layer.activation.output = straighten(layer.activation.output, value)
-                    if layer.product:
-                        layer.product.input = halve(layer.product.input)
-            if relevance and layer.ffn_output is not layer.ffn:
-                written = hold(layer.ffn_output, layer.ffn_output.input)
-                layer.ffn_output.output = written
-            else:
-                written = tensor_of(layer.ffn_output.output)
-            outputs.append(written * scale)
-        end = final_norm.input.clone()
-        final_norm.input = end
-        branches.append(end)
-        if relevance:
-            final_norm.output = hold(final_norm, end)
+                hidden = hold(final_norm, end, epsilon)
 
-        losses = mean_losses(network.output.logits, columns, labels)
-        # Sequences do not touch each other, so the gradient of the sum holds each one's own.
-        distinct = list({id(tensor): tensor for tensor in branches}.values())
-        found = torch.autograd.grad(losses.sum(), distinct, retain_graph=bool(pulls))
-        of = {id(tensor): gradient for tensor, gradient in zip(distinct, found, strict=True)}
-        gradients = [of[id(tensor)] for tensor in branches]
-        for target, output, origin, only in pulls:
-            # From where the branches part back to the residual stream before the norm.
-            gradient = gradients[target] if only is None else gradients[target] * only
-            (gradients[target],) = torch.autograd.grad(output, origin, gradient, retain_graph=True)
+            # The loss and its gradient at the last hidden states, a few rows of logits at a time.
+            # Sequences do not touch each other, so the gradient of the sum holds each one's own.
+            rows, positions, labels, shares = settle(hidden.device, rows, positions, labels, shares)
+            logit_rows = max(1, LOGITS_BYTES[hidden.device.type] // logits_width)
+            losses = torch.zeros(len(stream), dtype=exact, device=hidden.device)
+            entropies = torch.zeros_like(losses)
+            found = torch.zeros_like(hidden)
+            for start in range(0, len(rows), logit_rows):
+                part = slice(start, start + logit_rows)
+                at = rows[part], positions[part]
+                last = hidden.detach()[at].requires_grad_(True)
+                logs = own_logits(network.lm_head(last)).to(exact).log_softmax(-1)
+                each = -logs.gather(1, labels[part, None])[:, 0] * shares[part]
+                found[at] = torch.autograd.grad(each.sum(), last)[0]
+                losses.index_add_(0, at[0], each.detach())
+                logs = logs.detach()
+                entropies.index_add_(0, at[0], -(logs.exp() * logs).sum(-1) * shares[part])
+            torch.autograd.grad(hidden, stream, found)
 
-        clean = slice(-n_sequences, None)  # the last rows hold the inputs as they are
-        scores = torch.zeros(
-            n_sequences, len(outputs), len(gradients), dtype=exact, device=stream.device
-        )
-        distance, size = scores.new_zeros(()), scores.new_zeros(())
-        width = 4 * n_sequences * stream.shape[-1] * (len(outputs) + len(gradients))
-        step = max(1, SLICE_BYTES[stream.device.type] // width)
-        for start in range(0, length, step):
-            part = slice(start, start + step)
-            written = torch.stack([o.detach()[clean, part] for o in outputs], 1).to(exact)
-            total = end.detach()[clean, part].to(exact)
-            distance += ((written.sum(1) - total) * valid[:, part]).square().sum()
-            size += (total * valid[:, part]).square().sum()
-            written = (written - left[:, None].to(exact)).flatten(2)
-            read = torch.stack(
-                [g[:, part].to(exact).unflatten(0, (steps, -1)).mean(0) for g in gradients], 1
-            )
-            scores -= torch.bmm(written, read.flatten(2).transpose(1, 2))
-        error = nnsight.save((distance / size).sqrt().cpu())
-        scores = nnsight.save(scores.masked_fill(no_edge, 0).cpu())
-        losses = nnsight.save(losses[clean].detach().cpu().clone())
-    return EdgeBatch(scores, losses, float(error))
+            own = network.output.logits.detach()[:, -1].to(exact)
+            ours = own_logits(network.lm_head(hidden.detach()[:, -1])).to(exact)
+            scores, residual_error = close_product(end.detach(), checked)
+            scores = nnsight.save(bring(scores))
+            residual_error = nnsight.save(bring(residual_error))
+            logits_error = nnsight.save(bring((own - ours).norm() / own.norm()))
+            # The last rows hold the inputs as they are.
+            losses = nnsight.save(bring(losses[-n_sequences:]))
+            entropies = nnsight.save(bring(entropies[-n_sequences:]))
+    return EdgeBatch(scores, losses, entropies, residual_error, logits_error)
 
 
 def ablated_losses(
@@ -292,7 +349,7 @@ def ablated_losses(
             rows_of.setdefault(edge[1], []).append(place)
     scale, transposed = _scale(model), row.transposed
     exact = torch.promote_types(model.dtype, torch.float32)
-    settle, tensor_of, mean_losses = _trace_functions(exact)
+    settle, _, tensor_of, mean_losses = _trace_functions(model, exact)
 
     with network.trace(
         input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=_backend(model)
@@ -375,7 +432,7 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
     by_head = graph.granularity == "head"
     scale, transposed = _scale(model), row.transposed
     exact = torch.promote_types(model.dtype, torch.float32)
-    settle, tensor_of, _ = _trace_functions(exact)
+    settle, _, tensor_of, _ = _trace_functions(model, exact)
 
     with network.trace(
         input_ids=input_ids, use_cache=False, logits_to_keep=kept[:1], backend=_backend(model)
@@ -426,7 +483,7 @@ def generate_tokens(
 ) -> torch.Tensor:
     """Prompts with what the model generates after them: int64 [sequence, position]."""
     network = model.network
-    settle, *_ = _trace_functions(torch.float32)
+    settle, *_ = _trace_functions(model, torch.float32)
 
     with network.generate(
         input_ids=input_ids,
@@ -483,7 +540,9 @@ def _layers(model: Model) -> list[SimpleNamespace]:
     row = model.architecture
 
     def module(layer: object, path: str | None) -> object:
-        return path and attrgetter(path)(layer)
+        found = path and attrgetter(path)(layer)
+        # A norm may have been taken out of a model: then there is none.
+        return None if isinstance(getattr(found, "_module", None), torch.nn.Identity) else found
 
     return [
         SimpleNamespace(
@@ -532,15 +591,20 @@ def _branch_columns(model: Model, graph: Graph) -> list[tuple[int, torch.Tensor]
 
 
 def _trace_functions(
-    exact: torch.dtype,
+    model: Model, exact: torch.dtype
 ) -> tuple[
-    Callable[..., list[torch.Tensor]], Callable[..., torch.Tensor], Callable[..., torch.Tensor]
+    Callable[..., list[torch.Tensor]],
+    Callable[..., torch.Tensor],
+    Callable[..., torch.Tensor],
+    Callable[..., torch.Tensor],
 ]:
     """What trace bodies have in common, as local functions.
 
     Args:
+        model: The model.
         exact: The precision of losses.
     """
+    away = model.deployment is not None
 
     def settle(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Tensors where the model is; from here on in the precision that they have.
@@ -548,8 +612,13 @@ def _trace_functions(
         A server runs traces of a bfloat16 model under autocast, where even a product of float32
         tensors is taken in bfloat16.
         """
-        torch.set_autocast_enabled(device.type, False)
+        if away:
+            torch.set_autocast_enabled(device.type, False)
         return [tensor.to(device) for tensor in tensors]
+
+    def bring(tensor: torch.Tensor) -> torch.Tensor:
+        """What leaves a server: a copy that is no part of something larger."""
+        return tensor.detach().cpu().clone() if away else tensor
 
     def tensor_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
         """What a module gives on, without what some modules give beside it."""
@@ -564,34 +633,27 @@ def _trace_functions(
             scored.to(exact).transpose(1, 2), labels, reduction="none", ignore_index=-100
         ).sum(1) / (labels != -100).sum(1)
 
-    return settle, tensor_of, mean_losses
+    return settle, bring, tensor_of, mean_losses
 
 
-def _relevance_rules(centred: bool) -> tuple[Callable[..., torch.Tensor], ...]:
+def _relevance_rules(centred: bool, offset: float) -> tuple[Callable[..., torch.Tensor], ...]:
     """The rules of relevance patching (Jafari et al. 2025, arXiv 2508.21258), as local functions.
 
     Args:
         centred: Whether norms subtract the mean.
+        offset: What is added to norms' weights.
     """
 
-    def hold(norm: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor) -> torch.Tensor:
+    def hold(norm: SimpleNamespace, value: torch.Tensor, epsilon: float) -> torch.Tensor:
         """A norm's output as a linear function of its input, the denominator held."""
-        wide = torch.promote_types(value.dtype, torch.float32)
-        with torch.no_grad():
-            probe = torch.full_like(value[(0,) * (value.dim() - 1)], 1000)
-            bias = torch.zeros_like(probe)
-            if centred:
-                probe[::2] *= -1
-                bias = norm(bias)
-            middle = probe - probe.mean() if centred else probe
-            # The norm's weight: of something so large that its epsilon is nothing beside it.
-            weight = (norm(probe) - bias) * middle.to(wide).square().mean().sqrt() / middle
-        line = weight * (value - value.mean(-1, keepdim=True) if centred else value).to(wide)
-        output = (norm(value) - bias).detach().to(wide)
-        size = line.detach().square().sum(-1, keepdim=True)
-        # An input of zeros (a filling token's embedding may be that) has no denominator to hold.
-        factor = (output * line.detach()).sum(-1, keepdim=True) / torch.where(size == 0, 1, size)
-        return (line * factor).to(value.dtype) + bias
+        line = value.to(torch.promote_types(value.dtype, torch.float32))
+        if centred:
+            line = line - line.mean(-1, keepdim=True)
+        size = line.detach().square().mean(-1, keepdim=True)
+        output = line * (size + epsilon).rsqrt() * (offset + norm.weight)
+        if centred:
+            output = output + norm.bias
+        return output.to(value.dtype)
 
     def straighten(output: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """An activation's output as the line through the origin at this input."""
@@ -603,3 +665,276 @@ def _relevance_rules(centred: bool) -> tuple[Callable[..., torch.Tensor], ...]:
         return (product + product.detach()) / 2
 
     return hold, straighten, halve
+
+
+def _norm_pull(
+    centred: bool, offset: float, epsilon: float, held: bool, kernels: str
+) -> Callable[[torch.Tensor, torch.Tensor], Callable[[torch.Tensor], None]]:
+    """How gradients are pulled from a norm's output to its input, as a local function.
+
+    Query, key and value each need their own gradient at the residual stream. With x the (centred)
+    input, r = 1 / sqrt(mean(x^2) + epsilon) and a = weight * gradient, it is
+    r a - r^3 <a, x> x / d (a centred too), in closed form: no second walk through autograd.
+
+    Args:
+        centred: Whether norms subtract the mean.
+        offset: What is added to norms' weights.
+        epsilon: What norms add to the mean square.
+        held: Whether r counts as a constant.
+        kernels: With `liger`, all is one kernel.
+    """
+    fused: Callable[..., None] | None = None
+    if kernels == "liger" and not centred and not held:
+        from probe.kernels import pull_through_norm
+
+        fused = pull_through_norm
+
+    def pull(value: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        def pulled(gradients: torch.Tensor) -> None:
+            """Replace gradients [branch, ...], three at a time: their copies stay small."""
+            if fused is not None:
+                fused(gradients, value, weight, offset, epsilon)
+                return
+            exact = torch.promote_types(value.dtype, torch.float32)
+            wide = value.to(exact)
+            if centred:
+                wide = wide - wide.mean(-1, keepdim=True)
+            rate = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+            gain = weight.to(exact) + offset
+            for room in gradients.split(3):
+                result = room * (rate * gain)
+                if not held:
+                    radial = dot(room, wide * gain)
+                    radial *= rate**3 / -wide.shape[-1]
+                    result = torch.addcmul(result, wide, radial, out=result)
+                if centred:
+                    result -= result.mean(-1, keepdim=True)
+                room.copy_(result)
+
+        return pulled
+
+    def dot(gradients: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Inner products [branch, ..., 1] over d_model."""
+        if gradients.device.type == "cuda" and gradients.dtype != value.dtype:
+            width = value.shape[-1]
+            left = gradients.view(len(gradients), -1, width).transpose(0, 1)
+            right = value.to(gradients.dtype).view(-1, width, 1)
+            found = torch.bmm(left, right, out_dtype=value.dtype).transpose(0, 1)
+            return found.reshape(*gradients.shape[:-1], 1)
+        return (gradients * value).sum(-1, keepdim=True)
+
+    return pull
+
+
+def _edge_product(
+    graph: Graph,
+    n_layers: int,
+    n_sequences: int,
+    steps: int,
+    left: torch.Tensor | None,
+    on_host: bool,
+) -> tuple[
+    Callable[..., None],
+    Callable[..., None],
+    Callable[..., None],
+    Callable[..., None],
+    Callable[..., Pair],
+]:
+    """What multiplies outputs with gradients as they come, as local functions.
+
+    Args:
+        graph: The graph.
+        n_layers: How many layers it is of.
+        n_sequences: How many of the rows hold sequences as they are: the last ones.
+        steps: How many rows each sequence has.
+        left: What an ablation leaves of each source, [source, d_model].
+        on_host: Whether outputs wait in the host's memory.
+    """
+    mask = graph.mask
+    n_sources, n_targets = mask.shape
+    per_layer = (n_targets - 1) // n_layers
+    # Gradients of a group of layers are multiplied at once, from the last group to the first.
+    group = per_layer * -(-n_layers // GRADIENT_GROUPS)
+    slice_bytes = SLICE_BYTES
+    held: dict[str, torch.Tensor] = {}
+    state = {"written": 0, "start": n_targets, "stop": n_targets, "piece": 1}
+    missing: set[int] = set()
+    pulls: dict[int, tuple[range, Callable[[torch.Tensor], None]]] = {}
+
+    def open_product(stream: torch.Tensor) -> None:
+        """Make room for all outputs and for the gradients of one group."""
+        _, length, width = stream.shape
+        # The sum over positions falls into equal pieces, about enough of them for a whole GPU.
+        wanted = max(1, n_sequences * length // 1024)
+        divisors = (p for p in range(1, length + 1) if length % p == 0)
+        piece = min(divisors, key=lambda p: max(p / wanted, wanted / p))
+        state["piece"] = (length if stream.device.type == "cpu" else piece) * width
+        shape = (n_sequences, length, width)
+        place = "cpu" if on_host else stream.device
+        held["outputs"] = torch.empty(
+            n_sources, *shape, dtype=stream.dtype, device=place, pin_memory=on_host
+        )
+        # A multiple of 8, for which matrix products have their fast kernels.
+        held["gradients"] = stream.new_zeros(-(-(group + 1) // 8) * 8, steps, *shape)
+        exact = torch.promote_types(stream.dtype, torch.float32)
+        held["scores"] = stream.new_zeros(n_sequences, n_sources, n_targets, dtype=exact)
+
+    def write(output: torch.Tensor, scale: float) -> None:
+        """Keep the output of the next source."""
+        room = held["outputs"][state["written"]]
+        state["written"] += 1
+        output = output.detach()[-n_sequences:]
+        room.copy_(output if scale == 1 else output * scale, non_blocking=True)
+
+    def expect(first: int, count: int, pulled: Callable[[torch.Tensor], None]) -> None:
+        """Pull the gradients of these branches back to the stream once all of them are there."""
+        branches = range(first, first + count)
+        for target in branches:
+            pulls[target] = branches, pulled
+
+    def receive(
+        branch: torch.Tensor,
+        target: int,
+        chosen: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
+    ) -> None:
+        """Take a branch's gradient when it comes.
+
+        `chosen` are the columns of a projection's output that are this branch, and `weight` what
+        they are computed with.
+        """
+
+        def take(gradient: torch.Tensor) -> None:
+            if target < state["start"]:
+                multiply()
+                last = int(state["start"] == n_targets)  # the final norm goes with the last group
+                state["stop"] = state["start"]
+                state["start"] = max(0, state["stop"] - last - group)
+                missing.update(range(state["start"], state["stop"]))
+            gradient = gradient.detach()
+            if chosen is not None and weight is not None:
+                gradient = gradient[..., chosen] @ weight
+            room = held["gradients"][target - state["start"]]
+            room.copy_(gradient.view_as(room))
+            missing.discard(target)
+            if target in pulls and missing.isdisjoint(pulls[target][0]):
+                pull(target)
+
+        branch.register_hook(take)
+
+    def pull(target: int) -> None:
+        """Pull back the gradients of the branches that belong together with this one."""
+        branches, pulled = pulls[target]
+        first = branches.start - state["start"]
+        pulled(held["gradients"][first : first + len(branches)].flatten(1, 2))
+        for branch in branches:
+            del pulls[branch]
+
+    def multiply() -> None:
+        """Multiply the gradients that are there with the outputs that they can have an edge to."""
+        start, stop = state["start"], state["stop"]
+        if start == stop:
+            return
+        for target in missing:  # a branch without influence
+            held["gradients"][target - start] = 0
+        missing.clear()
+        for target in [target for target in pulls if target >= start]:
+            if target in pulls:
+                pull(target)
+        full = -(-(stop - start) // 8) * 8
+        gradients = held["gradients"][:full]
+        reach = int(mask[:, start:stop].any(1).nonzero().max()) + 1
+        outputs = held["outputs"][:reach].flatten(1).unflatten(1, (-1, state["piece"]))
+        for step in range(steps):
+            read = gradients[:, step].flatten(1).unflatten(1, (-1, state["piece"]))
+            found = product(outputs.transpose(0, 1), read.permute(1, 2, 0))
+            found = found.unflatten(0, (n_sequences, -1)).sum(1)[..., : stop - start]
+            held["scores"][:, :reach, start:stop] -= found / steps
+        if left is not None:
+            total = gradients[: stop - start].sum((1, 3), dtype=held["scores"].dtype) / steps
+            kept = torch.einsum("sd,tnd->nst", left[:reach].to(total.dtype), total)
+            held["scores"][:, :reach, start:stop] += kept
+
+    def product(outputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+        """The batched matrix product, summed in float32 or better, in parts if it needs copies."""
+        exact = held["scores"].dtype
+        if gradients.device == outputs.device:
+            if gradients.dtype == exact:
+                return torch.bmm(outputs, gradients)
+            if gradients.device.type == "cuda":
+                # Products of 16-bit numbers are exact in float32, and are summed there.
+                return torch.bmm(outputs, gradients, out_dtype=exact)
+        shape = len(outputs), outputs.shape[1], gradients.shape[2]
+        found = gradients.new_empty(shape, dtype=exact)
+        width = exact.itemsize * outputs.shape[2] * (shape[1] + shape[2])
+        step = max(1, slice_bytes // width)
+        for start in range(0, len(outputs), step):
+            part = slice(start, start + step)
+            here = outputs[part].to(gradients.device, non_blocking=True).to(exact)
+            torch.bmm(here, gradients[part].to(exact), out=found[part])
+        return found
+
+    def close_product(end: torch.Tensor, checked: torch.Tensor) -> Pair:
+        """Give the scores, and how far the outputs' sum is from the end of the stream."""
+        multiply()
+        scores = held["scores"].masked_fill(~mask.to(held["scores"].device), 0)
+        at = (torch.arange(n_sequences)[:, None].to(end.device), checked.to(end.device))
+        here = tuple(part.to(held["outputs"].device) for part in at)
+        total = sum(output[here].to(end.device, scores.dtype) for output in held["outputs"])
+        truth = end[-n_sequences:][at].to(scores.dtype)
+        error = (total - truth).norm() / truth.norm()
+        held.clear()
+        return scores, error
+
+    return open_product, write, expect, receive, close_product
+
+
+def _own_logits(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the model does to its unembedding's output, as a local function."""
+    row = model.architecture
+    divisor = float(getattr(model.config, row.logits_divisor)) if row.logits_divisor else 1.0
+    cap = getattr(model.config, row.logits_cap) if row.logits_cap else None
+
+    def own_logits(logits: torch.Tensor) -> torch.Tensor:
+        if divisor != 1:
+            logits = logits / divisor
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return own_logits
+
+
+def _epsilon(model: Model) -> float:
+    """What norms add to the mean square."""
+    norm = attrgetter(model.architecture.final_norm)(model.network._module)
+    if isinstance(norm, torch.nn.Identity):
+        return 0.0
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
+def _scored(batch: Batch, steps: int, exact: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Row, position, token and share of each scored token; those of a sequence sum to 1."""
+    valid = batch.labels != -100
+    shares = valid.double() / valid.sum(1, keepdim=True)
+    rows = valid.nonzero()[:, 0] + len(valid) * torch.arange(steps)[:, None]
+    return (
+        rows.flatten(),
+        batch.positions[valid].repeat(steps),
+        batch.labels[valid].repeat(steps),
+        shares[valid].repeat(steps).to(exact),
+    )
+
+
+@contextmanager
+def _recomputing(model: Model, wanted: bool) -> Iterator[None]:
+    """Let decoder layers drop their activations and compute them again, for a while."""
+    layers = attrgetter(model.architecture.layers)(model.network._module) if wanted else ()
+    again = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    for layer in layers:
+        # Only the layer itself is in training mode, which is its switch: no dropout comes on.
+        layer.training = layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = again
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = layer.gradient_checkpointing = False

@@ -52,7 +52,7 @@ def half_run(tmp_path):
     torch.manual_seed(0)
     scores = torch.randn(5, *graph.mask.shape) * graph.mask
     for side, factor in (("before", 1), ("after", 2)):
-        edges = EdgeScores(factor * scores, torch.ones(5), graph)
+        edges = EdgeScores(factor * scores, torch.ones(5), torch.ones(5), graph)
         path = folder.edges_file("sft-grpo.tiny-math.alpha-0.5", side)
         folder.write_edges(path, edges, list("abcde"), "key")
     return folder

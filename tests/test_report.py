@@ -34,7 +34,7 @@ def test_a_half_finished_run(half_run):
 def test_metrics_that_are_not_defined_are_null(half_run):
     graph = Graph.build(2, "qkv")
     for side in ("before", "after"):
-        edges = EdgeScores(torch.zeros(1, *graph.mask.shape), torch.ones(1), graph)
+        edges = EdgeScores(torch.zeros(1, *graph.mask.shape), torch.ones(1), torch.ones(1), graph)
         path = half_run.edges_file("sft-grpo.tiny-math.alpha-0.5", side)
         half_run.write_edges(path, edges, ["a"], "key")
     report = build_report(half_run.path)
@@ -52,7 +52,9 @@ def test_metrics_that_are_not_defined_are_null(half_run):
 def write_sides(folder, cell, before, after, ids=None):
     graph = Graph.build(2, "qkv")
     for side, scores in (("before", before), ("after", after)):
-        edges = EdgeScores(scores * graph.mask, torch.ones(len(scores)), graph)
+        edges = EdgeScores(
+            scores * graph.mask, torch.ones(len(scores)), torch.ones(len(scores)), graph
+        )
         names = [str(place) for place in range(len(scores))] if ids is None else ids[side]
         folder.write_edges(folder.edges_file(cell, side), edges, names, "key")
 

@@ -313,7 +313,7 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_report(finished, tmp_path, s
 def test_files_hold_no_pickle(finished):
     for path in (finished / "edges").iterdir():
         with safe_open(path, "pt") as file:
-            assert set(file.keys()) == {"scores", "losses"}
+            assert set(file.keys()) == {"scores", "losses", "entropies"}
             assert file.get_tensor("scores").shape == (6, 9, 17)
 
 

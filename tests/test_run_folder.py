@@ -30,7 +30,7 @@ def test_edges_come_back_as_they_were(tmp_path, graph):
     folder = RunFolder(tmp_path / "run")
     folder.open()
     scores = torch.randn(3, len(graph.sources), len(graph.targets)) * graph.mask
-    edges = EdgeScores(scores, torch.rand(3), graph, 1.5e-7)
+    edges = EdgeScores(scores, torch.rand(3), torch.rand(3), graph, 1.5e-7)
     path = folder.edges_file("cell", "before")
     assert folder.read_edges(path) is None
     folder.write_edges(path, edges, ["a", "b", "c"], "key")

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import ray
+import torch
 from ndif.services.ray.deployments.controller.controller import _ControllerActor
 from ndif.services.ray.deployments.modeling.base import BaseModelDeployment
 from nnsight.modeling.huggingface import HuggingFaceModel
@@ -41,7 +42,9 @@ class _OnCpu(BaseModelDeployment):
         end = time.monotonic() + (float(slow.read_text()) if slow.exists() else 0)
         while time.monotonic() < end:
             time.sleep(0.05)
-        return super().execute(request)
+        # As a server with a GPU does for models of 16 bits; a job has to keep it off itself.
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+            return super().execute(request)
 
     def cleanup(self):
         self.kill_switch.clear()

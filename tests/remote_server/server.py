@@ -1,5 +1,6 @@
 """A real NDIF server on loopback, in parts that a test may stop and start again."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -74,8 +75,16 @@ class Server:
             f"--temp-dir={self.state / 'ray'}",
             NDIF_SERVICE="ray",
         )
-        controller = ["-m", "ndif.services.ray.deployments.controller.controller"]
-        self._until(lambda: self._run("controller", *controller), 90, "the controller")
+        log = self.state / "log" / "ray.log"
+        self._until(lambda: "Ray runtime started" in log.read_text(), 180, "Ray")
+        self._start(
+            "controller",
+            *("-m", "ndif.services.ray.deployments.controller.controller"),
+            NDIF_SERVICE="ray",
+            RAY_ADDRESS=f"127.0.0.1:{HEAD}",
+        )
+        if self.started.pop("controller").wait(180):
+            raise RuntimeError(f"no controller\n{self.logs()}")
         self.start_api()
 
     def start_redis(self):
@@ -102,7 +111,8 @@ class Server:
     def kill(self, name):
         """Kill a part and all that it has started, at once."""
         process = self.started.pop(name)
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
     def redis(self, *command):
@@ -132,11 +142,11 @@ class Server:
 
     def stop(self):
         """Stop everything, and see that nothing is left."""
-        for pid in self._processes():
-            os.kill(pid, signal.SIGKILL)
-        for process in self.started.values():
-            process.wait()
-        self.started.clear()
+        for name in list(self.started):
+            self.kill(name)
+        for pid in self._processes():  # Ray's are in groups of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._until(lambda: not self._processes(), 20, "the end of all processes")
 
     def logs(self):
@@ -154,17 +164,6 @@ class Server:
                 stderr=log,
                 start_new_session=True,
             )
-
-    def _run(self, name, *arguments):
-        with (self.state / "log" / f"{name}.log").open("a") as log:
-            environment = self.environment | {
-                "NDIF_SERVICE": "ray",
-                "RAY_ADDRESS": f"127.0.0.1:{HEAD}",
-            }
-            command = [self.python, *arguments]
-            return not subprocess.run(
-                command, env=environment, cwd=self.state, stdout=log, stderr=log, timeout=60
-            ).returncode
 
     def _connected(self):
         try:

@@ -1,0 +1,431 @@
+"""How fast attribution is, against the bare forward and backward pass of the same model.
+
+    python benchmarks/attribution.py --profile cpu            # a minute on two cores
+    python benchmarks/attribution.py --profile gpu --output attribution.json
+
+Weights are random: neither time nor memory depends on them. The floor is the forward and backward
+pass of the same frozen model on the same tokens, with the loss at the same positions, from the
+embeddings' output on, with nothing captured. Both run in one process; a time is the median of
+several, from the call to the results on the CPU. docs/performance.md explains the results.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+
+import nnsight
+import torch
+import transformers
+from nnsight.modeling.transformers import TransformersModel
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import probe
+from probe.architectures import architecture_of
+from probe.kernels import fuse
+from probe.models import read_tokenizer
+
+SHAPES: dict[str, dict[str, object]] = {
+    "mistral-7b": {
+        "model_type": "mistral",
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 32000,
+        "max_position_embeddings": 131072,
+        "sliding_window": None,
+    },
+    "qwen2.5-7b": {
+        "model_type": "qwen2",
+        "num_hidden_layers": 28,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+    },
+    "llama-55m": {
+        "model_type": "llama",
+        "num_hidden_layers": 8,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+    "llama-1m": {
+        "model_type": "llama",
+        "num_hidden_layers": 4,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 500,
+    },
+}
+GIB = 2**30
+CARD = 79 * GIB  # what a card sold as 80 GB has
+
+
+def random_model(
+    shape: str, device: str, dtype: torch.dtype, kernels: str = "eager", **changes: object
+) -> probe.Model:
+    """A model of one of the shapes with random weights, made where it will run."""
+    settings = SHAPES[shape] | changes
+    config = AutoConfig.for_model(**settings)
+    torch.manual_seed(0)
+    place = torch.device(device)
+    with place:
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    module.requires_grad_(False).eval()
+    if kernels == "liger":
+        fuse(module)
+    tokenizer = read_tokenizer("probe:tiny-math/sft")
+    network = TransformersModel(module, task="text-generation", tokenizer=tokenizer, device=place)
+    row = architecture_of(config.model_type)
+    return probe.Model(shape, network, tokenizer, config, row, place, dtype, kernels)
+
+
+def random_sequences(model: probe.Model, lengths: list[int]) -> list[probe.Sequence]:
+    """Random tokens, the last quarter of which is the answer."""
+    generator = torch.Generator().manual_seed(1)
+    sequences = []
+    for length in lengths:
+        tokens = torch.randint(model.config.vocab_size, (length + 1,), generator=generator).tolist()
+        cut = length + 1 - max(1, length // 4)
+        sequences.append(probe.Sequence(tokens[:cut], tokens[cut:]))
+    return sequences
+
+
+def bare_pass(model: probe.Model, batch: int, length: int) -> Callable[[], object]:
+    """The floor: forward and backward of the same model, nothing captured."""
+    module = model.network._module
+    sequences = random_sequences(model, [length] * batch)
+    tokens = torch.tensor([[*s.prompt, *s.answer] for s in sequences], device=model.device)
+    scored = len(sequences[0].answer)
+
+    def run() -> object:
+        embedded = module.get_input_embeddings()(tokens[:, :-1]).detach().requires_grad_(True)
+        logits = module(
+            inputs_embeds=embedded, use_cache=False, logits_to_keep=scored
+        ).logits.flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits.float(), tokens[:, -scored:].flatten())
+        return torch.autograd.grad(loss, embedded)[0][0, 0, 0].item()
+
+    return run
+
+
+def attribution(
+    model: probe.Model, batch: int, length: int, granularity: str = "qkv", **options: object
+) -> Callable[[], object]:
+    """What a user calls, for one batch."""
+    sequences = random_sequences(model, [length] * batch)
+    return lambda: probe.attribute(
+        model, sequences, granularity=granularity, batch_size=batch, **options
+    )
+
+
+def clock(run: Callable[[], object], times: int = 7, warm: int = 2) -> float:
+    """Median seconds of a call."""
+    for _ in range(warm):
+        run()
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def peak(run: Callable[[], object]) -> float:
+    """GiB that a call holds at most, above what was held before it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / GIB
+
+
+@contextmanager
+def free_after() -> Iterator[None]:
+    """Give a model's memory back after its rows."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+class Results:
+    """Rows as they come; printed at once, and written at the end."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self.rows: list[dict[str, object]] = []
+
+    def add(self, what: str, **values: float | str) -> None:
+        """Keep a row."""
+        self.rows.append({"what": what, **values})
+        shown = "  ".join(
+            f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()
+        )
+        print(f"{what}: {shown}", flush=True)
+
+    def view(self) -> Table:
+        """All rows as a table."""
+        table = Table()
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        for name in names:
+            table.add_column(name)
+        for row in self.rows:
+            cells = [row.get(name, "") for name in names]
+            table.add_row(*(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells))
+        return table
+
+
+def operations(model: probe.Model, tokens: int) -> float:
+    """4 operations per weight and token: forward, and backward to the activations alone."""
+    module = model.network._module
+    weights = sum(p.numel() for p in module.parameters())
+    return 4.0 * (weights - module.get_input_embeddings().weight.numel()) * tokens
+
+
+def matrix_rate() -> float:
+    """Operations per second of a large bf16 matrix product on random numbers."""
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+    def run() -> None:
+        for _ in range(10):
+            left @ right
+        torch.cuda.synchronize()
+
+    return 10 * 2 * 8192**3 / clock(run)
+
+
+def speed(results: Results) -> None:
+    """Time and share of the card's rate at several shapes, eager and fused."""
+    rate = matrix_rate()
+    results.add("matrix rate", tflops=rate / 1e12)
+    shapes = [(1, 128), (8, 256), (32, 256), (4, 1024)]
+    floors = {}
+    for kernels in ("eager", "liger"):
+        with free_after():
+            model = random_model("mistral-7b", "cuda", torch.bfloat16, kernels)
+            for batch, length in shapes:
+                bare = clock(bare_pass(model, batch, length))
+                floor = floors.setdefault((batch, length), bare)
+                share = operations(model, batch * length) / rate
+                for granularity in ("qkv", "block"):
+                    took = clock(attribution(model, batch, length, granularity))
+                    results.add(
+                        f"attribution {granularity}, {kernels}, {batch} x {length}",
+                        ms=1000 * took,
+                        bare_ms=1000 * bare,
+                        ratio_to_eager_bare=took / floor,
+                        ratio_to_own_bare=took / bare,
+                        share_of_rate=share / took,
+                    )
+            del model
+
+
+def mixed(results: Results) -> None:
+    """A hundred sequences of mixed length, from a loaded model to edges on disk."""
+    lengths = torch.randint(100, 401, (100,), generator=torch.Generator().manual_seed(2)).tolist()
+    floor = 0.0
+    for kernels in ("eager", "liger"):
+        with free_after():
+            model = random_model("mistral-7b", "cuda", torch.bfloat16, kernels)
+            if kernels == "eager":
+                floor = clock(bare_pass(model, 32, 256)) / (32 * 256) * sum(lengths)
+            sequences = random_sequences(model, lengths)
+
+            def run(model: probe.Model, sequences: list[probe.Sequence]) -> None:
+                edges = probe.attribute(model, sequences)
+                with tempfile.TemporaryDirectory() as folder:
+                    save_file({"scores": edges.scores}, Path(folder) / "edges.safetensors")
+
+            took = clock(lambda m=model, s=sequences: run(m, s), times=3, warm=1)
+            results.add(
+                f"100 sequences of 100-400 tokens, {kernels}",
+                ms=1000 * took,
+                bare_ms=1000 * floor,
+                ratio_to_eager_bare=took / floor,
+            )
+            del model
+
+
+def memory(results: Results) -> None:
+    """Peak memory of one sequence of 4096 tokens, with and without recomputation."""
+    from probe.attribution import make_batch
+    from probe.tracing import Thrift, edge_scores
+
+    for kernels in ("eager", "liger"):
+        with free_after():
+            model = random_model("mistral-7b", "cuda", torch.bfloat16, kernels)
+            bare = peak(bare_pass(model, 1, 4096))
+            batch = make_batch(random_sequences(model, [4096]))
+            for thrift in (Thrift(), Thrift(recompute=True), Thrift(True, True)):
+                took = peak(
+                    lambda t=thrift, m=model, b=batch: edge_scores(m, b, m.graph("qkv"), thrift=t)
+                )
+                results.add(
+                    f"memory, 1 x 4096, {kernels}, recompute {thrift.recompute}, "
+                    f"sources on host {thrift.sources_on_host}",
+                    gib=took,
+                    bare_gib=bare,
+                    ratio_to_own_bare=took / bare,
+                )
+            del model
+
+
+def long(results: Results) -> None:
+    """The longest sequences, on as much memory as a card of 80 GB has."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    with free_after():
+        model = random_model("qwen2.5-7b", "cuda", torch.bfloat16, "liger")
+        torch.cuda.set_per_process_memory_fraction(CARD / total)
+        for length in (32768, 65536):
+            sequences = random_sequences(model, [length])
+            torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            edges = probe.attribute(model, sequences)
+            assert edges.scores.isfinite().all()
+            results.add(
+                f"1 x {length}, qwen2.5-7b, liger",
+                ms=1000 * (time.perf_counter() - start),
+                peak_gib=torch.cuda.max_memory_allocated() / GIB,
+                residual_error=edges.residual_error,
+            )
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        del model
+
+
+def equality(results: Results) -> None:
+    """Fused against plain, and against float32; and with too little memory for the batch."""
+    small = {"num_hidden_layers": 8, "hidden_size": 1024, "intermediate_size": 2816}
+    small |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 4000}
+    lengths = [256] * 8
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for kernels in ("eager", "liger"):
+            with free_after():
+                model = random_model("mistral-7b", "cuda", torch.float32, kernels, **small)
+                module = model.network._module.to(dtype)
+                model = probe.Model(
+                    "small",
+                    model.network,
+                    model.tokenizer,
+                    model.config,
+                    model.architecture,
+                    model.device,
+                    dtype,
+                    model.kernels,
+                )
+                del module
+                sequences = random_sequences(model, lengths)
+                found[dtype, kernels] = probe.attribute(model, sequences, batch_size=8).scores
+                if kernels == "eager" and dtype == torch.float32:
+                    need = peak(lambda m=model, s=sequences: probe.attribute(m, s, batch_size=8))
+                    held = torch.cuda.memory_allocated()
+                    total = torch.cuda.get_device_properties(0).total_memory
+                    torch.cuda.set_per_process_memory_fraction((held + need * GIB / 3) / total)
+                    less = probe.attribute(model, sequences, batch_size=8).scores
+                    torch.cuda.set_per_process_memory_fraction(1.0)
+                    truth = found[dtype, kernels]
+                    error = float((less - truth).abs().max() / truth.abs().max())
+                    results.add("out of memory provoked, float32", largest_difference=error)
+                del model
+    truth = found[torch.float32, "eager"]
+    for (dtype, kernels), scores in found.items():
+        results.add(
+            f"{kernels} {str(dtype).removeprefix('torch.')} against eager float32",
+            largest_difference=float((scores - truth).abs().max() / truth.abs().max()),
+            frobenius=float((scores - truth).norm() / truth.norm()),
+        )
+
+
+def cpu(results: Results, threads: int) -> None:
+    """The shape and length at which the published method's own code was timed."""
+    torch.set_num_threads(threads)
+    model = random_model("llama-55m", "cpu", torch.float32)
+    bare = clock(bare_pass(model, 1, 128), times=5, warm=1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    took = clock(attribution(model, 1, 128), times=5, warm=1)
+    results.add(
+        f"attribution qkv, {sum(p.numel() for p in model.network._module.parameters()) / 1e6:.0f} "
+        f"M parameters, 1 x 128, float32, {threads} thread",
+        ms=1000 * took,
+        bare_ms=1000 * bare,
+        ratio_to_own_bare=took / bare,
+        peak_gib_of_process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        peak_gib_before=before / 2**20,
+    )
+    model = random_model("llama-1m", "cpu", torch.float32)
+    for batch, length in ((1, 32), (16, 64)):
+        bare = clock(bare_pass(model, batch, length))
+        took = clock(attribution(model, batch, length))
+        results.add(
+            f"attribution qkv, 1 M parameters, {batch} x {length}",
+            ms=1000 * took,
+            bare_ms=1000 * bare,
+            ratio_to_own_bare=took / bare,
+        )
+
+
+CASES = {
+    "speed": speed,
+    "mixed": mixed,
+    "memory": memory,
+    "long": long,
+    "equality": equality,
+}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--only", choices=list(CASES), action="append", help="GPU cases to run")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU profile")
+    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    options = parser.parse_args()
+    results = Results()
+    machine = platform.processor() or platform.machine()
+    if options.profile == "cpu":
+        cpu(results, options.threads)
+    else:
+        machine = torch.cuda.get_device_name()
+        for name in options.only or CASES:
+            CASES[name](results)
+    Console(width=160).print(results.view())
+    about = {
+        "date": date.today().isoformat(),
+        "machine": machine,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "nnsight": nnsight.__version__,
+        "probe": probe.__version__,
+    }
+    print(json.dumps(about))
+    if options.output:
+        options.output.write_text(json.dumps({**about, "rows": results.rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

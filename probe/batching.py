@@ -1,0 +1,216 @@
+"""Batching: which sequences run together, and what a batch does where memory is short.
+
+The larger a batch, the better a GPU is used, up to some thousands of tokens; what a batch needs
+grows with its tokens. So a batch gets as many tokens as fit by an estimate that is corrected after
+each batch by what it really took. Where memory runs out all the same, the batch is halved; and one
+sequence that does not fit alone drops its activations and computes them again, and then lets its
+sources wait in the host's memory. Nothing of this changes a score beyond rounding.
+
+    >>> batches = Batching(model, graph, "auto", steps=1, recompute=True)
+    >>> [places for places, result in batches.run([400, 100, 380], score)]
+    [[0, 2], [1]]
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from typing import Literal, TypeVar
+
+import torch
+
+from probe.errors import ProbeError
+from probe.graph import Graph
+from probe.models import Model
+from probe.remote import Host, in_flight
+from probe.tracing import GRADIENT_GROUPS, PLENTY, Thrift
+
+BatchSize = int | Literal["auto"]
+Result = TypeVar("Result")
+
+# More tokens than these make no batch faster: the processor is busy already.
+ENOUGH_TOKENS = {"cpu": 1024, "cuda": 8192}
+
+# A server sends results up to 8 MiB as it has them; for larger ones it needs a store.
+RESPONSE_BYTES = 4 * 2**20
+
+# What is left free for the allocator's own waste, and for what others take meanwhile.
+MARGIN = 0.9
+
+
+class Batching:
+    """Batches of one model, one method and one list of sequences."""
+
+    def __init__(
+        self, model: Model, graph: Graph, size: BatchSize, steps: int = 1, recompute: bool = True
+    ) -> None:
+        """Plan.
+
+        Args:
+            model: The model.
+            graph: Its graph.
+            size: How many sequences run together, or `auto` for as many as are good and fit.
+            steps: How many rows each sequence has.
+            recompute: Whether the method allows activations to be computed again.
+
+        Raises:
+            ProbeError: A size below 1.
+        """
+        if size != "auto" and size < 1:
+            raise ProbeError(f"batch_size is {size}; it must be at least 1, or auto")
+        self._device = model.device
+        self._host = model.deployment.host if model.deployment else None
+        self._bytes = graph.mask.numel() * torch.promote_types(model.dtype, torch.float32).itemsize
+        self._size = size
+        self._steps = steps
+        ladder = [PLENTY]
+        if recompute:
+            ladder.append(Thrift(recompute=True))
+        if model.device.type == "cuda":
+            ladder.append(Thrift(recompute, sources_on_host=True))
+        self._costs = {thrift: bytes_per_token(model, graph, thrift) for thrift in ladder}
+        self._most: int | None = None
+        self._least = 0
+
+    def run(
+        self,
+        lengths: Sequence[int],
+        score: Callable[[list[int], Thrift], Result],
+        done: Collection[int] = (),
+    ) -> Iterator[tuple[list[int], Result]]:
+        """Score all sequences, the longest first.
+
+        Args:
+            lengths: How many tokens each sequence has.
+            score: What scores the sequences at some places.
+            done: Places to leave out.
+
+        Yields:
+            The places of a batch, and what came out.
+
+        Raises:
+            ProbeError: One sequence alone does not fit.
+        """
+        todo = [place for place in range(len(lengths)) if place not in done]
+        todo.sort(key=lambda place: -lengths[place])
+        if self._host:
+            yield from self._run_there(self._host, lengths, score, todo)
+            return
+        while todo:
+            length = lengths[todo[0]] * self._steps
+            thrift = self._thrift(length)
+            places = todo[: self.rows(length, thrift)]
+            try:
+                result = self._watched(len(places) * length, thrift, lambda: score(places, thrift))  # noqa: B023
+            except torch.OutOfMemoryError as error:
+                torch.cuda.empty_cache()
+                if len(places) > 1:
+                    self._most = len(places) * length // 2
+                elif not self._save_more():
+                    raise ProbeError(
+                        f"a sequence of {length} tokens does not fit into the memory of "
+                        f"{self._device}; use a lower selection.alpha, a smaller dtype or a larger "
+                        "device"
+                    ) from error
+                continue
+            todo = todo[len(places) :]
+            yield places, result
+
+    def _run_there(
+        self,
+        host: Host,
+        lengths: Sequence[int],
+        score: Callable[[list[int], Thrift], Result],
+        todo: list[int],
+    ) -> Iterator[tuple[list[int], Result]]:
+        """Score on a server, several batches at once; what its memory takes shows only there."""
+
+        def parts(places: list[int]) -> list[tuple[list[int], Result]]:
+            length = lengths[places[0]] * self._steps
+            fitting = len(places) if self._most is None else max(1, self._most // length)
+            if len(places) <= fitting:
+                try:
+                    return [(places, score(places, PLENTY))]
+                except torch.OutOfMemoryError as error:
+                    fitting = len(places) // 2
+                    if not fitting:
+                        raise ProbeError(
+                            f"a sequence of {length} tokens does not fit into the memory of "
+                            f"{host.url}; use a lower selection.alpha or a larger server"
+                        ) from error
+                    self._most = fitting * length
+            return parts(places[:fitting]) + parts(places[fitting:])
+
+        batches = []
+        while todo:
+            count = self.rows(lengths[todo[0]] * self._steps)
+            batches.append(todo[:count])
+            todo = todo[count:]
+        for found in in_flight((partial(parts, places) for places in batches), host.jobs):
+            yield from found
+
+    def rows(self, length: int, thrift: Thrift = PLENTY) -> int:
+        """How many rows of so many tokens run together."""
+        if self._size == "auto":
+            # A server has a GPU, if it is worth the way; how much memory is left there shows late.
+            tokens = ENOUGH_TOKENS.get("cuda" if self._host else self._device.type, 1024)
+            free = free_bytes(self._device)
+            if free is not None:
+                tokens = min(tokens, int(MARGIN * free / self._costs[thrift]))
+            count = tokens // length
+            if self._host:
+                count = min(count, RESPONSE_BYTES // self._bytes)
+        else:
+            count = self._size
+        if self._most is not None:
+            count = min(count, self._most // length)
+        return max(1, count)
+
+    def _thrift(self, length: int) -> Thrift:
+        """The least that has to be done for one row of so many tokens."""
+        free = free_bytes(self._device)
+        ladder = list(self._costs)[self._least :]
+        if free is not None:
+            for thrift in ladder:
+                if length * self._costs[thrift] <= MARGIN * free:
+                    return thrift
+            return ladder[-1]
+        return ladder[0]
+
+    def _save_more(self) -> bool:
+        self._least += 1
+        return self._least < len(self._costs)
+
+    def _watched(self, tokens: int, thrift: Thrift, score: Callable[[], Result]) -> Result:
+        """Score, and remember what a token really took."""
+        if self._device.type != "cuda":
+            return score()
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        result = score()
+        taken = torch.cuda.max_memory_allocated(self._device) - before
+        self._costs[thrift] = max(taken / tokens, 1.0)
+        return result
+
+
+def bytes_per_token(model: Model, graph: Graph, thrift: Thrift) -> float:
+    """Roughly what a batch holds per token.
+
+    The activations are a fit to one measurement (7B Mistral shape, bfloat16: 8.5 MB a token of a
+    forward and backward pass); the rest is counted.
+    """
+    d_model, n_layers = model.d_model, model.n_layers
+    d_ffn = getattr(model.config, "intermediate_size", None) or 4 * d_model
+    layer = 15 * d_model + 4 * d_ffn
+    n_sources, n_targets = graph.mask.shape
+    numbers = n_layers * d_model + (n_targets / GRADIENT_GROUPS + 1) * d_model
+    numbers += 3 * layer if thrift.recompute else n_layers * layer
+    if not thrift.sources_on_host:
+        numbers += n_sources * d_model
+    return float(numbers * model.dtype.itemsize)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What can be allocated on a device; None where memory is not planned (on a CPU)."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,0 +1,84 @@
+"""Fused kernels: where they run, and that they change nothing beyond rounding."""
+
+import pytest
+import torch
+from small_models import save_small_model
+
+import probe
+from probe.kernels import FUSED, fuse, pull_through_norm, resolve_kernels
+
+CPU = torch.device("cpu")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+SEQUENCES = [
+    probe.Sequence(list(range(3, 13)), list(range(20, 29))),
+    probe.Sequence(list(range(5, 10)), list(range(30, 35))),
+]
+
+
+def test_a_cpu_runs_as_transformers_has_it():
+    assert resolve_kernels("auto", CPU, "llama") == "eager"
+    assert resolve_kernels("eager", CPU, "llama") == "eager"
+
+
+def test_fused_kernels_where_they_cannot_run():
+    with pytest.raises(probe.ProbeError, match="kernels liger need a CUDA device"):
+        resolve_kernels("liger", CPU, "llama")
+    with pytest.raises(probe.ProbeError, match="another architecture than gpt2"):
+        resolve_kernels("liger", torch.device("cuda"), "gpt2")
+
+
+def test_relp_refuses_fused_kernels(tiny):
+    from dataclasses import replace
+
+    with pytest.raises(probe.ProbeError, match="relp needs what fused kernels leave out"):
+        probe.attribute(replace(tiny, kernels="liger"), SEQUENCES, "relp")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("shape", [(3, 5, 7, 96), (3, 2, 1, 4096), (1, 4, 3, 3584)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_pull_through_a_norm_is_its_derivative(shape, dtype, offset):
+    torch.manual_seed(0)
+    gradients = torch.randn(shape, device="cuda", dtype=dtype)
+    value = torch.randn(shape[1:], device="cuda", dtype=dtype)
+    weight = torch.randn(shape[-1], device="cuda", dtype=dtype)
+
+    wide = value.double().requires_grad_(True)
+    normed = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    normed = normed * (weight.double() + offset)
+    truth = torch.stack(
+        [torch.autograd.grad(normed, wide, g.double(), retain_graph=True)[0] for g in gradients]
+    )
+    pull_through_norm(gradients, value, weight, offset, 1e-5)
+    largest = 1e-5 if dtype == torch.float32 else 5e-3
+    assert (gradients.double() - truth).abs().max() <= largest * truth.abs().max()
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("granularity", ["qkv", "block"])
+def test_fused_kernels_give_the_same_scores(name, granularity, tmp_path):
+    folder = str(save_small_model(tmp_path / "m", name))
+    plain, fused = (
+        probe.attribute(
+            probe.load_model(folder, "cuda", kernels=kernels), SEQUENCES, granularity=granularity
+        )
+        for kernels in ("eager", "liger")
+    )
+    assert (plain.scores - fused.scores).abs().max() <= 1e-5 * plain.scores.abs().max()
+    torch.testing.assert_close(plain.losses, fused.losses, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@gpu
+def test_only_this_model_is_changed(tmp_path):
+    from transformers import AutoModelForCausalLM
+    from transformers.models.llama import modeling_llama
+
+    folder = save_small_model(tmp_path / "m", "llama")
+    before = modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP
+    fuse(AutoModelForCausalLM.from_pretrained(folder))
+    assert (modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP) == before
