@@ -309,9 +309,12 @@ class Host:
             self.received += len(data)
             self.seconds_there += (response.meta or {}).get("runtime") or 0
         plain = zstandard.ZstdDecompressor().decompress(data)
-        saved: dict[str, torch.Tensor] = torch.load(
-            io.BytesIO(plain), map_location="cpu", weights_only=True
-        )
+        try:
+            saved: dict[str, torch.Tensor] = torch.load(
+                io.BytesIO(plain), map_location="cpu", weights_only=True
+            )
+        except pickle.UnpicklingError:
+            raise ProbeError(f"{self.url} sends more than plain tensors; it is not read") from None
         return saved
 
     def _failure(self, text: str) -> Exception:

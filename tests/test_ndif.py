@@ -175,7 +175,7 @@ def test_another_precision(client, folder):
 def test_a_wrong_key(client, folder, key):
     line, seconds = client.refused(*there(folder), NDIF_API_KEY=key)
     assert line == f"probe: {URL} does not take the key in NDIF_API_KEY"
-    assert seconds < 30
+    assert seconds < 90
     assert not folder.exists()
     assert key not in "".join(client.said)
 
@@ -196,14 +196,14 @@ def test_an_unknown_model(client, folder, folders):
     shutil.copytree(model, place / "snapshots" / "0123456789", ignore=files)
     line, seconds = client.refused(*there(folder, *pairs("nobody/tiny")), HF_HOME=str(hub))
     assert "Could not deploy this model" in line
-    assert seconds < 60
+    assert seconds < 90
     assert not folder.exists()
 
 
 def test_a_refused_connection(client, folder):
     line, seconds = client.refused(*there(folder)[:-1], "http://127.0.0.1:9")
     assert line.startswith("probe: http://127.0.0.1:9: connection refused for 15 s")
-    assert seconds < 60
+    assert seconds < 90
 
 
 def test_a_server_that_never_answers(client, folder):
@@ -211,7 +211,7 @@ def test_a_server_that_never_answers(client, folder):
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         line, seconds = client.refused(*there(folder)[:-1], url, "--set", "compute.timeout=5")
         assert line.startswith(f"probe: {url}: no answer")
-        assert seconds < 60
+        assert seconds < 90
 
 
 def test_what_is_no_ndif_server(client, folder, dull):
@@ -289,7 +289,7 @@ def test_the_execution_timeout(client, server, folder, small):
     line, seconds = client.ends_refused(process)
     assert "Your job exceeded the execution timeout of 15.0s. take smaller batches" in line
     assert "the same command goes on from here" in line
-    assert seconds < 60
+    assert seconds < 90
     goes_on(client, server, folder, small)
 
 
@@ -313,7 +313,7 @@ def test_jobs_that_nobody_takes(client, server, folder, small):
     try:
         line, seconds = client.ends_refused(process)
         assert "no sign of life from a job for 5 s" in line
-        assert seconds < 60
+        assert seconds < 90
     finally:
         server.kill("api")
         server.start_api()
@@ -327,7 +327,7 @@ def test_redis_is_down(client, server, folder, small):
         line, seconds = client.ends_refused(process)
         assert line.startswith(f"probe: {URL}: ")
         assert "the same command goes on from here" in line
-        assert seconds < 60
+        assert seconds < 90
     finally:
         server.kill("api")
         server.start_redis()

@@ -38,7 +38,7 @@ class Client:
             text=True,
         )
 
-    def end(self, process, seconds=120):
+    def end(self, process, seconds=600):
         """Wait for the end of a command: its code, and what it wrote."""
         try:
             output, errors = process.communicate(timeout=seconds)

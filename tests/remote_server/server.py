@@ -72,7 +72,7 @@ class Server:
             *("--node-ip-address=127.0.0.1", f"--port={HEAD}", "--num-cpus=2", "--num-gpus=1"),
             *("--object-store-memory=100000000", f"--ray-client-server-port={CLIENTS}"),
             *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--resources={resources}"),
-            f"--temp-dir={self.state / 'ray'}",
+            f"--temp-dir={self.state / 'r'}",
             NDIF_SERVICE="ray",
         )
         log = self.state / "log" / "ray.log"
