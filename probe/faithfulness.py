@@ -25,8 +25,9 @@ from rich.progress import Progress
 
 from probe.agreement import Agreement, MeasuredEdge, Stratum, compare_all
 from probe.attribution import Edge, Sequence, attribute, exact_effects
+from probe.checkpoints import fingerprint
 from probe.errors import ProbeError
-from probe.models import Model, cpu_threads, fingerprint, load_model, resolve_devices
+from probe.models import Model, cpu_threads, load_model, resolve_devices
 from probe.recipe import (
     AttributionOptions,
     Recipe,
@@ -240,7 +241,7 @@ def run_faithfulness(
             f"the weights of a model have changed since {folder.path} was made; start over: "
             f"probe recipe ... --output {folder.path} --fresh"
         )
-    devices = resolve_devices(recipe.compute.device)
+    devices = resolve_devices(recipe.compute.device_here)
     sides = _read_sides(recipe, folder)
     host = recipe_host(recipe, console)
     folder.open()

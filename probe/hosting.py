@@ -19,8 +19,9 @@ from typing import NamedTuple, cast
 from rich.console import RenderableType
 from rich.table import Table
 
+from probe.checkpoints import local_folder
 from probe.errors import ProbeError
-from probe.models import Model, local_folder
+from probe.models import Model
 from probe.recipe import read_recipe, recipe_files
 from probe.remote import Deployment, Host
 from probe.tracing import describe

@@ -18,8 +18,9 @@ from importlib.metadata import version
 import torch
 
 import probe
+from probe.checkpoints import fingerprint
 from probe.errors import ProbeError
-from probe.models import fingerprint, resolve_devices
+from probe.models import resolve_devices
 from probe.recipe import Recipe, recipe_table
 from probe.run_folder import SCHEMA, RunFolder
 
@@ -31,6 +32,8 @@ _FREE_KEYS = {
     "attribution": ("batch_size",),
     "faithfulness": None,
     "report": None,
+    "published": None,
+    "published_changes": None,
 }
 
 
@@ -62,7 +65,9 @@ def open_record(folder: RunFolder, recipe: Recipe, fresh: bool) -> dict[str, obj
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "nnsight")},
         },
-        "devices": [
+        "devices": [recipe.compute.remote]
+        if recipe.compute.remote
+        else [
             _device_name(device, recipe.compute.threads)
             for device in resolve_devices(recipe.compute.device)
         ],

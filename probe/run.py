@@ -28,9 +28,19 @@ from rich.progress import (
 )
 
 from probe.attribution import METHODS, EdgeScores, Sequence, attribute
+from probe.checkpoints import fetch_checkpoint, fingerprint, weight_files
 from probe.errors import ProbeError
 from probe.hosting import check_host
-from probe.models import Model, check_pair, cpu_threads, fingerprint, load_model, resolve_devices
+from probe.kernels import Kernels
+from probe.models import (
+    Model,
+    check_pair,
+    cpu_threads,
+    load_model,
+    read_tokenizer,
+    resolve_devices,
+)
+from probe.plan import check_reach
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
 from probe.record import now, open_record, timed
@@ -38,7 +48,7 @@ from probe.remote import Host, open_host
 from probe.report import Report, build_report
 from probe.run_folder import Damaged, RunFolder, cell_name, edges_key, model_names
 from probe.selection import Selection, Solution, select
-from probe.solutions import solve
+from probe.solutions import chat_message, no_template, solve
 
 
 class Side(NamedTuple):
@@ -82,9 +92,13 @@ def run_recipe(
     console = console or Console(stderr=True, highlight=False)
     problems = check_recipe(recipe)
     host = recipe_host(recipe, console)
+    for reference in recipe.models():
+        if host is None and not weight_files(reference):
+            console.print(f"downloading {reference}")
+            fetch_checkpoint(reference)
     folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
     record = open_record(folder, recipe, fresh)
-    devices = resolve_devices(recipe.compute.device)
+    devices = resolve_devices(recipe.compute.device_here)
 
     with (
         progress_bar(console) as progress,
@@ -125,7 +139,8 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
             broken benchmark file, a device that is not here.
     """
     check_methods(recipe)
-    resolve_devices(recipe.compute.device)
+    resolve_devices(recipe.compute.device_here)
+    check_reach(recipe)
     options = recipe.solutions
     questions = None if options.questions == "all" else options.questions
     problems = {
@@ -139,6 +154,9 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
     }
     for pair in recipe.pairs:
         check_pair(pair.before, pair.after)
+        for model in (pair.before, pair.after) if chat_message(pair.prompt)[0] else ():
+            if not read_tokenizer(model).chat_template:
+                raise ProbeError(no_template(model))
     return problems
 
 
@@ -296,6 +314,9 @@ def _attribute_all(
     options = recipe.attribution
     steps = options.ig_steps if options.method == "eap-ig" else 1
     settings = (options.method, options.granularity, options.ablation, str(steps))
+    kernels = recipe.compute.kernels
+    if options.method == "relp" and kernels == "auto":
+        kernels = "eager"
     task = progress.add_task("attribution", total=sum(len(side.sequences) for side in sides))
     errors: dict[str, float] = {}
     for number, reference in enumerate(recipe.models()):
@@ -308,7 +329,8 @@ def _attribute_all(
             key = edges_key(weights, (*settings, recipe.compute.dtype), side.sequences)
             edges = _read_edges(folder, path, key, progress.console)
             if edges is None:
-                model = model or _load(recipe, reference, devices[number % len(devices)], host)
+                device = devices[number % len(devices)]
+                model = model or _load(recipe, reference, device, host, kernels)
                 try:
                     edges = _attribute(recipe, model, side, folder, key, progress, task)
                 except ProbeError as error:
@@ -377,8 +399,14 @@ def _read_edges(folder: RunFolder, path: Path, key: str, console: Console) -> Ed
         return None
 
 
-def _load(recipe: Recipe, reference: str, device: torch.device, host: Host | None) -> Model:
-    return load_model(reference, str(device), recipe.compute.dtype, host=host)
+def _load(
+    recipe: Recipe,
+    reference: str,
+    device: torch.device,
+    host: Host | None,
+    kernels: Kernels = "eager",
+) -> Model:
+    return load_model(reference, str(device), recipe.compute.dtype, kernels, host)
 
 
 def cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:
