@@ -22,7 +22,7 @@ from rich.table import Table
 from probe.checkpoints import local_folder
 from probe.errors import ProbeError
 from probe.models import Model
-from probe.recipe import read_recipe, recipe_files
+from probe.recipe import Recipe, read_recipe, recipe_files
 from probe.remote import Deployment, Host
 from probe.tracing import describe
 
@@ -137,17 +137,29 @@ def server_view(host: Host) -> Iterator[RenderableType]:
     recipes = Table(title="Recipes", title_justify="left")
     for title in ("recipe", "could run there now"):
         recipes.add_column(title)
-    up = {model.reference.lower() for model in server.models}
     for name in recipe_files():
-        missing = [
-            reference
-            for reference in read_recipe(name).models()
-            if str(local_folder(reference) or reference).lower() not in up
-        ]
-        recipes.add_row(name, f"not up: {', '.join(missing)}" if missing else "yes")
+        recipes.add_row(name, _obstacles(read_recipe(name), server) or "yes")
     yield recipes
     if host.deploys:
         yield "What is not up is asked for when a recipe needs it."
+
+
+def _obstacles(recipe: Recipe, server: Server) -> str:
+    """Why a recipe cannot run on a server now; empty where it can."""
+    up = {model.reference.lower(): model.dtype for model in server.models}
+    obstacles = []
+    for reference in recipe.models():
+        name = _name_there(reference).lower()
+        if name not in up:
+            obstacles.append(f"{reference} is not up")
+        elif up[name] not in (None, recipe.compute.dtype):
+            obstacles.append(f"{reference} is up in {up[name]}, not {recipe.compute.dtype}")
+    return ", ".join(obstacles)
+
+
+def _name_there(reference: str) -> str:
+    """What a server calls a model: its hub id, or its folder, which is the same there."""
+    return str(local_folder(reference) or reference)
 
 
 def _shape(model: HostedModel) -> tuple[object, ...]:
@@ -190,7 +202,7 @@ def deploy(model: Model, host: Host) -> Deployment:
         ProbeError: It is not there, or not with these layers, this width or this precision.
     """
     server = read_server(host, host.timeout)
-    name = str(local_folder(model.reference) or model.reference)
+    name = _name_there(model.reference)
     env = model.network._remoteable_get_env()
     for found in server.models:
         if found.reference.lower() == name.lower():

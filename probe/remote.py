@@ -42,7 +42,7 @@ TIMEOUT = 600
 # Seconds for a server to take a connection, and to answer a plain question.
 _CONNECT, _ANSWER = 10.0, 60.0
 _LONGEST_PAUSE = 30.0
-_GO_ON = "nothing is lost, the same command goes on from here"
+_GO_ON = "; nothing is lost, the same command goes on from here"
 
 T = TypeVar("T")
 
@@ -156,14 +156,23 @@ class Host:
         """
         with self._slots:
             start = time.monotonic()
-            saved = self.insist(lambda: self._attempt(model_key, env, blob), self.timeout)
+            saved = self.insist(lambda: self._attempt(model_key, env, blob), self.timeout, _GO_ON)
             with self.lock:
                 self.sent += len(blob)
                 self.seconds += time.monotonic() - start
         return saved
 
-    def insist(self, call: Callable[[], T], patience: float) -> T:
-        """Call until no passing fault is in the way, or they have not passed for too long."""
+    def insist(self, call: Callable[[], T], patience: float, hint: str = "") -> T:
+        """Call until no passing fault is in the way, or they have not passed for too long.
+
+        Args:
+            call: What to call.
+            patience: For how many seconds faults are tried again.
+            hint: What to say behind the last of them.
+
+        Raises:
+            ProbeError: The last of them.
+        """
         first: float | None = None
         for pause in itertools.chain((1.0, 2.0, 4.0, 8.0, 16.0), itertools.repeat(_LONGEST_PAUSE)):
             try:
@@ -172,7 +181,7 @@ class Host:
                 first = first or time.monotonic()
                 if time.monotonic() + pause - first > patience:
                     after = f" for {patience:.0f} s" if patience else ""
-                    raise ProbeError(f"{self.url}: {fault}{after}; {_GO_ON}") from None
+                    raise ProbeError(f"{self.url}: {fault}{after}{hint}") from None
                 self.say(f"{self.url}: {fault}; trying again in {pause:.0f} s")
                 time.sleep(pause)
         raise AssertionError
@@ -324,7 +333,7 @@ class Host:
         if "try again later" in text and "cancelled" not in text:
             return PassingError(last.partition(" Please try again later")[0])
         if "exceeded the execution timeout" in text:
-            return ProbeError(f"{self.url}: {last} {smaller}; {_GO_ON}")
+            return ProbeError(f"{self.url}: {last} {smaller}{_GO_ON}")
         if "OutOfMemoryError" in text or "out of memory" in text:
             import torch
 
@@ -332,7 +341,7 @@ class Host:
         if "EndpointConnectionError" in text or "object store" in text.lower():
             return ProbeError(
                 f"{self.url}: what a job saved is more than the server can send without an object "
-                f"store; {smaller}; {_GO_ON}"
+                f"store; {smaller}{_GO_ON}"
             )
         if "Traceback" in text:
             return RuntimeError(f"{self.url}: a job failed there:\n{text}")

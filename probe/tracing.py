@@ -682,15 +682,15 @@ def _norm_pull(
         epsilon: What norms add to the mean square.
         held: Whether r counts as a constant.
     """
-    native = getattr(torch.ops.aten, "_fused_rms_norm_backward", None)
-    if centred or offset or held:
-        native = None
+    plain = not (centred or offset or held)
 
     def pull(value: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor], None]:
         def pulled(gradients: torch.Tensor) -> None:
             """Replace gradients [branch, ...], three at a time: their copies stay small."""
             width, exact = value.shape[-1], torch.promote_types(value.dtype, torch.float32)
-            if native is not None and value.device.type == "cuda":
+            # Looked up here: it cannot be sent.
+            native = getattr(torch.ops.aten, "_fused_rms_norm_backward", None)
+            if native is not None and plain and value.device.type == "cuda":
                 # torch's own kernel reads and writes each gradient once; it is for CUDA alone.
                 size = torch.linalg.vector_norm(value, dim=-1, keepdim=True, dtype=exact)
                 rate = (size.square() / width + epsilon).rsqrt()

@@ -111,7 +111,7 @@ def test_a_silent_server_is_not_waited_for():
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         host = Host(url, timeout=1, say=said.append)
         begun = time.monotonic()
-        with pytest.raises(ProbeError, match="no answer; nothing is lost"):
+        with pytest.raises(ProbeError, match="no answer$"):
             host.ask("/status")
         with pytest.raises(ProbeError, match="no sign of life from a job for 1 s"):
             host.run("a key", {}, b"")
