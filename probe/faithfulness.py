@@ -301,9 +301,8 @@ def _read_sides(recipe: Recipe, folder: RunFolder) -> list[Side]:
     names = model_names(recipe)
     sides = []
     for pair, cell in zip(recipe.pairs, _cells(recipe), strict=True):
-        for side, model in (("before", pair.before), ("after", pair.after)):
-            name = names[model, pair.prompt, pair.max_new_tokens]
-            path = folder.solutions_file(name, recipe.benchmarks[0].name)
+        for side, asked in zip(("before", "after"), pair.asked(), strict=True):
+            path = folder.solutions_file(names[asked], recipe.benchmarks[0].name)
             solutions, _ = folder.read_solutions(path)
             selection = folder.read_selection(cell)
             if selection is None or not {s.id for s in solutions} >= set(selection.ids):
@@ -311,7 +310,7 @@ def _read_sides(recipe: Recipe, folder: RunFolder) -> list[Side]:
                     f"{folder.path} has no whole selection or solutions of {cell}; go on with its "
                     f"recipe first: probe recipe ... --output {folder.path}"
                 )
-            sides.append(Side(model, cell, side, cut(solutions, selection)))
+            sides.append(Side(asked.model, cell, side, cut(solutions, selection)))
     return sides
 
 

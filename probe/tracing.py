@@ -10,8 +10,9 @@ One forward and one backward pass give all edges of a batch. Two rules keep that
   why the rules of relevance patching are functions inside a function.) It starts with `settle`,
   since only the server knows on which device its model is.
 
-`edge_scores` is behind the gradient methods, `ablated_losses` behind the exact one, `source_means`
-behind mean ablation; all are called through `probe.attribution`, which makes the batches.
+`edge_scores` is behind the gradient methods, `ablated_losses` behind the exact one, `source_sums`
+behind mean ablation; all are called through `probe.attribution`, which makes the batches. `states`
+is behind `probe.states`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ from probe.models import Model
 from probe.remote import Deployment
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, StoppingCriteriaList
 
 # Float32 copies, where a product needs them, stay small beside the activations; so do logits.
 SLICE_BYTES = 64 * 2**20
@@ -459,6 +460,41 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
     return sums
 
 
+class States(NamedTuple):
+    """What a model holds where it predicts each scored token, on its device."""
+
+    residuals: torch.Tensor
+    """[point, sequence, scored, d_model]: the residual stream before each layer, and at the end."""
+
+    log_probabilities: torch.Tensor
+    """[sequence, scored, token]: of the tokens that could come next, in nats."""
+
+
+def states(model: Model, batch: Batch, vocabulary: int) -> States:
+    """Read the residual stream and the next token's probabilities at the scored positions.
+
+    Args:
+        model: The model.
+        batch: The sequences.
+        vocabulary: The probabilities are those among the first so many tokens.
+    """
+    network = model.network
+    layers = _layers(model)
+    final_norm = attrgetter(model.architecture.final_norm)(network)
+    input_ids, _, kept, columns = _inputs(model, batch)
+    places = batch.positions.to(model.device)[..., None].expand(-1, -1, model.d_model)
+    exact = torch.promote_types(model.dtype, torch.float32)
+
+    with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=kept):
+        points = [layer.module.input.gather(1, places) for layer in layers]
+        points.append(final_norm.input.gather(1, places))
+        residuals = nnsight.save(torch.stack(points).to(exact))
+        logits = network.output.logits[..., :vocabulary]
+        scored = logits.gather(1, columns[..., None].expand(-1, -1, vocabulary))
+        log_probabilities = nnsight.save(scored.to(exact).log_softmax(-1))
+    return States(residuals, log_probabilities)
+
+
 def describe(model: Model) -> torch.Tensor:
     """An empty tensor as deep and wide as the model is where it runs, and of its precision.
 
@@ -480,6 +516,7 @@ def generate_tokens(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     options: "GenerationConfig",
+    stopping: "StoppingCriteriaList",
 ) -> torch.Tensor:
     """Prompts with what the model generates after them: int64 [sequence, position]."""
     network = model.network
@@ -489,6 +526,7 @@ def generate_tokens(
         input_ids=input_ids,
         attention_mask=attention_mask,
         generation_config=options,
+        stopping_criteria=stopping,
         backend=_backend(model),
     ) as tracer:
         settle(network.device)

@@ -18,6 +18,7 @@ from small_models import MODELS, save_small_model
 
 import probe
 from probe.attribution import METHODS
+from probe.generation import generate
 from probe.remote import Host
 
 SEQUENCES = [
@@ -103,6 +104,19 @@ def test_heads_there_and_here(folders, method):
     one, other = (probe.attribute(model, SEQUENCES, method, "head", 2) for model in (here, there))
     assert torch.equal(one.scores, other.scores)
     assert torch.equal(one.entropies, other.entropies)
+
+
+@pytest.mark.parametrize("stop", [(), ("9",)])
+def test_generation_there_and_here(stop):
+    here = probe.load_model("probe:tiny-math/sft")
+    there = probe.load_model("probe:tiny-math/sft", host=InProcess(here))
+    prompts = [here.tokenizer(f"{n}-7-53=?")["input_ids"] for n in (3, 41, 12)]
+    one, other = (
+        list(generate(model, prompts, [30, 20, 10], stop=stop, batch_size=2))
+        for model in (here, there)
+    )
+    assert one == other
+    assert sum(map(len, one)) == 3
 
 
 def test_what_comes_home_is_small(tmp_path):

@@ -6,8 +6,8 @@ import nnsight
 import torch
 
 import probe
+from probe.generation import generate
 from probe.remote import open_host
-from probe.solutions import generate
 
 url, reference = sys.argv[1:3]
 model = probe.load_model(reference, host=open_host(url))
@@ -44,7 +44,8 @@ def everything():
             {"method": "exact", "granularity": "block"},
         )
     ]
-    return [*results, torch.tensor(generate(model, [tokens[:12]], 20))]
+    (answer,) = next(generate(model, [tokens[:12]], [20], stop=["="]))
+    return [*results, torch.tensor(answer.tokens)]
 
 
 before = state()
