@@ -148,7 +148,7 @@ def attribution(
     return lambda: probe.attribute(model, sequences, granularity=granularity, batch_size=batch)
 
 
-def clock(run: Callable[[], object], times: int = 7, warm: int = 3) -> float:
+def clock(run: Callable[[], object], times: int = 5, warm: int = 3) -> float:
     """Median seconds of a call."""
     for _ in range(warm):
         run()

@@ -579,7 +579,8 @@ def _inputs(
         tensor.repeat(times, 1).to(model.device)
         for tensor in (batch.input_ids, batch.labels, columns)
     )
-    return tokens, labels, kept.to(model.device), columns
+    # The positions stay here: a model that lies on several devices may need them on any.
+    return tokens, labels, kept, columns
 
 
 def _heads(model: Model) -> SimpleNamespace:
