@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from rich.progress import Progress
 
+from probe.checkpoints import fingerprint
 from probe.errors import ProbeError
-from probe.models import Model, fingerprint, load_model
+from probe.models import Model, load_model
 from probe.recipe import Pair, Recipe
 from probe.run_folder import Damaged, RunFolder, cell_name, edges_key
 from probe.states import compare_states

@@ -32,6 +32,7 @@ from rich.progress import (
 from rich.text import Text
 
 from probe.attribution import METHODS, EdgeScores, Sequence, attribute
+from probe.checkpoints import fetch_checkpoint, fingerprint, weight_files
 from probe.errors import ProbeError
 from probe.extra_passes import measure_states, measure_weights
 from probe.extras import EXTRAS, check_extras
@@ -41,18 +42,18 @@ from probe.models import (
     Model,
     check_pair,
     cpu_threads,
-    fingerprint,
     load_model,
     read_tokenizer,
     resolve_devices,
 )
+from probe.plan import check_reach
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
 from probe.record import now, open_record, timed
 from probe.report import Report, build_report
 from probe.run_folder import Damaged, RunFolder, cell_name, edges_key, model_names
 from probe.selection import Selection, Solution, select
-from probe.solutions import solve
+from probe.solutions import chat_message, no_template, solve
 
 
 class Side(NamedTuple):
@@ -94,12 +95,16 @@ def run_recipe(
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
+    console = console or Console(stderr=True, highlight=False)
     problems = check_recipe(recipe)
     given, answers = _read_given(recipe, problems)
+    for reference in recipe.models():
+        if not weight_files(reference):
+            console.print(f"downloading {reference}")
+            fetch_checkpoint(reference)
     folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
     tables = {name: file.table for name, file in given.items()}
     record = open_record(folder, recipe, fresh, tables)
-    console = console or Console(stderr=True, highlight=False)
     for name, file in given.items():
         console.print(f"solutions of {name}: {file.account}", soft_wrap=True)
     devices = resolve_devices(recipe.compute.device)
@@ -117,7 +122,7 @@ def run_recipe(
             with timed(folder, record, "faithfulness"):
                 measure_models(recipe, sides, folder, devices, progress)
         needs = {EXTRAS[name].needs for name in recipe.report.extra}
-        if "states" in needs:
+        if "states" in needs and recipe.selection.alpha:
             with timed(folder, record, "states"):
                 measure_states(recipe, sides, folder, devices, progress)
         if "weights" in needs:
@@ -146,6 +151,7 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
     check_methods(recipe)
     check_extras(recipe)
     resolve_devices(recipe.compute.device)
+    check_reach(recipe)
     options = recipe.solutions
     questions = None if options.questions == "all" else options.questions
     problems = {
@@ -160,6 +166,9 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
     }
     for pair in recipe.pairs:
         check_pair(pair.before, pair.after)
+        for model in (pair.before, pair.after) if chat_message(pair.prompt)[0] else ():
+            if not read_tokenizer(model).chat_template:
+                raise ProbeError(no_template(model))
     return problems
 
 
