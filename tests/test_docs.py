@@ -93,4 +93,3 @@ def test_the_own_benchmark(tmp_path):
     for line in solutions.read_text().splitlines():
         solution = json.loads(line)
         assert solution["text"] == solution["gold"]
-
