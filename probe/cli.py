@@ -165,7 +165,8 @@ def recipe(
     """
     from probe.recipe import place_benchmarks, read_recipe
 
-    chosen = place_benchmarks(read_recipe(name, _overrides(settings, solutions, keys)), paths)
+    overrides = _overrides(settings, solutions, keys)
+    chosen = place_benchmarks(read_recipe(name, overrides), paths)
     if solutions is not None and len(chosen.pairs) > 1:
         raise ProbeError(
             f"--solutions is for one pair, and {chosen.name} has {len(chosen.pairs)}; "

@@ -132,6 +132,9 @@ class Pair:
     max_new_tokens: Count = 1024
     """Longest answer, in tokens."""
 
+    shape: Shape | None = None
+    """How large its models are; only a plan reads it, and only where they are not here."""
+
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end an answer, as an end-of-sequence token does; see `probe.generation`."""
 
@@ -145,9 +148,6 @@ class Pair:
             Asked(self.before, *how, self.solutions.before),
             Asked(self.after, *how, self.solutions.after),
         )
-
-    shape: Shape | None = None
-    """How large its models are; only a plan reads it, and only where they are not here."""
 
 
 @dataclass(frozen=True, config=_STRICT)

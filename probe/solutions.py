@@ -38,7 +38,7 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, question: s
     text = message.replace("{question}", question)
     if chat:
         if not tokenizer.chat_template:
-            raise ProbeError(no_template(str(tokenizer.name_or_path)))
+            raise ProbeError(no_template(tokenizer.name_or_path))
         turn = [{"role": "user", "content": text}]
         text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
     # A template writes special tokens itself.
