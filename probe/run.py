@@ -11,8 +11,8 @@ finds in the folder what is done already and goes on from there, and ends in the
 
 import gc
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ from probe.checkpoints import fetch_checkpoint, fingerprint, weight_files
 from probe.errors import ProbeError
 from probe.extra_passes import measure_states, measure_weights
 from probe.extras import EXTRAS, check_extras
+from probe.hosting import check_host
 from probe.imported import Given, GivenAnswer, imported, match, read_given
 from probe.kernels import Kernels
 from probe.models import (
@@ -50,6 +51,7 @@ from probe.plan import check_reach
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
 from probe.record import now, open_record, timed
+from probe.remote import Host, open_host
 from probe.report import Report, build_report
 from probe.run_folder import Damaged, RunFolder, cell_name, edges_key, model_names
 from probe.selection import Selection, Solution, select
@@ -98,8 +100,9 @@ def run_recipe(
     console = console or Console(stderr=True, highlight=False)
     problems = check_recipe(recipe)
     given, answers = _read_given(recipe, problems)
+    host = recipe_host(recipe, console)
     for reference in recipe.models():
-        if not weight_files(reference):
+        if host is None and not weight_files(reference):
             console.print(f"downloading {reference}")
             fetch_checkpoint(reference)
     folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
@@ -107,20 +110,26 @@ def run_recipe(
     record = open_record(folder, recipe, fresh, tables)
     for name, file in given.items():
         console.print(f"solutions of {name}: {file.account}", soft_wrap=True)
-    devices = resolve_devices(recipe.compute.device)
+    devices = resolve_devices(recipe.compute.device_here)
 
-    with progress_bar(console) as progress, cpu_threads(recipe.compute.threads):
+    with (
+        progress_bar(console) as progress,
+        cpu_threads(recipe.compute.threads),
+        told_of_jobs(host, record, progress),
+    ):
         with timed(folder, record, "solutions"):
-            solutions = _solve_all(recipe, problems, answers, folder, devices, progress)
+            solutions = _solve_all(recipe, problems, answers, folder, devices, host, progress)
         with timed(folder, record, "selection"):
             sides = _select_all(recipe, solutions, folder, progress)
         with timed(folder, record, "attribution"):
-            record["residual_error"] = _attribute_all(recipe, sides, folder, devices, progress)
+            record["residual_error"] = _attribute_all(
+                recipe, sides, folder, devices, host, progress
+            )
         if recipe.faithfulness.edges:
             from probe.faithfulness import measure_models  # needs this module in turn
 
             with timed(folder, record, "faithfulness"):
-                measure_models(recipe, sides, folder, devices, progress)
+                measure_models(recipe, sides, folder, devices, progress, host)
         needs = {EXTRAS[name].needs for name in recipe.report.extra}
         if "states" in needs and recipe.selection.alpha:
             with timed(folder, record, "states"):
@@ -150,7 +159,7 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
     """
     check_methods(recipe)
     check_extras(recipe)
-    resolve_devices(recipe.compute.device)
+    resolve_devices(recipe.compute.device_here)
     check_reach(recipe)
     options = recipe.solutions
     questions = None if options.questions == "all" else options.questions
@@ -170,6 +179,46 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
             if not read_tokenizer(model).chat_template:
                 raise ProbeError(no_template(model))
     return problems
+
+
+def recipe_host(recipe: Recipe, console: Console) -> Host | None:
+    """The server of a recipe, asked whether it can run it; None where it runs here.
+
+    Raises:
+        ProbeError: It cannot be reached, does not take the key, understands other versions only,
+            or does not have a model of the recipe.
+    """
+    options = recipe.compute
+    if not options.remote:
+        return None
+    host = open_host(options.remote, options.jobs, options.timeout, console.print)
+    for line in check_host(host):
+        console.print(line)
+    for reference in recipe.models():
+        load_model(reference, dtype=options.dtype, host=host)
+    return host
+
+
+@contextmanager
+def told_of_jobs(
+    host: Host | None, record: dict[str, object], progress: Progress
+) -> Iterator[None]:
+    """Show how many jobs are queued and running on a server, and record what went over the wire."""
+    if host is None:
+        yield
+        return
+    task = progress.add_task("jobs", total=None)
+
+    def show() -> None:
+        states = host.states
+        line = f"{states['queued']} queued, {states['running']} running"
+        progress.update(task, description=line, completed=states["done"])
+
+    host.watch = show
+    try:
+        yield
+    finally:
+        record["remote"] = host.table
 
 
 def check_methods(recipe: Recipe) -> None:
@@ -207,6 +256,7 @@ def _solve_all(
     given: Mapping[tuple[str, str], Mapping[str, GivenAnswer]],
     folder: RunFolder,
     devices: list[torch.device],
+    host: Host | None,
     progress: Progress,
 ) -> dict[tuple[str, str], list[Solution]]:
     """Let each model solve each benchmark, once; solutions by file name of model and benchmark."""
@@ -233,7 +283,7 @@ def _solve_all(
                     batches = imported(tokenizer, asked, use.prompt, answers, frozenset(done))
                 else:
                     if model is None:
-                        model = _load(recipe, use.model, devices[number % len(devices)])
+                        model = _load(recipe, use.model, devices[number % len(devices)], host)
                     batches = solve(
                         model,
                         asked,
@@ -305,6 +355,7 @@ def _attribute_all(
     sides: list[Side],
     folder: RunFolder,
     devices: list[torch.device],
+    host: Host | None,
     progress: Progress,
 ) -> dict[str, float]:
     """Score the edges of every cell, model by model; the largest residual error of each model."""
@@ -327,7 +378,7 @@ def _attribute_all(
             edges = _read_edges(folder, path, key, progress.console)
             if edges is None:
                 device = devices[number % len(devices)]
-                model = model or _load(recipe, reference, device, kernels)
+                model = model or _load(recipe, reference, device, host, kernels)
                 try:
                     edges = _attribute(recipe, model, side, folder, key, progress, task)
                 except ProbeError as error:
@@ -397,9 +448,13 @@ def _read_edges(folder: RunFolder, path: Path, key: str, console: Console) -> Ed
 
 
 def _load(
-    recipe: Recipe, reference: str, device: torch.device, kernels: Kernels = "eager"
+    recipe: Recipe,
+    reference: str,
+    device: torch.device,
+    host: Host | None,
+    kernels: Kernels = "eager",
 ) -> Model:
-    return load_model(reference, str(device), recipe.compute.dtype, kernels)
+    return load_model(reference, str(device), recipe.compute.dtype, kernels, host)
 
 
 def cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:
