@@ -217,9 +217,10 @@ def compare(
     dry_run: bool,
     **keys: str | int | None,
 ) -> None:
-    """Compare any two models of one architecture, without writing a recipe.
+    """Compare two models, without writing a recipe.
 
-    BEFORE and AFTER are folders or hub ids; a PEFT adapter stands for its base with the adapter.
+    BEFORE and AFTER, of one architecture, are folders or hub ids; a PEFT adapter stands for its
+    base with the adapter.
 
     \b
     Examples:
@@ -248,7 +249,7 @@ def compare(
 
 @main.command()
 def recipes() -> None:
-    """List the recipes that ship with probe, and what each must download.
+    """List the recipes that ship, and what each would download.
 
     \b
     Example:
@@ -281,7 +282,7 @@ def faithfulness(
     device: str | None,
     remote: str | None,
 ) -> None:
-    """Compare the methods' scores with the exact effects of a sample of edges.
+    """Compare fast scores with the exact effects of some edges.
 
     Values and pictures go to RUN/faithfulness, and a measurement that was stopped goes on from
     there. A recipe is run first; its section `faithfulness` sets other defaults than those below.
@@ -310,9 +311,10 @@ def faithfulness(
 @main.command()
 @click.argument("server", metavar="[URL]", default="ndif")
 def ndif(server: str) -> None:
-    """Say whether an NDIF server can be used, and what could run there.
+    """Say whether an NDIF server can be used.
 
-    Without an address it is the hosted NDIF. The key is read from NDIF_API_KEY and not shown.
+    It says also what could run there. Without an address it is the hosted NDIF. The key is read
+    from NDIF_API_KEY and not shown.
 
     \b
     Examples:
@@ -340,7 +342,9 @@ def ndif(server: str) -> None:
 )
 @click.option("--output", type=click.Path(), help="Write it to a file instead.")
 def report(runs: tuple[str, ...], style: str, output: str | None) -> None:
-    """Print the report of a run again, finished or not; of several, side by side.
+    """Print the report of a run; of several, side by side.
+
+    A run need not be finished; what is missing is named.
 
     \b
     Examples:
@@ -364,7 +368,9 @@ def report(runs: tuple[str, ...], style: str, output: str | None) -> None:
 @click.argument("runs", type=click.Path(), nargs=-1, required=True, metavar="RUN...")
 @click.option("--output", type=click.Path(), help="Folder for them [default: RUN/figures].")
 def plot(runs: tuple[str, ...], output: str | None) -> None:
-    """Draw the figures of a run as PNG and PDF; of several runs, one picture of all.
+    """Draw the figures of a run as PNG and PDF.
+
+    Of several runs, one picture holds all.
 
     \b
     Examples:

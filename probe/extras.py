@@ -180,7 +180,7 @@ def extra_tables(folder: RunFolder, recipe: Recipe, missing: list[str]) -> tuple
         seen = set()
         for choice in recipe.benchmarks:
             for pair in recipe.pairs:
-                for alpha in alphas if "alpha" in extra.where else [max(alphas)]:
+                for alpha in alphas if "alpha" in extra.where else sorted(alphas)[-1:]:
                     cell = Cell(folder, recipe, pair, choice.name, alpha)
                     values: dict[str, str | float] = {
                         "benchmark": choice.name,

@@ -108,7 +108,7 @@ def run_recipe(
             with timed(folder, record, "faithfulness"):
                 measure_models(recipe, sides, folder, places, progress, host)
         needs = {EXTRAS[name].needs for name in recipe.report.extra}
-        if "states" in needs:
+        if "states" in needs and recipe.selection.alpha:
             with timed(folder, record, "states"):
                 measure_states(recipe, sides, folder, places, progress)
         if "weights" in needs:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from probe.checkpoints import weight_files
+from probe.checkpoints import find_checkpoint, weight_files
 from probe.errors import ProbeError
 
 # Entries of both checkpoints that are in memory at once, times 2 x 4 bytes and a copy.
@@ -115,8 +115,13 @@ def by_kind(changes: Sequence[WeightChange]) -> list[KindChange]:
 
 def _places(reference: str) -> dict[str, Path]:
     """In which file each matrix of a checkpoint is."""
-    files = weight_files(reference)
-    if not files:
+    found, files = find_checkpoint(reference), weight_files(reference)
+    if found and found.adapter:
+        raise ProbeError(
+            f"{reference!r} is an adapter, whose matrices are those of its base plus others; merge "
+            "it into a folder of its own to compare weights"
+        )
+    if not files or any(path.suffix != ".safetensors" for path in files):
         raise ProbeError(f"the weights of {reference!r} are not on this machine as safetensors")
     places = {}
     for path in files:

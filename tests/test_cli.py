@@ -118,6 +118,13 @@ def test_bash_takes_the_line_of_the_documentation(tmp_path):
     assert done.stdout.split() == ["tiny-math"]
 
 
+def test_the_help_says_each_command_in_full():
+    text = call("--help").output.partition("Commands:")[2]
+    assert "..." not in text
+    for command in main.commands:
+        assert f"\n  {command} " in text
+
+
 def test_the_public_names():
     for name in probe.__all__:
         assert getattr(probe, name) is not None

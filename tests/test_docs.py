@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from probe.cli import main
-from probe.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -94,12 +93,3 @@ def test_the_own_benchmark(tmp_path):
     for line in solutions.read_text().splitlines():
         solution = json.loads(line)
         assert solution["text"] == solution["gold"]
-
-
-def test_the_pair_of_its_page_is_one(tmp_path):
-    """The part of a recipe on the page about models is valid, in place of another pair."""
-    (pair,) = blocks("own-model.md", "toml")
-    whole = (ROOT / "examples" / "own_recipe.toml").read_text()
-    start, end = whole.index("[[pairs]]"), whole.index("[[benchmarks]]")
-    (tmp_path / "r.toml").write_text(whole[:start] + pair + whole[end:])
-    assert read_recipe(str(tmp_path / "r.toml")).pairs[0].name == "mine"

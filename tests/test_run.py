@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import probe
 from probe.errors import ProbeError
 from probe.metrics import METRICS, TOKEN_METRICS
 from probe.report import build_report
+from probe.run import cut
 from probe.run_folder import RunFolder
 
 SMALL = {
@@ -200,33 +202,48 @@ def test_every_way_of_scoring_is_a_recipe(tmp_path, changes, shape):
 def test_the_cross_text_control_comes_to_a_finished_run(copy):
     old = {p: p.stat().st_mtime_ns for p in (copy / "edges").iterdir()}
     run(copy, {"attribution.control": "cross-text"})
-    folder, cell = RunFolder(copy), "sft-grpo.tiny-math.alpha-0.5"
     found = {p: p.stat().st_mtime_ns for p in (copy / "edges").iterdir()}
     assert len(found) == 2 * len(old)
     assert old.items() <= found.items()  # nothing is computed twice
-
-    ids = folder.read_selection(cell).ids
-    cut_length = folder.read_selection(cell).cut_length
-    texts = {}
-    for side, model in (("before", "sft"), ("after", "grpo")):
-        path = folder.solutions_file(f"tiny-math--{model}", "tiny-math")
-        solutions = {s.id: s for s in folder.read_solutions(path)[0]}
-        texts[side] = [
-            probe.Sequence(solutions[i].prompt, solutions[i].answer[:cut_length]) for i in ids
-        ]
-    for side, model, text in (
-        ("before-on-after", "sft", "after"),
-        ("after-on-before", "grpo", "before"),
-    ):
-        edges = folder.read_edges(folder.edges_file(cell, side))
-        expected = probe.attribute(probe.load_model(f"probe:tiny-math/{model}"), texts[text])
-        assert torch.allclose(edges.scores, expected.scores, rtol=1e-3, atol=1e-6)
-        assert torch.allclose(edges.losses, expected.losses, rtol=1e-4, atol=1e-6)
-    for path in found.keys() - old.keys():  # a stopped control goes on
-        path.unlink()
-        break
+    next(path for path in found if path not in old).unlink()  # a stopped control goes on
     run(copy, {"attribution.control": "cross-text"})
     assert len(list((copy / "edges").iterdir())) == 2 * len(old)
+
+
+def test_each_model_is_scored_on_the_others_answers(copy):
+    """Where both solve a problem these models write the same, so one gets other answers here."""
+    folder, cell = RunFolder(copy), "sft-grpo.tiny-math.alpha-0.5"
+    paths = [folder.solutions_file(f"tiny-math--{m}", "tiny-math") for m in ("sft", "grpo")]
+    before, after = (folder.read_solutions(path)[0] for path in paths)
+    before = [replace(s, answer=[*s.answer[1:], s.answer[0]]) for s in before]
+    folder.write_solutions(paths[0], before)
+    report, _ = run(copy, {"attribution.control": "cross-text"})
+
+    selection = folder.read_selection(cell)
+    old, new = (cut(solutions, selection) for solutions in (before, after))
+    assert [s.answer for s in old] != [s.answer for s in new]
+    losses = {}
+    for side, model, text in (
+        ("before", "sft", old),
+        ("before-on-after", "sft", new),
+        ("after-on-before", "grpo", old),
+        ("after", "grpo", new),
+    ):
+        edges = folder.read_edges(folder.edges_file(cell, side))
+        expected = probe.attribute(probe.load_model(f"probe:tiny-math/{model}"), text)
+        largest = expected.scores.abs().max()
+        assert (edges.scores - expected.scores).abs().max() < 1e-4 * largest
+        losses[side] = edges.losses.mean()
+    # The answers that neither model would give cost both of them more.
+    assert losses["before"] > 2 * losses["before-on-after"]
+    assert losses["after-on-before"] > 2 * losses["after"]
+    table = next(extra for extra in report.extras if extra.title == "Cross-text control")
+    for row in table.rows:
+        values = dict(zip(table.columns, row, strict=True))
+        if values["pair"] == "sft-grpo":
+            assert values["text %"] != 0
+            whole = values["model %"] + values["text %"]
+            assert whole == pytest.approx(values["change %"], rel=1e-6, abs=1e-6)
 
 
 def test_edges_of_other_solutions_are_computed_again(copy):

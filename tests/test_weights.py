@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -6,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from small_models import save_small_model
 
 import probe.weights
+from probe.checkpoints import weight_files
 from probe.errors import ProbeError
-from probe.models import weight_files
 from probe.weights import by_kind, weight_changes
 
 PAIR = ("probe:tiny-math/sft", "probe:tiny-math/grpo")
@@ -63,7 +64,7 @@ def test_shards_and_dtypes_do_not_matter(tmp_path):
     names = sorted(tensors)
     for number, part in enumerate((names[::2], names[1::2])):
         save_file(
-            {name: tensors[name].double() for name in part}, sharded / f"m-{number}.safetensors"
+            {name: tensors[name].double() for name in part}, sharded / f"model-{number}.safetensors"
         )
     found = weight_changes(str(whole), str(sharded))
     assert any("experts" in change.name for change in found)
@@ -88,6 +89,11 @@ def test_what_cannot_be_compared(tmp_path):
     wide = save_small_model(tmp_path / "wide", "llama", vocab_size=120)
     with pytest.raises(ProbeError, match="shape"):
         weight_changes(str(one), str(wide))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(one)}))
+    with pytest.raises(ProbeError, match="is an adapter"):
+        weight_changes(str(one), str(adapter))
     (other / "model.safetensors").write_bytes(b"no")
     with pytest.raises(ProbeError, match="damaged"):
         weight_changes(str(other), str(other))
