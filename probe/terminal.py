@@ -41,10 +41,15 @@ def view(reports: Sequence[Report]) -> RenderableType:
 
 def table_view(extra: ExtraTable) -> RenderableType:
     """Lay out any table below its title, and its note below it."""
+    columns = list(zip(extra.columns, *extra_texts(extra), strict=True))
+    for place, right in enumerate(numeric(extra)):
+        if right:  # by hand: marks at the end of a number must stay below each other
+            width = max(map(len, columns[place]))
+            columns[place] = tuple(text.rjust(width) for text in columns[place])
     table = _table()
-    for title, right in zip(extra.columns, numeric(extra), strict=True):
-        table.add_column(title, justify="right" if right else "left", overflow="fold")
-    for row in extra_texts(extra):
+    for title, *_ in columns:
+        table.add_column(title, overflow="fold")
+    for row in zip(*(texts for _, *texts in columns), strict=True):
         table.add_row(*map(Text, row))
     note = [Text(extra.note, style="dim")] if extra.note else []
     return Group(Text(extra.title, style="bold"), Text(""), table, *note)
