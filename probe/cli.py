@@ -52,6 +52,7 @@ def main() -> None:
 @click.option("--method", help="eap, eap-ig, relp or exact.")
 @click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1.")
 @click.option("--dtype", help="float32, bfloat16, float16 or float64.")
+@click.option("--kernels", help="auto, eager, or liger: fused kernels on a GPU.")
 @click.option("--fresh", is_flag=True, help="Start over instead of going on.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 def recipe(
@@ -62,6 +63,7 @@ def recipe(
     method: str | None,
     device: str | None,
     dtype: str | None,
+    kernels: str | None,
     fresh: bool,
     dry_run: bool,
 ) -> None:
@@ -84,6 +86,7 @@ def recipe(
         ("attribution.method", method),
         ("compute.device", device),
         ("compute.dtype", dtype),
+        ("compute.kernels", kernels),
     ):
         if given is not None:
             overrides[key] = given
