@@ -36,7 +36,7 @@ _NEGATIVE = re.compile(r"(?<![\w)])-(?=[\d.])|(?<=\de)-(?=\d)")
 def document(reports: Sequence[Report]) -> str:
     """The tables of a report, or of several: Table 1 as the paper lays it out, and all others."""
     tables = shared_tables(reports)
-    if len(reports) == 1 and not reports[0].recipe.published:
+    if len(reports) == 1 and reports[0].cells and not reports[0].recipe.published:
         tables.append(table_1(reports))
     for report in reports:
         tables += further_tables(report)

@@ -28,7 +28,7 @@ def shared_tables(reports: Sequence[Report]) -> list[ExtraTable]:
     tables = accuracy_table(reports)
     if compared(reports):
         return tables + side_by_side(reports)
-    if len(reports) > 1 or any(report.recipe.published for report in reports):
+    if any(r.cells and (len(reports) > 1 or r.recipe.published) for r in reports):
         tables.append(table_1(reports))
     return tables
 

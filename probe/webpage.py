@@ -47,8 +47,7 @@ def page(reports: Sequence[Report]) -> str:
     here = Path(__file__)
     strengths = list(read_strengths(report))
     body = [_head(report), *_tables(shared_tables([report]))]
-    body += [*_explorer(bool(strengths)), *_figures(report), "<h2>Every cell</h2>"]
-    body += ['<div class="tables">', *_cell_tables(report), "</div>"]
+    body += [*_explorer(bool(strengths)), *_figures(report), *_cell_tables(report)]
     body += [*_tables(further_tables(report)), *_reading(report), *_making(report)]
     if strengths:
         # "<" could end the element that holds it.
@@ -137,7 +136,7 @@ def _tables(tables: Iterable[ExtraTable]) -> list[str]:
 
 
 def _cell_tables(report: Report) -> list[str]:
-    parts = []
+    parts = ["<h2>Every cell</h2>", '<div class="tables">']
     for benchmark, pair, cells in groups(report):
         rows, classes = [], []
         for place, cell in enumerate(cells):
@@ -149,7 +148,7 @@ def _cell_tables(report: Report) -> list[str]:
                 classes.append(kind)
         title = heading(benchmark, pair, cells)
         parts.append(_table(ExtraTable(title, "", titles(report), tuple(rows)), classes))
-    return parts
+    return [*parts, "</div>"] if report.cells else []
 
 
 def _table(table: ExtraTable, classes: Sequence[str] = ()) -> str:

@@ -27,6 +27,8 @@ PUBLISHED_DIVERSITY = (41, 0.076, 0.951)
 
 def summary(report: Report) -> list[str]:
     """One sentence per benchmark and pair: what moved, and whether as the paper reports."""
+    if not report.cells:
+        return _accuracy_sentences(report)
     tested = report.recipe.report.resamples > 0
     return [
         _sentence(benchmark, pair.method or pair.name, cells, tested)
@@ -113,6 +115,22 @@ def _sentence(benchmark: str, subject: str, cells: Sequence[Cell], tested: bool)
     )
 
 
+def _accuracy_sentences(report: Report) -> list[str]:
+    """One sentence per pair, where nothing but accuracy is known."""
+    lines = []
+    for pair in report.recipe.pairs:
+        rows = [row for row in report.accuracy if row.pair == pair.name]
+        if rows:
+            count = f"{len(rows)} benchmark{'' if len(rows) == 1 else 's'}"
+            points = [100 * (row.after - row.before) for row in rows]
+            rose = sum(change > 0 for change in points)
+            lines.append(
+                f"{pair.method or pair.name} raised accuracy on {rose} of {count}, by "
+                f"{np.mean(points):+.1f} points on average."
+            )
+    return lines
+
+
 def diversity_line(reports: Sequence[Report]) -> list[str]:
     """Figure 3a in a sentence: how inter-sample diversity moved over all experiments."""
     changes = [cell.change for cell in diversity_cells(reports) if cell.change is not None]
@@ -145,6 +163,18 @@ def heading(benchmark: str, pair: Pair, cells: Sequence[Cell]) -> str:
 
 def caveats(report: Report) -> list[str]:
     """What a reader must know of the numbers: how they were made, and what they do not say."""
+    lines = _cell_caveats(report) if report.cells else []
+    if any(c.published for c in report.cells) or any(r.published for r in report.accuracy):
+        lines.append(
+            "published: what was printed elsewhere for the row above. ✓: ours moved in the same "
+            "direction; ✗: it did not."
+        )
+    if report.missing:
+        lines.append(f"Not in this report ({len(report.missing)}): " + "; ".join(report.missing))
+    return lines
+
+
+def _cell_caveats(report: Report) -> list[str]:
     recipe = report.recipe
     shown, other = "the dense matrix, structural zeros included", "real edges only"
     if recipe.report.entries == "real":
@@ -166,13 +196,6 @@ def caveats(report: Report) -> list[str]:
             f"again{', over the dense matrix' if recipe.report.entries == 'real' else ''}. "
             "All of this is about other questions, not about other training runs."
         )
-    if any(c.published for c in report.cells) or any(r.published for r in report.accuracy):
-        lines.append(
-            "published: what was printed elsewhere for the row above. ✓: ours moved in the same "
-            "direction; ✗: it did not."
-        )
-    if report.missing:
-        lines.append(f"Not in this report ({len(report.missing)}): " + "; ".join(report.missing))
     return lines
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from probe.errors import ProbeError
 from probe.recipe import Published
 from probe.rendering import FORMATS, print_report, render, write_report
-from probe.report import Change, ExtraTable, build_report
+from probe.report import Accuracy, Change, ExtraTable, build_report
 from probe.terminal import view
 
 
@@ -237,3 +237,25 @@ def test_a_report_can_be_written_to_a_file(half_run, tmp_path):
     assert "\x1b" not in text
     with pytest.raises(ProbeError, match="cannot write to .*: No such file"):
         write_report([report], "csv", tmp_path / "no" / "report.csv")
+
+
+def test_a_report_of_accuracy_alone(half_run):
+    report = build_report(half_run.path)
+    rows = (
+        Accuracy("sft-grpo", "gsm8k", 0.5, 0.6, 200, Change(0.4, 0.5, 0.25), True),
+        Accuracy("sft-grpo", "aime24", 0.1, 0.1, 30),
+    )
+    value = Published("sft-grpo", "gsm8k", "accuracy", 0.4, 0.5)
+    recipe = replace(report.recipe, published=(value,))
+    report = replace(report, cells=(), accuracy=rows, missing=(), recipe=recipe)
+    text = shown(report, 100)
+    assert (
+        text.splitlines()[0].rstrip()
+        == "GRPO raised accuracy on 1 of 2 benchmarks, by +5.0 points on average."
+    )
+    assert re.search(r"gsm8k +sft-grpo +200 +50.0 ↗ 60.0 +\+10.0 +40.0 ↗ 50.0 ✓", text)
+    assert re.search(r"aime24 +sft-grpo +30 +10.0 → 10.0 +\+0.0 +-", text)
+    assert "published: what was printed elsewhere" in text
+    assert "Table 1" not in text
+    for style in FORMATS:
+        assert "Metrics over" not in render(report, style)
