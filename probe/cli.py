@@ -7,10 +7,15 @@ heavy is imported before a command needs it, so that `--help` answers at once.
 import os
 import signal
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
 from probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from probe.recipe import Recipe
 
 
 class Group(click.Group):
@@ -44,56 +49,55 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-@main.command()
-@click.argument("name", metavar="NAME|PATH.toml")
-@click.option("--output", type=click.Path(), help="Run folder [default: runs/NAME].")
-@click.option("--limit", type=click.IntRange(1), help="Ask only N questions of each benchmark.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key.")
-@click.option("--method", help="eap, eap-ig, relp or exact.")
-@click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1.")
-@click.option("--dtype", help="float32, bfloat16, float16 or float64.")
-@click.option("--kernels", help="auto, eager, or liger: fused kernels on a GPU.")
-@click.option("--fresh", is_flag=True, help="Start over instead of going on.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
-def recipe(
-    name: str,
-    output: str | None,
-    limit: int | None,
-    settings: tuple[str, ...],
-    method: str | None,
-    device: str | None,
-    dtype: str | None,
-    kernels: str | None,
-    fresh: bool,
-    dry_run: bool,
-) -> None:
-    """Run a recipe, or go on with a run that was stopped.
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of every command that runs a recipe."""
+    options = (
+        click.option("--output", type=click.Path(), help="Run folder [default: runs/NAME]."),
+        click.option("--limit", type=click.IntRange(1), help="Ask only N questions of each."),
+        click.option(
+            "--benchmark-path",
+            "paths",
+            multiple=True,
+            metavar="[NAME=]PATH",
+            help="A local file or folder with a benchmark's problems.",
+        ),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key."),
+        click.option("--method", help="eap, eap-ig, relp or exact."),
+        click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1."),
+        click.option("--dtype", help="float32, bfloat16, float16 or float64."),
+        click.option("--kernels", help="auto, eager, or liger: fused kernels on a GPU."),
+        click.option("--fresh", is_flag=True, help="Start over instead of going on."),
+        click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
-    \b
-    Examples:
-      probe recipe tiny-math
-      probe recipe tiny-math --limit 200 --set selection.samples=50
-      probe recipe my-recipe.toml --set pairs.0.before=my-folder --output runs/mine
-    """
+
+KEYS = {
+    "limit": "solutions.questions",
+    "method": "attribution.method",
+    "device": "compute.device",
+    "dtype": "compute.dtype",
+    "kernels": "compute.kernels",
+}
+"""The options that stand for one key of the recipe."""
+
+
+def _overrides(
+    settings: tuple[str, ...], keys: dict[str, str | int | None]
+) -> dict[str, str | int | float]:
     overrides: dict[str, str | int | float] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise ProbeError(f"--set {setting}: write KEY=VALUE, as in selection.samples=50")
         overrides[key.strip()] = value.strip()
-    for key, given in (
-        ("solutions.questions", limit),
-        ("attribution.method", method),
-        ("compute.device", device),
-        ("compute.dtype", dtype),
-        ("compute.kernels", kernels),
-    ):
-        if given is not None:
-            overrides[key] = given
+    overrides |= {KEYS[name]: given for name, given in keys.items() if given is not None}
+    return overrides
 
-    from probe.recipe import read_recipe
 
-    chosen = read_recipe(name, overrides)
+def _run(chosen: "Recipe", output: str | None, fresh: bool, dry_run: bool) -> None:
     if dry_run:
         from rich.console import Console
 
@@ -105,6 +109,89 @@ def recipe(
     from probe.run import run_recipe
 
     print_report(run_recipe(chosen, output, fresh=fresh))
+
+
+@main.command()
+@click.argument("name", metavar="NAME|PATH.toml")
+@run_options
+def recipe(
+    name: str,
+    output: str | None,
+    paths: tuple[str, ...],
+    settings: tuple[str, ...],
+    fresh: bool,
+    dry_run: bool,
+    **keys: str | int | None,
+) -> None:
+    """Run a recipe, or go on with a run that was stopped.
+
+    \b
+    Examples:
+      probe recipe tiny-math
+      probe recipe tiny-math --limit 200 --set selection.samples=50
+      probe recipe mistral-math --set pairs.0.before=my-folder --benchmark-path gsm8k=test.jsonl
+    """
+    from probe.recipe import place_benchmarks, read_recipe
+
+    overrides = _overrides(settings, keys)
+    _run(place_benchmarks(read_recipe(name, overrides), paths), output, fresh, dry_run)
+
+
+@main.command()
+@click.argument("before")
+@click.argument("after")
+@click.option("--benchmark", "benchmarks", multiple=True, help="May be repeated [default: gsm8k].")
+@click.option("--alpha", type=float, multiple=True, help="Likewise [default: 0.03, 0.1, 0.3, 0.5].")
+@click.option(
+    "--prompt",
+    default="chat",
+    show_default=True,
+    metavar="TEXT|chat",
+    help="Text with {question} in it (\\n breaks the line), or the tokenizer's chat template.",
+)
+@click.option("--save-recipe", type=click.Path(), help="Write the recipe that this is to a file.")
+@run_options
+def compare(
+    before: str,
+    after: str,
+    benchmarks: tuple[str, ...],
+    alpha: tuple[float, ...],
+    prompt: str,
+    save_recipe: str | None,
+    output: str | None,
+    paths: tuple[str, ...],
+    settings: tuple[str, ...],
+    fresh: bool,
+    dry_run: bool,
+    **keys: str | int | None,
+) -> None:
+    """Compare any two models of one architecture, without writing a recipe.
+
+    BEFORE and AFTER are folders or hub ids; a PEFT adapter stands for its base with the adapter.
+
+    \b
+    Examples:
+      probe compare Qwen/Qwen2.5-0.5B-Instruct ./my-grpo-checkpoint --benchmark gsm8k --limit 200
+      probe compare ./base ./adapter --prompt "Q: {question} A:" --save-recipe mine.toml
+    """
+    from pathlib import Path
+
+    from probe.comparison import compare_recipe
+    from probe.recipe import write_recipe
+
+    chosen = compare_recipe(
+        before,
+        after,
+        benchmarks or ("gsm8k",),
+        alpha=alpha,
+        # A shell has no easy way to write a line break.
+        prompt=prompt.replace("\\n", "\n"),
+        benchmark_paths=paths,
+        overrides=_overrides(settings, keys),
+    )
+    if save_recipe:
+        write_recipe(chosen, Path(save_recipe))
+    _run(chosen, output, fresh, dry_run)
 
 
 @main.command()

@@ -18,8 +18,9 @@ from importlib.metadata import version
 import torch
 
 import probe
+from probe.checkpoints import fingerprint
 from probe.errors import ProbeError
-from probe.models import fingerprint, resolve_devices
+from probe.models import resolve_devices
 from probe.recipe import Recipe, recipe_table
 from probe.run_folder import SCHEMA, RunFolder
 
@@ -32,6 +33,7 @@ _FREE_KEYS = {
     "faithfulness": None,
     "report": None,
     "published": None,
+    "published_changes": None,
 }
 
 

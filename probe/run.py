@@ -27,16 +27,25 @@ from rich.progress import (
 )
 
 from probe.attribution import METHODS, EdgeScores, Sequence, attribute
+from probe.checkpoints import fetch_checkpoint, fingerprint, weight_files
 from probe.errors import ProbeError
 from probe.kernels import Kernels
-from probe.models import Model, check_pair, cpu_threads, fingerprint, load_model, resolve_devices
+from probe.models import (
+    Model,
+    check_pair,
+    cpu_threads,
+    load_model,
+    read_tokenizer,
+    resolve_devices,
+)
+from probe.plan import check_reach
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
 from probe.record import now, open_record, timed
 from probe.report import Report, build_report
 from probe.run_folder import Damaged, RunFolder, cell_name, edges_key, model_names
 from probe.selection import Selection, Solution, select
-from probe.solutions import solve
+from probe.solutions import chat_message, no_template, solve
 
 
 class Side(NamedTuple):
@@ -77,10 +86,14 @@ def run_recipe(
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
+    console = console or Console(stderr=True, highlight=False)
     problems = check_recipe(recipe)
+    for reference in recipe.models():
+        if not weight_files(reference):
+            console.print(f"downloading {reference}")
+            fetch_checkpoint(reference)
     folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
     record = open_record(folder, recipe, fresh)
-    console = console or Console(stderr=True, highlight=False)
     devices = resolve_devices(recipe.compute.device)
 
     with progress_bar(console) as progress, cpu_threads(recipe.compute.threads):
@@ -117,6 +130,7 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
     """
     check_methods(recipe)
     resolve_devices(recipe.compute.device)
+    check_reach(recipe)
     options = recipe.solutions
     questions = None if options.questions == "all" else options.questions
     problems = {
@@ -130,6 +144,9 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
     }
     for pair in recipe.pairs:
         check_pair(pair.before, pair.after)
+        for model in (pair.before, pair.after) if chat_message(pair.prompt)[0] else ():
+            if not read_tokenizer(model).chat_template:
+                raise ProbeError(no_template(model))
     return problems
 
 
