@@ -32,7 +32,7 @@ from probe.heatmap import draw_heatmap
 from probe.report import Cell, Report
 from probe.run_folder import write_whole
 from probe.strength import read_strengths
-from probe.wording import PUBLISHED_DIVERSITY, compared, diversity_cells, percent
+from probe.wording import compared, diversity_cells, percent, published_average, published_diversity
 
 BEFORE, AFTER = "#56B4E9", "#0072B2"
 ENTROPIES = {
@@ -141,12 +141,12 @@ def draw_diversity(reports: Sequence[Report]) -> Figure:
     )
     text = f"{len(cells)} experiments, average improvement {percent(average)} %, "
     text += f"improvement rate {100 * rate:.1f} %"
-    if any(report.recipe.published for report in reports):
-        count, improvement, share = PUBLISHED_DIVERSITY
-        axes.axvline(100 * improvement, color="0.5", lw=1.2, ls=":", zorder=1)
-        label = f"published average {percent(improvement)} %"
+    published = published_diversity(reports)
+    if published:
+        axes.axvline(100 * published.change, color="0.5", lw=1.2, ls=":", zorder=1)
+        label = f"published average {percent(published.change)} %"
         handles.append(Line2D([], [], color="0.5", ls=":", lw=1.2, label=label))
-        text += f"\npublished: {count}, {percent(improvement)} %, {100 * share:.1f} %"
+        text += f"\npublished: {published_average(reports)}"
     axes.set_title(f"Inter-sample diversity\n{text}", fontsize=10, loc="left")
     axes.set_yticks(heights, [f"{c.benchmark}, alpha {c.alpha:g}" for c in cells], fontsize=8)
     axes.set_ylim(max(heights, default=0) + 0.6, -0.6)
@@ -166,6 +166,12 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
     panels: dict[tuple[str, str], list[Cell]] = {}
     for cell in (cell for report in reports for cell in report.cells if cell.metric == metric):
         panels.setdefault((cell.benchmark, cell.pair), []).append(cell)
+    theirs = {
+        (value.pair, value.alpha): value.change
+        for report in reports
+        for value in report.recipe.published_changes
+        if value.metric == metric
+    }
     columns = min(4, len({pair for _, pair in panels}))
     rows = -(-len(panels) // columns)
     figure = Figure((0.8 + 2.5 * columns, 1.1 + 2.2 * rows), layout="constrained", dpi=160)
@@ -188,7 +194,11 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
                 fontsize=8,
                 fontweight="bold" if cell.significant else "normal",
             )
-        axes.set_xticks(places, [f"{cell.alpha:g}" for cell in cells])
+        labels = [f"{cell.alpha:g}" for cell in cells]
+        for place, cell in enumerate(cells):
+            if (pair, cell.alpha) in theirs:
+                labels[place] += f"\n({percent(theirs[pair, cell.alpha])})"
+        axes.set_xticks(places, labels)
         axes.set_xlim(-0.5, len(cells) - 0.5)
         axes.set_title(f"{pair} on {benchmark}", fontsize=9)
         axes.set_xlabel("alpha", fontsize=9)
@@ -202,6 +212,7 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
     for axes in grid[::columns]:
         axes.set_ylabel("nats", fontsize=9)
     title = f"Output entropy: {ENTROPIES[metric]}\nnumbers: change (%), bold where significant"
+    title += "; in brackets: published" if theirs else ""
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
 

@@ -25,7 +25,7 @@ from probe.figures import ENTROPIES, draw_diversity, draw_entropy
 from probe.heatmap import COLOURS, LIMITS
 from probe.layout import cell_rows, extra_texts, further_tables, numeric, shared_tables, titles
 from probe.metrics import Array
-from probe.recipe import recipe_files, recipe_table
+from probe.recipe import recipe_text
 from probe.report import ExtraTable, Report
 from probe.run_folder import RunFolder
 from probe.strength import Strength, read_strengths
@@ -251,10 +251,8 @@ def _making(report: Report) -> list[str]:
     facts += [(f"weights of {name}", str(value)) for name, value in _items(record.get("models"))]
     facts += [(name, str(record.get(name) or "-")) for name in ("started", "finished")]
     table = ExtraTable("Where, with what, for how long", "", ("", ""), tuple(facts))
-    known = recipe_files().get(recipe.name)
     versions = dict(_items(record.get("versions")))
-    command = f'pip install "circuit-probe=={versions.get("probe", "")}"\n'
-    command += f"probe recipe {recipe.name if known else 'recipe.toml'}"
+    command = f'pip install "circuit-probe=={versions.get("probe", "")}"\nprobe recipe recipe.toml'
     return [
         "<h2>How it was made</h2>",
         f"<p>{escape(steps)}</p>",
@@ -262,8 +260,8 @@ def _making(report: Report) -> list[str]:
         _table(table),
         "<h3>To run it again</h3>",
         f"<pre>{escape(command)}</pre>",
-        "<details><summary>The whole recipe</summary>",
-        f"<pre>{escape(json.dumps(recipe_table(recipe), indent=1, ensure_ascii=False))}</pre>",
+        "<details><summary>recipe.toml</summary>",
+        f"<pre>{escape(recipe_text(recipe))}</pre>",
         "</details>",
     ]
 

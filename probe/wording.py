@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from probe.metrics import METRICS, TOKEN_METRICS
-from probe.recipe import Pair
+from probe.recipe import Pair, PublishedChange
 from probe.report import Cell, Report
 from probe.statistics import LEVEL
 
@@ -20,9 +20,6 @@ ARROWS = {1: "↗", 0: "→", -1: "↘"}
 
 SAME = {True: "✓", False: "✗", None: "-"}
 """Whether a published value moved in the same direction as ours."""
-
-PUBLISHED_DIVERSITY = (41, 0.076, 0.951)
-"""Figure 3a of the paper: experiments, average improvement, share of experiments that improved."""
 
 
 def summary(report: Report) -> list[str]:
@@ -142,10 +139,27 @@ def diversity_line(reports: Sequence[Report]) -> list[str]:
         f"Inter-sample diversity over {count} experiment{'' if count == 1 else 's'}: average "
         f"improvement {percent(improvement)} %, improvement rate {100 * rate:.1f} %"
     )
-    if any(report.recipe.published for report in reports):
-        count, improvement, rate = PUBLISHED_DIVERSITY
-        line += f" (published: {count}, {percent(improvement)} %, {100 * rate:.1f} %)"
-    return [f"{line}."]
+    published = published_average(reports)
+    return [f"{line} (published: {published})." if published else f"{line}."]
+
+
+def published_diversity(reports: Sequence[Report]) -> PublishedChange | None:
+    """Figure 3a's average over all pairs, where a recipe says what was printed."""
+    for report in reports:
+        for value in report.recipe.published_changes:
+            if (value.metric, value.pair, value.alpha) == ("sample_diversity", None, None):
+                return value
+    return None
+
+
+def published_average(reports: Sequence[Report]) -> str:
+    """The same in words, or nothing."""
+    value = published_diversity(reports)
+    if value is None:
+        return ""
+    count = f"{value.experiments} experiments, " if value.experiments else ""
+    rate = f", {100 * value.rate:.1f} % of them improved" if value.rate is not None else ""
+    return f"{count}{percent(value.change)} %{rate}"
 
 
 def diversity_cells(reports: Sequence[Report]) -> list[Cell]:
