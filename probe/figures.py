@@ -107,7 +107,7 @@ def draw_diversity(reports: Sequence[Report]) -> Figure:
     """Draw how inter-sample diversity changed in every experiment, and on average (Fig. 3a)."""
     cells = [cell for cell in diversity_cells(reports) if cell.change is not None]
     pairs = list(dict.fromkeys(cell.pair for cell in cells))
-    cells.sort(key=lambda cell: (pairs.index(cell.pair), cell.benchmark, cell.alpha))
+    cells.sort(key=lambda cell: pairs.index(cell.pair))
     # A gap between the pairs.
     heights = [place + 0.6 * pairs.index(cell.pair) for place, cell in enumerate(cells)]
     figure = Figure((7.2, 1.9 + 0.23 * max(heights, default=0)), layout="constrained", dpi=160)
@@ -172,15 +172,18 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
         for value in report.recipe.published_changes
         if value.metric == metric
     }
-    columns = min(4, len({pair for _, pair in panels}))
-    rows = -(-len(panels) // columns)
+    benchmarks, pairs = (list(dict.fromkeys(names)) for names in zip(*panels, strict=True))
+    rows, columns = len(benchmarks), len(pairs)
     figure = Figure((0.8 + 2.5 * columns, 1.1 + 2.2 * rows), layout="constrained", dpi=160)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    for axes, ((benchmark, pair), cells) in zip(grid, panels.items(), strict=False):
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.ravel():
+        axes.set_axis_off()
+    for (benchmark, pair), cells in panels.items():
+        axes = grid[benchmarks.index(benchmark), pairs.index(pair)]
+        axes.set_axis_on()
         places = np.arange(len(cells))
-        before, after = (
-            [getattr(c, side) or np.nan for c in cells] for side in ("before", "after")
-        )
+        before = [np.nan if cell.before is None else cell.before for cell in cells]
+        after = [np.nan if cell.after is None else cell.after for cell in cells]
         axes.plot(places, before, "o--", color=BEFORE, markerfacecolor="white", label="before")
         axes.plot(places, after, "s-", color=AFTER, label="after")
         for place, cell in enumerate(cells):
@@ -197,20 +200,18 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
         labels = [f"{cell.alpha:g}" for cell in cells]
         for place, cell in enumerate(cells):
             if (pair, cell.alpha) in theirs:
-                labels[place] += f"\n({percent(theirs[pair, cell.alpha])})"
+                labels[place] += f"\n({100 * theirs[pair, cell.alpha]:+.0f})"
         axes.set_xticks(places, labels)
         axes.set_xlim(-0.5, len(cells) - 0.5)
         axes.set_title(f"{pair} on {benchmark}", fontsize=9)
         axes.set_xlabel("alpha", fontsize=9)
-        axes.margins(y=0.18)
-        axes.set_ylim(bottom=0)
+        # Room for the numbers above.
+        axes.set_ylim(0, 1.2 * float(np.nanmax([*before, *after, 1e-9])))
         _plain(axes, "y")
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    for axes in grid[::columns]:
-        axes.set_ylabel("nats", fontsize=9)
+        if pair == pairs[0]:
+            axes.set_ylabel("nats", fontsize=9)
+    handles, texts = axes.get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     title = f"Output entropy: {ENTROPIES[metric]}\nnumbers: change (%), bold where significant"
     title += "; in brackets: published" if theirs else ""
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
