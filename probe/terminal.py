@@ -7,6 +7,7 @@ unless names are long.
 """
 
 from collections.abc import Sequence
+from textwrap import wrap
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -41,15 +42,17 @@ def view(reports: Sequence[Report]) -> RenderableType:
 
 def table_view(extra: ExtraTable) -> RenderableType:
     """Lay out any table below its title, and its note below it."""
-    columns = list(zip(extra.columns, *extra_texts(extra), strict=True))
-    for place, right in enumerate(numeric(extra)):
-        if right:  # by hand: marks at the end of a number must stay below each other
-            width = max(map(len, columns[place]))
-            columns[place] = tuple(text.rjust(width) for text in columns[place])
     table = _table()
-    for title, *_ in columns:
-        table.add_column(title, overflow="fold")
-    for row in zip(*(texts for _, *texts in columns), strict=True):
+    columns = list(zip(*extra_texts(extra), strict=True)) or [()] * len(extra.columns)
+    for place, (title, right) in enumerate(zip(extra.columns, numeric(extra), strict=True)):
+        if right:
+            # Numbers stay whole; a heading that is longer than they are goes over several lines.
+            # Padded by hand, so that marks at a number's end stay below each other.
+            width = max(map(len, (*columns[place], *title.split())))
+            columns[place] = tuple(text.rjust(width) for text in columns[place])
+            title = "\n".join(line.rjust(width) for line in wrap(title, width))
+        table.add_column(title, no_wrap=right, overflow="fold", vertical="bottom")
+    for row in zip(*columns, strict=True):
         table.add_row(*map(Text, row))
     note = [Text(extra.note, style="dim")] if extra.note else []
     return Group(Text(extra.title, style="bold"), Text(""), table, *note)
