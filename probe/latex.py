@@ -50,7 +50,9 @@ def document(reports: Sequence[Report]) -> str:
 def table_lines(table: ExtraTable) -> list[str]:
     """Any table as a float of its own, with a space above rows that are headings."""
     columns = "".join("r" if right else "l" for right in numeric(table))
-    lines = [r"\begin{table}", r"\centering\footnotesize\tabcolsep=3pt"]
+    wide = len(table.columns) > 8
+    size = r"\scriptsize\tabcolsep=2pt" if wide else r"\footnotesize\tabcolsep=3pt"
+    lines = [r"\begin{table}", rf"\centering{size}"]
     lines += [rf"\begin{{tabular}}{{{columns}}}"]
     lines += [r"\toprule", _row(table.columns), r"\midrule"]
     for place, row in enumerate(extra_texts(table)):
