@@ -32,7 +32,7 @@ from probe.heatmap import draw_heatmap
 from probe.report import Cell, Report
 from probe.run_folder import write_whole
 from probe.strength import read_strengths
-from probe.wording import PUBLISHED_DIVERSITY, compared, diversity_cells, percent
+from probe.wording import compared, diversity_cells, percent, published_average, published_diversity
 
 BEFORE, AFTER = "#56B4E9", "#0072B2"
 ENTROPIES = {
@@ -107,7 +107,7 @@ def draw_diversity(reports: Sequence[Report]) -> Figure:
     """Draw how inter-sample diversity changed in every experiment, and on average (Fig. 3a)."""
     cells = [cell for cell in diversity_cells(reports) if cell.change is not None]
     pairs = list(dict.fromkeys(cell.pair for cell in cells))
-    cells.sort(key=lambda cell: (pairs.index(cell.pair), cell.benchmark, cell.alpha))
+    cells.sort(key=lambda cell: pairs.index(cell.pair))
     # A gap between the pairs.
     heights = [place + 0.6 * pairs.index(cell.pair) for place, cell in enumerate(cells)]
     figure = Figure((7.2, 1.9 + 0.23 * max(heights, default=0)), layout="constrained", dpi=160)
@@ -141,12 +141,12 @@ def draw_diversity(reports: Sequence[Report]) -> Figure:
     )
     text = f"{len(cells)} experiments, average improvement {percent(average)} %, "
     text += f"improvement rate {100 * rate:.1f} %"
-    if any(report.recipe.published for report in reports):
-        count, improvement, share = PUBLISHED_DIVERSITY
-        axes.axvline(100 * improvement, color="0.5", lw=1.2, ls=":", zorder=1)
-        label = f"published average {percent(improvement)} %"
+    published = published_diversity(reports)
+    if published:
+        axes.axvline(100 * published.change, color="0.5", lw=1.2, ls=":", zorder=1)
+        label = f"published average {percent(published.change)} %"
         handles.append(Line2D([], [], color="0.5", ls=":", lw=1.2, label=label))
-        text += f"\npublished: {count}, {percent(improvement)} %, {100 * share:.1f} %"
+        text += f"\npublished: {published_average(reports)}"
     axes.set_title(f"Inter-sample diversity\n{text}", fontsize=10, loc="left")
     axes.set_yticks(heights, [f"{c.benchmark}, alpha {c.alpha:g}" for c in cells], fontsize=8)
     axes.set_ylim(max(heights, default=0) + 0.6, -0.6)
@@ -166,15 +166,24 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
     panels: dict[tuple[str, str], list[Cell]] = {}
     for cell in (cell for report in reports for cell in report.cells if cell.metric == metric):
         panels.setdefault((cell.benchmark, cell.pair), []).append(cell)
-    columns = min(4, len({pair for _, pair in panels}))
-    rows = -(-len(panels) // columns)
+    theirs = {
+        (value.pair, value.alpha): value.change
+        for report in reports
+        for value in report.recipe.published_changes
+        if value.metric == metric
+    }
+    benchmarks, pairs = (list(dict.fromkeys(names)) for names in zip(*panels, strict=True))
+    rows, columns = len(benchmarks), len(pairs)
     figure = Figure((0.8 + 2.5 * columns, 1.1 + 2.2 * rows), layout="constrained", dpi=160)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    for axes, ((benchmark, pair), cells) in zip(grid, panels.items(), strict=False):
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.ravel():
+        axes.set_axis_off()
+    for (benchmark, pair), cells in panels.items():
+        axes = grid[benchmarks.index(benchmark), pairs.index(pair)]
+        axes.set_axis_on()
         places = np.arange(len(cells))
-        before, after = (
-            [getattr(c, side) or np.nan for c in cells] for side in ("before", "after")
-        )
+        before = [np.nan if cell.before is None else cell.before for cell in cells]
+        after = [np.nan if cell.after is None else cell.after for cell in cells]
         axes.plot(places, before, "o--", color=BEFORE, markerfacecolor="white", label="before")
         axes.plot(places, after, "s-", color=AFTER, label="after")
         for place, cell in enumerate(cells):
@@ -188,20 +197,23 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
                 fontsize=8,
                 fontweight="bold" if cell.significant else "normal",
             )
-        axes.set_xticks(places, [f"{cell.alpha:g}" for cell in cells])
+        labels = [f"{cell.alpha:g}" for cell in cells]
+        for place, cell in enumerate(cells):
+            if (pair, cell.alpha) in theirs:
+                labels[place] += f"\n({100 * theirs[pair, cell.alpha]:+.0f})"
+        axes.set_xticks(places, labels)
         axes.set_xlim(-0.5, len(cells) - 0.5)
         axes.set_title(f"{pair} on {benchmark}", fontsize=9)
         axes.set_xlabel("alpha", fontsize=9)
-        axes.margins(y=0.18)
-        axes.set_ylim(bottom=0)
+        # Room for the numbers above.
+        axes.set_ylim(0, 1.2 * float(np.nanmax([*before, *after, 1e-9])))
         _plain(axes, "y")
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    for axes in grid[::columns]:
-        axes.set_ylabel("nats", fontsize=9)
+        if pair == pairs[0]:
+            axes.set_ylabel("nats", fontsize=9)
+    handles, texts = axes.get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     title = f"Output entropy: {ENTROPIES[metric]}\nnumbers: change (%), bold where significant"
+    title += "; in brackets: published" if theirs else ""
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
 

@@ -36,7 +36,7 @@ _NEGATIVE = re.compile(r"(?<![\w)])-(?=[\d.])|(?<=\de)-(?=\d)")
 def document(reports: Sequence[Report]) -> str:
     """The tables of a report, or of several: Table 1 as the paper lays it out, and all others."""
     tables = shared_tables(reports)
-    if len(reports) == 1 and not reports[0].recipe.published:
+    if len(reports) == 1 and reports[0].cells and not reports[0].recipe.published:
         tables.append(table_1(reports))
     for report in reports:
         tables += further_tables(report)
@@ -50,7 +50,9 @@ def document(reports: Sequence[Report]) -> str:
 def table_lines(table: ExtraTable) -> list[str]:
     """Any table as a float of its own, with a space above rows that are headings."""
     columns = "".join("r" if right else "l" for right in numeric(table))
-    lines = [r"\begin{table}", r"\centering\footnotesize\tabcolsep=3pt"]
+    wide = len(table.columns) > 8
+    size = r"\scriptsize\tabcolsep=2pt" if wide else r"\footnotesize\tabcolsep=3pt"
+    lines = [r"\begin{table}", rf"\centering{size}"]
     lines += [rf"\begin{{tabular}}{{{columns}}}"]
     lines += [r"\toprule", _row(table.columns), r"\midrule"]
     for place, row in enumerate(extra_texts(table)):

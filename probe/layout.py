@@ -28,7 +28,7 @@ def shared_tables(reports: Sequence[Report]) -> list[ExtraTable]:
     tables = accuracy_table(reports)
     if compared(reports):
         return tables + side_by_side(reports)
-    if len(reports) > 1 or any(report.recipe.published for report in reports):
+    if any(r.cells and (len(reports) > 1 or r.recipe.published) for r in reports):
         tables.append(table_1(reports))
     return tables
 
@@ -70,7 +70,7 @@ def accuracy_table(reports: Sequence[Report]) -> list[ExtraTable]:
     found = [
         (n, row) for n, r in zip(run_names(reports), reports, strict=True) for row in r.accuracy
     ]
-    columns: Texts = ("benchmark", "pair", "questions", "before → after %", "points")
+    columns: Texts = ("benchmark", "pair", "questions", "accuracy %", "points")
     published = any(row.published for _, row in found)
     if published:
         columns = (*columns, "published %")

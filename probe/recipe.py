@@ -459,17 +459,23 @@ def recipe_table(recipe: Recipe) -> dict[str, object]:
     return cast(dict[str, object], TypeAdapter(Recipe).dump_python(recipe, mode="json"))
 
 
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as TOML, as `read_recipe` reads it; keys at their defaults are left out."""
+    import tomli_w
+
+    return tomli_w.dumps(
+        TypeAdapter(Recipe).dump_python(recipe, mode="json", exclude_defaults=True)
+    )
+
+
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe as a TOML file that `read_recipe` reads; keys at their defaults are left out.
+    """Write a recipe as a TOML file.
 
     Raises:
         ProbeError: The file cannot be written.
     """
-    import tomli_w
-
-    table = TypeAdapter(Recipe).dump_python(recipe, mode="json", exclude_defaults=True)
     try:
-        path.write_text(tomli_w.dumps(table), encoding="utf-8")
+        path.write_text(recipe_text(recipe), encoding="utf-8")
     except OSError as error:
         raise ProbeError(f"cannot write the recipe {path}: {error.strerror}") from error
 

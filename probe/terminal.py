@@ -43,18 +43,16 @@ def view(reports: Sequence[Report]) -> RenderableType:
 def table_view(extra: ExtraTable) -> RenderableType:
     """Lay out any table below its title, and its note below it."""
     table = _table()
-    rows = extra_texts(extra)
+    columns = list(zip(*extra_texts(extra), strict=True)) or [()] * len(extra.columns)
     for place, (title, right) in enumerate(zip(extra.columns, numeric(extra), strict=True)):
-        # Numbers stay whole; a heading that is longer than they are goes over several lines.
-        width = max([*(len(row[place]) for row in rows), *map(len, title.split())])
-        table.add_column(
-            "\n".join(wrap(title, width)) if right else title,
-            justify="right" if right else "left",
-            no_wrap=right,
-            overflow="fold",
-            vertical="bottom",
-        )
-    for row in rows:
+        if right:
+            # Numbers stay whole; a heading that is longer than they are goes over several lines.
+            # Padded by hand, so that marks at a number's end stay below each other.
+            width = max(map(len, (*columns[place], *title.split())))
+            columns[place] = tuple(text.rjust(width) for text in columns[place])
+            title = "\n".join(line.rjust(width) for line in wrap(title, width))
+        table.add_column(title, no_wrap=right, overflow="fold", vertical="bottom")
+    for row in zip(*columns, strict=True):
         table.add_row(*map(Text, row))
     note = [Text(extra.note, style="dim")] if extra.note else []
     return Group(Text(extra.title, style="bold"), Text(""), table, *note)

@@ -25,7 +25,7 @@ from probe.figures import ENTROPIES, draw_diversity, draw_entropy
 from probe.heatmap import COLOURS, LIMITS
 from probe.layout import cell_rows, extra_texts, further_tables, numeric, shared_tables, titles
 from probe.metrics import Array
-from probe.recipe import recipe_files, recipe_table
+from probe.recipe import recipe_text
 from probe.report import ExtraTable, Report
 from probe.run_folder import RunFolder
 from probe.strength import Strength, read_strengths
@@ -47,8 +47,7 @@ def page(reports: Sequence[Report]) -> str:
     here = Path(__file__)
     strengths = list(read_strengths(report))
     body = [_head(report), *_tables(shared_tables([report]))]
-    body += [*_explorer(bool(strengths)), *_figures(report), "<h2>Every cell</h2>"]
-    body += ['<div class="tables">', *_cell_tables(report), "</div>"]
+    body += [*_explorer(bool(strengths)), *_figures(report), *_cell_tables(report)]
     body += [*_tables(further_tables(report)), *_reading(report), *_making(report)]
     if strengths:
         # "<" could end the element that holds it.
@@ -137,7 +136,7 @@ def _tables(tables: Iterable[ExtraTable]) -> list[str]:
 
 
 def _cell_tables(report: Report) -> list[str]:
-    parts = []
+    parts = ["<h2>Every cell</h2>", '<div class="tables">']
     for benchmark, pair, cells in groups(report):
         rows, classes = [], []
         for place, cell in enumerate(cells):
@@ -149,7 +148,7 @@ def _cell_tables(report: Report) -> list[str]:
                 classes.append(kind)
         title = heading(benchmark, pair, cells)
         parts.append(_table(ExtraTable(title, "", titles(report), tuple(rows)), classes))
-    return parts
+    return [*parts, "</div>"] if report.cells else []
 
 
 def _table(table: ExtraTable, classes: Sequence[str] = ()) -> str:
@@ -252,10 +251,8 @@ def _making(report: Report) -> list[str]:
     facts += [(f"weights of {name}", str(value)) for name, value in _items(record.get("models"))]
     facts += [(name, str(record.get(name) or "-")) for name in ("started", "finished")]
     table = ExtraTable("Where, with what, for how long", "", ("", ""), tuple(facts))
-    known = recipe_files().get(recipe.name)
     versions = dict(_items(record.get("versions")))
-    command = f'pip install "circuit-probe=={versions.get("probe", "")}"\n'
-    command += f"probe recipe {recipe.name if known else 'recipe.toml'}"
+    command = f'pip install "circuit-probe=={versions.get("probe", "")}"\nprobe recipe recipe.toml'
     return [
         "<h2>How it was made</h2>",
         f"<p>{escape(steps)}</p>",
@@ -263,8 +260,8 @@ def _making(report: Report) -> list[str]:
         _table(table),
         "<h3>To run it again</h3>",
         f"<pre>{escape(command)}</pre>",
-        "<details><summary>The whole recipe</summary>",
-        f"<pre>{escape(json.dumps(recipe_table(recipe), indent=1, ensure_ascii=False))}</pre>",
+        "<details><summary>recipe.toml</summary>",
+        f"<pre>{escape(recipe_text(recipe))}</pre>",
         "</details>",
     ]
 

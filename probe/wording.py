@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from probe.metrics import METRICS, TOKEN_METRICS
-from probe.recipe import Pair
+from probe.recipe import Pair, PublishedChange
 from probe.report import Cell, Report
 from probe.statistics import LEVEL
 
@@ -21,12 +21,11 @@ ARROWS = {1: "↗", 0: "→", -1: "↘"}
 SAME = {True: "✓", False: "✗", None: "-"}
 """Whether a published value moved in the same direction as ours."""
 
-PUBLISHED_DIVERSITY = (41, 0.076, 0.951)
-"""Figure 3a of the paper: experiments, average improvement, share of experiments that improved."""
-
 
 def summary(report: Report) -> list[str]:
     """One sentence per benchmark and pair: what moved, and whether as the paper reports."""
+    if not report.cells:
+        return _accuracy_sentences(report)
     tested = report.recipe.report.resamples > 0
     return [
         _sentence(benchmark, pair.method or pair.name, cells, tested)
@@ -113,6 +112,22 @@ def _sentence(benchmark: str, subject: str, cells: Sequence[Cell], tested: bool)
     )
 
 
+def _accuracy_sentences(report: Report) -> list[str]:
+    """One sentence per pair, where nothing but accuracy is known."""
+    lines = []
+    for pair in report.recipe.pairs:
+        rows = [row for row in report.accuracy if row.pair == pair.name]
+        if rows:
+            count = f"{len(rows)} benchmark{'' if len(rows) == 1 else 's'}"
+            points = [100 * (row.after - row.before) for row in rows]
+            rose = sum(change > 0 for change in points)
+            lines.append(
+                f"{pair.method or pair.name} raised accuracy on {rose} of {count}, by "
+                f"{np.mean(points):+.1f} points on average."
+            )
+    return lines
+
+
 def diversity_line(reports: Sequence[Report]) -> list[str]:
     """Figure 3a in a sentence: how inter-sample diversity moved over all experiments."""
     changes = [cell.change for cell in diversity_cells(reports) if cell.change is not None]
@@ -124,10 +139,27 @@ def diversity_line(reports: Sequence[Report]) -> list[str]:
         f"Inter-sample diversity over {count} experiment{'' if count == 1 else 's'}: average "
         f"improvement {percent(improvement)} %, improvement rate {100 * rate:.1f} %"
     )
-    if any(report.recipe.published for report in reports):
-        count, improvement, rate = PUBLISHED_DIVERSITY
-        line += f" (published: {count}, {percent(improvement)} %, {100 * rate:.1f} %)"
-    return [f"{line}."]
+    published = published_average(reports)
+    return [f"{line} (published: {published})." if published else f"{line}."]
+
+
+def published_diversity(reports: Sequence[Report]) -> PublishedChange | None:
+    """Figure 3a's average over all pairs, where a recipe says what was printed."""
+    for report in reports:
+        for value in report.recipe.published_changes:
+            if (value.metric, value.pair, value.alpha) == ("sample_diversity", None, None):
+                return value
+    return None
+
+
+def published_average(reports: Sequence[Report]) -> str:
+    """The same in words, or nothing."""
+    value = published_diversity(reports)
+    if value is None:
+        return ""
+    count = f"{value.experiments} experiments, " if value.experiments else ""
+    rate = f", {100 * value.rate:.1f} % of them improved" if value.rate is not None else ""
+    return f"{count}{percent(value.change)} %{rate}"
 
 
 def diversity_cells(reports: Sequence[Report]) -> list[Cell]:
@@ -145,6 +177,18 @@ def heading(benchmark: str, pair: Pair, cells: Sequence[Cell]) -> str:
 
 def caveats(report: Report) -> list[str]:
     """What a reader must know of the numbers: how they were made, and what they do not say."""
+    lines = _cell_caveats(report) if report.cells else []
+    if any(c.published for c in report.cells) or any(r.published for r in report.accuracy):
+        lines.append(
+            "published: what was printed elsewhere for the row above. ✓: ours moved in the same "
+            "direction; ✗: it did not."
+        )
+    if report.missing:
+        lines.append(f"Not in this report ({len(report.missing)}): " + "; ".join(report.missing))
+    return lines
+
+
+def _cell_caveats(report: Report) -> list[str]:
     recipe = report.recipe
     shown, other = "the dense matrix, structural zeros included", "real edges only"
     if recipe.report.entries == "real":
@@ -166,13 +210,6 @@ def caveats(report: Report) -> list[str]:
             f"again{', over the dense matrix' if recipe.report.entries == 'real' else ''}. "
             "All of this is about other questions, not about other training runs."
         )
-    if any(c.published for c in report.cells) or any(r.published for r in report.accuracy):
-        lines.append(
-            "published: what was printed elsewhere for the row above. ✓: ours moved in the same "
-            "direction; ✗: it did not."
-        )
-    if report.missing:
-        lines.append(f"Not in this report ({len(report.missing)}): " + "; ".join(report.missing))
     return lines
 
 

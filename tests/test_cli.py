@@ -216,3 +216,28 @@ def test_recipe_and_report(tmp_path):
     assert call("report", folder).stdout == result.stdout
     printed = json.loads(call("report", folder, "--format", "json").stdout)
     assert printed == json.loads((folder / "report.json").read_text())
+
+
+def test_plot_writes_beside_the_run_or_elsewhere(half_run, tmp_path):
+    result = call("plot", half_run.path)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"10 files in {half_run.path / 'figures'}\n"
+    assert "figures" in result.stderr  # the bar
+    assert call("plot", half_run.path, "--output", tmp_path / "pictures").exit_code == 0
+    names = [
+        sorted(p.name for p in f.iterdir())
+        for f in (half_run.path / "figures", tmp_path / "pictures")
+    ]
+    assert names[0] == names[1]
+    same = call("plot", half_run.path, half_run.path, "--output", tmp_path / "pictures")
+    assert same.exit_code == 2
+    assert "same cells" in same.stderr
+
+
+def test_reports_of_two_runs_and_to_a_file(half_run, tmp_path):
+    both = call("report", half_run.path, half_run.path)
+    assert both.exit_code == 0, both.output
+    assert "6 of 6 cells moved in the same direction in all runs" in both.stdout
+    page = tmp_path / "report.html"
+    assert call("report", half_run.path, "--format", "html", "--output", page).stdout == ""
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")

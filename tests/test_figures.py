@@ -13,7 +13,7 @@ from probe.errors import ProbeError
 from probe.figures import draw_diversity, draw_entropy, write_figures
 from probe.graph import Graph
 from probe.heatmap import colour_limit, draw_heatmap
-from probe.recipe import Published
+from probe.recipe import PublishedChange
 from probe.report import build_report
 from probe.strength import Strength
 
@@ -125,18 +125,34 @@ def test_diversity_says_what_was_published_where_the_recipe_does(half_run):
     figure = draw_diversity([report])
     assert "1 experiments, average improvement +0.0 %, improvement rate 0.0 %" in texts(figure)
     assert "published" not in texts(figure)
-    value = Published("sft-grpo", "tiny-math", "accuracy", 0.1, 0.2)
-    recipe = replace(report.recipe, published=(value,))
+    value = PublishedChange("sample_diversity", 0.076, experiments=41, rate=0.951)
+    recipe = replace(report.recipe, published_changes=(value,))
     figure = draw_diversity([replace(report, recipe=recipe)])
-    assert "published: 41, +7.6 %, 95.1 %" in texts(figure)
+    assert "published: 41 experiments, +7.6 %, 95.1 % of them improved" in texts(figure)
+
+
+def test_entropy_says_what_was_published_where_the_recipe_does(half_run):
+    report = build_report(half_run.path)
+    value = PublishedChange("output_entropy", 1.2, pair="sft-grpo", alpha=0.5)
+    recipe = replace(report.recipe, published_changes=(value,))
+    for found, labels in ((report, ["0.5"]), (replace(report, recipe=recipe), ["0.5\n(+120)"])):
+        axes = draw_entropy([found]).axes[0]
+        assert [label.get_text() for label in axes.get_xticklabels()] == labels
 
 
 def test_entropy_with_a_value_that_is_not_defined(half_run):
     report = build_report(half_run.path)
     cells = [cell for cell in report.cells if cell.metric == "output_entropy"]
     empty = replace(cells[0], pair="sft-dpo", before=None, after=None, change=None)
-    figure = draw_entropy([replace(report, cells=(*cells, empty))])
+    zero = replace(empty, benchmark="gsm8k", before=0.0, after=1.0)
+    figure = draw_entropy([replace(report, cells=(*cells, empty, zero))])
     figure.canvas.draw()
-    assert "sft-dpo on tiny-math" in texts(figure)
+    assert [axes.get_title() for axes in figure.axes] == [
+        "sft-grpo on tiny-math",
+        "sft-dpo on tiny-math",
+        "",  # a row per benchmark
+        "sft-dpo on gsm8k",
+    ]
+    assert [line.get_ydata()[0] for line in figure.axes[3].get_lines()] == [0, 1]
     lines = figure.axes[0].get_lines()
     assert [line.get_ydata()[0] for line in lines] == [cells[0].before, cells[0].after]

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from probe.errors import ProbeError
-from probe.recipe import Published
+from probe.recipe import Published, PublishedChange
 from probe.rendering import FORMATS, print_report, render, write_report
-from probe.report import Change, ExtraTable, build_report
+from probe.report import Accuracy, Change, ExtraTable, build_report
 from probe.terminal import view
 
 
@@ -149,7 +149,9 @@ def published(report):
         *rest,
     )
     value = Published("sft-grpo", "tiny-math", "activation_intensity", 1.1e-3, 1.31e-3, 0.5)
-    return replace(report, cells=cells, recipe=replace(report.recipe, published=(value,)))
+    average = PublishedChange("sample_diversity", 0.076, experiments=41, rate=0.951)
+    recipe = replace(report.recipe, published=(value,), published_changes=(average,))
+    return replace(report, cells=cells, recipe=recipe)
 
 
 def test_published_values_are_below_their_cells(half_run):
@@ -161,7 +163,7 @@ def test_published_values_are_below_their_cells(half_run):
     assert re.search(rf"Act.Intens. .*\n +{row}✓", text)
     assert re.search(rf"Info.Complex. .*\n +{row}✗", text)
     assert len(re.findall(row, text)) == 2
-    assert "(published: 41, +7.6 %, 95.1 %)" in text
+    assert "(published: 41 experiments, +7.6 %, 95.1 % of them improved)" in " ".join(text.split())
     assert "| | published | 1.10e-3 ↗ 1.31e-3 | +19.1 | | ✓ | |" in re.sub(
         " +", " ", render(report, "markdown")
     )
@@ -237,3 +239,25 @@ def test_a_report_can_be_written_to_a_file(half_run, tmp_path):
     assert "\x1b" not in text
     with pytest.raises(ProbeError, match="cannot write to .*: No such file"):
         write_report([report], "csv", tmp_path / "no" / "report.csv")
+
+
+def test_a_report_of_accuracy_alone(half_run):
+    report = build_report(half_run.path)
+    rows = (
+        Accuracy("sft-grpo", "gsm8k", 0.5, 0.6, 200, Change(0.4, 0.5, 0.25), True),
+        Accuracy("sft-grpo", "aime24", 0.1, 0.1, 30),
+    )
+    value = Published("sft-grpo", "gsm8k", "accuracy", 0.4, 0.5)
+    recipe = replace(report.recipe, published=(value,))
+    report = replace(report, cells=(), accuracy=rows, missing=(), recipe=recipe)
+    text = shown(report, 100)
+    assert (
+        text.splitlines()[0].rstrip()
+        == "GRPO raised accuracy on 1 of 2 benchmarks, by +5.0 points on average."
+    )
+    assert re.search(r"gsm8k +sft-grpo +200 +50.0 ↗ 60.0 +\+10.0 +40.0 ↗ 50.0 ✓", text)
+    assert re.search(r"aime24 +sft-grpo +30 +10.0 → 10.0 +\+0.0 +-", text)
+    assert "published: what was printed elsewhere" in text
+    assert "Table 1" not in text
+    for style in FORMATS:
+        assert "Metrics over" not in render(report, style)

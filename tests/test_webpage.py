@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from probe.errors import ProbeError
+from probe.recipe import read_recipe
 from probe.rendering import render
 from probe.report import ExtraTable, build_report
 from probe.strength import read_strengths
@@ -97,6 +98,14 @@ def test_the_data_is_that_of_the_run(half_run):
         assert next(places, None) is None
         assert unpacked == pytest.approx(getattr(strength, name), rel=1e-6)
     assert graph["sources"] == list(strength.graph.sources)
+
+
+def test_the_recipe_on_the_page_runs(half_run, tmp_path):
+    report = nasty(half_run)
+    text = elements(render(report, "html")).text
+    toml = text.split("recipe.toml\n")[-1].split('{"graphs"')[0]
+    (tmp_path / "recipe.toml").write_text(toml)
+    assert read_recipe(tmp_path / "recipe.toml") == report.recipe
 
 
 def test_a_page_of_nothing_and_of_two_runs(half_run):
