@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from probe.attribution import Sequence as Sequence
     from probe.attribution import attribute as attribute
     from probe.attribution import exact_effects as exact_effects
+    from probe.comparison import compare as compare
     from probe.errors import ProbeError as ProbeError
     from probe.faithfulness import run_faithfulness as run_faithfulness
     from probe.graph import Graph as Graph
@@ -36,6 +37,7 @@ _MODULES = {
     "Sequence": "attribution",
     "attribute": "attribution",
     "exact_effects": "attribution",
+    "compare": "comparison",
     "run_faithfulness": "faithfulness",
     "ProbeError": "errors",
     "Graph": "graph",

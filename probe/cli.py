@@ -5,13 +5,17 @@ heavy is imported before a command needs it, so that `--help` answers at once.
 """
 
 import os
-import re
 import signal
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
 from probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from probe.recipe import Recipe
 
 
 class Group(click.Group):
@@ -45,63 +49,60 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-@main.command()
-@click.argument("name", metavar="NAME|PATH.toml")
-@click.option("--output", type=click.Path(), help="Run folder [default: runs/NAME].")
-@click.option("--limit", type=click.IntRange(1), help="Ask only N questions of each benchmark.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key.")
-@click.option("--solutions", metavar="before=FILE,after=FILE", help="Solutions made elsewhere.")
-@click.option("--method", help="eap, eap-ig, relp or exact.")
-@click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1.")
-@click.option("--dtype", help="float32, bfloat16, float16 or float64.")
-@click.option("--fresh", is_flag=True, help="Start over instead of going on.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
-def recipe(
-    name: str,
-    output: str | None,
-    limit: int | None,
-    settings: tuple[str, ...],
-    solutions: str | None,
-    method: str | None,
-    device: str | None,
-    dtype: str | None,
-    fresh: bool,
-    dry_run: bool,
-) -> None:
-    """Run a recipe, or go on with a run that was stopped.
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of every command that runs a recipe."""
+    options = (
+        click.option("--output", type=click.Path(), help="Run folder [default: runs/NAME]."),
+        click.option("--limit", type=click.IntRange(1), help="Ask only N questions of each."),
+        click.option(
+            "--benchmark-path",
+            "paths",
+            multiple=True,
+            metavar="[NAME=]PATH",
+            help="A local file or folder with a benchmark's problems.",
+        ),
+        click.option(
+            "--solutions",
+            metavar="before=FILE,after=FILE",
+            help="Solutions that were generated elsewhere, of one side or both.",
+        ),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key."),
+        click.option("--method", help="eap, eap-ig, relp or exact."),
+        click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1."),
+        click.option("--dtype", help="float32, bfloat16, float16 or float64."),
+        click.option("--kernels", help="auto, eager, or liger: fused kernels on a GPU."),
+        click.option("--fresh", is_flag=True, help="Start over instead of going on."),
+        click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
-    \b
-    Examples:
-      probe recipe tiny-math
-      probe recipe tiny-math --limit 200 --set selection.samples=50
-      probe recipe my-recipe.toml --set pairs.0.before=my-folder --output runs/mine
-    """
+
+KEYS = {
+    "limit": "solutions.questions",
+    "method": "attribution.method",
+    "device": "compute.device",
+    "dtype": "compute.dtype",
+    "kernels": "compute.kernels",
+}
+"""The options that stand for one key of the recipe."""
+
+
+def _overrides(
+    settings: tuple[str, ...], keys: dict[str, str | int | None]
+) -> dict[str, str | int | float]:
     overrides: dict[str, str | int | float] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise ProbeError(f"--set {setting}: write KEY=VALUE, as in selection.samples=50")
         overrides[key.strip()] = value.strip()
-    for key, given in (
-        ("solutions.questions", limit),
-        ("attribution.method", method),
-        ("compute.device", device),
-        ("compute.dtype", dtype),
-    ):
-        if given is not None:
-            overrides[key] = given
+    overrides |= {KEYS[name]: given for name, given in keys.items() if given is not None}
+    return overrides
 
-    if solutions is not None:
-        overrides |= solution_files(solutions)
 
-    from probe.recipe import read_recipe
-
-    chosen = read_recipe(name, overrides)
-    if solutions is not None and len(chosen.pairs) > 1:
-        raise ProbeError(
-            f"--solutions is for one pair, and {chosen.name} has {len(chosen.pairs)}; "
-            "use --set pairs.0.solutions.before=FILE"
-        )
+def _run(chosen: "Recipe", output: str | None, fresh: bool, dry_run: bool) -> None:
     if dry_run:
         from rich.console import Console
 
@@ -115,15 +116,91 @@ def recipe(
     print_report(run_recipe(chosen, output, fresh=fresh))
 
 
-def solution_files(text: str) -> dict[str, str | int | float]:
-    """The keys that `before=FILE,after=FILE` sets; one side alone will do."""
-    overrides: dict[str, str | int | float] = {}
-    for part in re.split(r",(?=(?:before|after)=)", text):
-        side, equals, file = part.partition("=")
-        if side not in ("before", "after") or not equals or not file:
-            raise ProbeError(f"--solutions {text}: write before=FILE,after=FILE, or one of them")
-        overrides[f"pairs.0.solutions.{side}"] = file
-    return overrides
+@main.command()
+@click.argument("name", metavar="NAME|PATH.toml")
+@run_options
+def recipe(
+    name: str,
+    output: str | None,
+    paths: tuple[str, ...],
+    solutions: str | None,
+    settings: tuple[str, ...],
+    fresh: bool,
+    dry_run: bool,
+    **keys: str | int | None,
+) -> None:
+    """Run a recipe, or go on with a run that was stopped.
+
+    \b
+    Examples:
+      probe recipe tiny-math
+      probe recipe tiny-math --limit 200 --set selection.samples=50
+      probe recipe mistral-math --set pairs.0.before=my-folder --benchmark-path gsm8k=test.jsonl
+    """
+    from probe.recipe import place_benchmarks, place_solutions, read_recipe
+
+    overrides = _overrides(settings, keys)
+    chosen = place_benchmarks(read_recipe(name, overrides), paths)
+    _run(place_solutions(chosen, solutions), output, fresh, dry_run)
+
+
+@main.command()
+@click.argument("before")
+@click.argument("after")
+@click.option("--benchmark", "benchmarks", multiple=True, help="May be repeated [default: gsm8k].")
+@click.option("--alpha", type=float, multiple=True, help="Likewise [default: 0.03, 0.1, 0.3, 0.5].")
+@click.option(
+    "--prompt",
+    default="chat",
+    show_default=True,
+    metavar="TEXT|chat",
+    help="Text with {question} in it (\\n breaks the line), or the tokenizer's chat template.",
+)
+@click.option("--save-recipe", type=click.Path(), help="Write the recipe that this is to a file.")
+@run_options
+def compare(
+    before: str,
+    after: str,
+    benchmarks: tuple[str, ...],
+    alpha: tuple[float, ...],
+    prompt: str,
+    save_recipe: str | None,
+    output: str | None,
+    paths: tuple[str, ...],
+    solutions: str | None,
+    settings: tuple[str, ...],
+    fresh: bool,
+    dry_run: bool,
+    **keys: str | int | None,
+) -> None:
+    """Compare any two models of one architecture, without writing a recipe.
+
+    BEFORE and AFTER are folders or hub ids; a PEFT adapter stands for its base with the adapter.
+
+    \b
+    Examples:
+      probe compare Qwen/Qwen2.5-0.5B-Instruct ./my-grpo-checkpoint --benchmark gsm8k --limit 200
+      probe compare ./base ./adapter --prompt "Q: {question} A:" --save-recipe mine.toml
+    """
+    from pathlib import Path
+
+    from probe.comparison import compare_recipe
+    from probe.recipe import place_solutions, write_recipe
+
+    chosen = compare_recipe(
+        before,
+        after,
+        benchmarks or ("gsm8k",),
+        alpha=alpha,
+        # A shell has no easy way to write a line break.
+        prompt=prompt.replace("\\n", "\n"),
+        benchmark_paths=paths,
+        overrides=_overrides(settings, keys),
+    )
+    chosen = place_solutions(chosen, solutions)
+    if save_recipe:
+        write_recipe(chosen, Path(save_recipe))
+    _run(chosen, output, fresh, dry_run)
 
 
 @main.command()
@@ -184,29 +261,63 @@ def faithfulness(
 
 
 @main.command()
-@click.argument("run", type=click.Path())
+@click.argument("runs", type=click.Path(), nargs=-1, required=True, metavar="RUN...")
 @click.option(
     "--format",
     "style",
-    type=click.Choice(["table", "markdown", "json", "csv"]),
+    type=click.Choice(["table", "markdown", "latex", "html", "json", "csv"]),
     default="table",
     show_default=True,
     help="How to print it.",
 )
-def report(run: str, style: str) -> None:
-    """Print the report of a run again, finished or not.
+@click.option("--output", type=click.Path(), help="Write it to a file instead.")
+def report(runs: tuple[str, ...], style: str, output: str | None) -> None:
+    """Print the report of a run again, finished or not; of several, side by side.
 
     \b
     Examples:
       probe report runs/tiny-math
-      probe report runs/tiny-math --format markdown > report.md
+      probe report runs/tiny-math --format html --output report.html
+      probe report runs/fast runs/exact
     """
     from pathlib import Path
 
-    from probe.rendering import print_report
+    from probe.rendering import print_report, write_report
     from probe.report import build_report
 
-    print_report(build_report(Path(run)), style)  # type: ignore[arg-type]
+    reports = [build_report(Path(run)) for run in runs]
+    if output is None:
+        print_report(reports, style)
+    else:
+        write_report(reports, style, Path(output))
+
+
+@main.command()
+@click.argument("runs", type=click.Path(), nargs=-1, required=True, metavar="RUN...")
+@click.option("--output", type=click.Path(), help="Folder for them [default: RUN/figures].")
+def plot(runs: tuple[str, ...], output: str | None) -> None:
+    """Draw the figures of a run as PNG and PDF; of several runs, one picture of all.
+
+    \b
+    Examples:
+      probe plot runs/tiny-math
+      probe plot runs/mistral-math runs/deepseek-math --output figures
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from probe.figures import write_figures
+    from probe.report import build_report
+    from probe.run import progress_bar
+
+    if output is None and len(runs) > 1:
+        raise ProbeError("figures of several runs need a place: give --output FOLDER")
+    folder = Path(output) if output else Path(runs[0]) / "figures"
+    reports = [build_report(Path(run)) for run in runs]
+    with progress_bar(Console(stderr=True, highlight=False)) as progress:
+        files = write_figures(reports, folder, progress)
+    click.echo(f"{len(files)} files in {folder}")
 
 
 if __name__ == "__main__":

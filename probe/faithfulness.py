@@ -24,8 +24,9 @@ from rich.progress import Progress
 
 from probe.agreement import Agreement, MeasuredEdge, Stratum, compare_all
 from probe.attribution import Edge, Sequence, attribute, exact_effects
+from probe.checkpoints import fingerprint
 from probe.errors import ProbeError
-from probe.models import Model, cpu_threads, fingerprint, load_model, resolve_devices
+from probe.models import Model, cpu_threads, load_model, resolve_devices
 from probe.recipe import (
     AttributionOptions,
     Recipe,

@@ -1,16 +1,15 @@
 """Loading a model: its weights, its tokenizer and its row of the architecture table.
 
-A reference names a model in one of three ways: a folder, a Hugging Face id (`org/name`), or a
-model that ships with this package (`probe:tiny-math/sft`). Parameters are frozen on loading:
-attribution needs gradients of activations only, and unfrozen weights would cost a third more
-work and far more memory.
+A reference names a model as `probe.checkpoints` says. Parameters are frozen on loading: attribution
+needs gradients of activations only, and unfrozen weights would cost a third more work and far more
+memory.
 
     >>> model = load_model("probe:tiny-math/sft")
     >>> model.n_layers, model.d_model
     (4, 160)
 """
 
-import hashlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,20 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from probe.architectures import Architecture, Heads, architecture_of
+from probe.checkpoints import fetch_checkpoint
 from probe.errors import ProbeError
 from probe.graph import Granularity, Graph
 
 if TYPE_CHECKING:
     import torch
     from nnsight.modeling.transformers import TransformersModel
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from probe.kernels import Kernels
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
-
-PACKAGE_DATA = Path(__file__).parent / "data"
-PACKAGE_PREFIX = "probe:"
 
 
 @dataclass(frozen=True)
@@ -106,31 +103,6 @@ class Model:
         return Graph.build(self.n_layers, granularity, self.heads, bias, parallel)
 
 
-def local_folder(reference: str) -> Path | None:
-    """The folder that a reference names, or None when it is a hub id.
-
-    Raises:
-        ProbeError: It looks like a folder, but there is none.
-    """
-    if reference.startswith(PACKAGE_PREFIX):
-        folder = PACKAGE_DATA / reference.removeprefix(PACKAGE_PREFIX)
-        if not folder.is_dir():
-            shipped = sorted(p.parent for p in PACKAGE_DATA.glob("*/*/config.json"))
-            names = ", ".join(
-                PACKAGE_PREFIX + p.relative_to(PACKAGE_DATA).as_posix() for p in shipped
-            )
-            raise ProbeError(f"no model {reference!r} ships with probe; there are: {names}")
-        return folder
-    folder = Path(reference).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ProbeError(f"{folder} holds no config.json, so it is not a model folder")
-        return folder
-    if reference.count("/") != 1 or reference.startswith((".", "~", "/")):
-        raise ProbeError(f"model folder {reference!r} does not exist; give a folder or a hub id")
-    return None
-
-
 def read_config(reference: str) -> "PretrainedConfig":
     """Read a model's configuration without its weights.
 
@@ -139,9 +111,9 @@ def read_config(reference: str) -> "PretrainedConfig":
     """
     from transformers import AutoConfig
 
-    folder = local_folder(reference)
+    folder = fetch_checkpoint(reference, weights=False).folder
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder or reference)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ProbeError(_cannot_read("the config", reference, error)) from error
     return config
@@ -155,9 +127,9 @@ def read_tokenizer(reference: str) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    folder = local_folder(reference)
+    folder = fetch_checkpoint(reference, weights=False).tokenizer
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder or reference)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ProbeError(_cannot_read("the tokenizer", reference, error)) from error
     return tokenizer
@@ -196,10 +168,15 @@ def load_model(
     experts = (
         {"experts_implementation": "eager"} if architecture.experts and dtype == "float64" else {}
     )
+    checkpoint = fetch_checkpoint(reference)
+    # An adapter's change is small: it would be lost in sums of a short dtype.
+    exact = "float32" if checkpoint.adapter and dtype in ("bfloat16", "float16") else dtype
     try:
         module = AutoModelForCausalLM.from_pretrained(
-            local_folder(reference) or reference, dtype=getattr(torch, dtype), **experts
+            checkpoint.folder, dtype=getattr(torch, exact), **experts
         )
+        if checkpoint.adapter:
+            module = _merged(module, checkpoint.adapter).to(getattr(torch, dtype))
     except Exception as error:
         # safetensors has an exception type of its own for a damaged file, and it is not an OSError
         if isinstance(error, OSError | ValueError) or "safetensor" in type(error).__name__.lower():
@@ -211,6 +188,24 @@ def load_model(
     # Without a device the pipeline inside would move the model to the first GPU there is.
     network = TransformersModel(module, task="text-generation", tokenizer=tokenizer, device=place)
     return Model(reference, network, tokenizer, config, architecture, place, module.dtype, chosen)
+
+
+def _merged(module: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
+    """Merge an adapter into its base."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ProbeError(
+            f"{adapter} is a PEFT adapter, which needs: pip install circuit-probe[peft]"
+        ) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+            merged: PreTrainedModel = PeftModel.from_pretrained(module, adapter).merge_and_unload()
+    except RuntimeError as error:  # sizes that do not fit
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ProbeError(f"the adapter {adapter} does not fit its base: {reason}") from error
+    return merged
 
 
 def resolve_devices(device: str, most: int | None = None) -> "list[torch.device]":
@@ -291,35 +286,6 @@ def check_pair(before: str, after: str) -> None:
             f"{before} and {after} differ in tokenizer ({differing} entries of the vocabulary): "
             "a pair needs the same tokens on both sides"
         )
-
-
-def weight_files(reference: str) -> list[Path]:
-    """The weight files of a model that are on this machine, without asking the network."""
-    folder = local_folder(reference)
-    if folder is None:
-        from huggingface_hub import try_to_load_from_cache
-
-        config = try_to_load_from_cache(reference, "config.json")
-        if not isinstance(config, str):
-            return []
-        folder = Path(config).parent
-    return sorted(folder.glob("*.safetensors"))
-
-
-def fingerprint(reference: str) -> str:
-    """A short name for the weights themselves, so that a retrained folder is not taken for the old.
-
-    Of each weight file its name, its size and its last MiB are hashed: enough to notice any
-    training step, and quick for a model of many gigabytes.
-    """
-    digest = hashlib.sha256()
-    for path in weight_files(reference):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
 
 
 def _cannot_read(what: str, reference: str, error: Exception) -> str:

@@ -1,12 +1,15 @@
 """The plan: what a recipe would do and need, told without doing any of it.
 
-Nothing is loaded and the network is not asked; what is not on this machine is said to be missing.
+Nothing is loaded and the network is not asked. Of a model that is not on this machine, the sizes
+are those that the recipe gives as its `shape`; what neither says is unknown and shown as `?`.
+Times are rough and say what they assume.
 
     >>> plan = make_plan(read_recipe("tiny-math"))
     >>> plan.models[0].here
     True
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +17,33 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from probe.models import local_folder, read_config, weight_files
-from probe.problems import BENCHMARKS, load_problems
-from probe.recipe import Recipe
+from probe.batching import ENOUGH_TOKENS
+from probe.checkpoints import (
+    adapter_base,
+    find_checkpoint,
+    hub_reachable,
+    unreachable,
+    weight_files,
+)
+from probe.errors import ProbeError
+from probe.models import read_config
+from probe.problems import BENCHMARKS, data_set_here, load_problems
+from probe.recipe import Pair, Recipe, Shape
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+PROMPT_TOKENS = 200
+ANSWER_SHARE = 0.1
+"""What the estimates assume: tokens of a prompt, and of an answer as a share of the longest."""
+
+STEP_SECONDS = 0.021 / 32
+"""A layer's share of the time in which one H100 makes a token for each question of a batch, while
+the batch is small: measured at 7B Mistral shape in bfloat16."""
+
+OPERATIONS_PER_SECOND = 2.2e14
+PASS_SECONDS = 0.172 / 32
+"""What scoring reaches on one H200 at that shape, of 4 operations per parameter and token; and the
+least time that a batch takes, for each layer."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +56,20 @@ class ModelNeed:
     here: bool
     """Whether its weights are on this machine."""
 
-    parameters: int | None
-    """How many it has; None if it is not here."""
+    shape: Shape | None
+    """How large it is; None where that is not known."""
 
-    activation_bytes: int | None
-    """Roughly what attribution holds per token of a batch; None if the model is not here."""
+    def weight_bytes(self, dtype: str) -> int | None:
+        """What its weights take in memory, and about what a download takes in bfloat16."""
+        return None if self.shape is None else self.shape.parameters * BYTES[dtype]
+
+    def activation_bytes(self, dtype: str) -> int | None:
+        """Roughly what attribution holds per token of a batch."""
+        if self.shape is None:
+            return None
+        # A fit to one measurement (7B Mistral shape, bfloat16: 8.5 MB a token), sources included.
+        per_layer = 18 * self.shape.d_model + 4 * self.shape.d_ffn
+        return self.shape.n_layers * per_layer * BYTES[dtype]
 
 
 @dataclass(frozen=True)
@@ -50,6 +84,9 @@ class BenchmarkNeed:
 
     questions: int | None
     """How many would be asked; None where that shows only after the download."""
+
+    here: bool
+    """Whether it is on this machine."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +103,76 @@ class Plan:
     """Each benchmark."""
 
     @property
-    def downloads(self) -> list[str]:
-        """What is not on this machine, as far as that can be known."""
-        models = [model.reference for model in self.models if not model.here]
-        return models + [need.source for need in self.benchmarks if need.questions is None]
+    def missing_models(self) -> list[str]:
+        """The models whose weights are not on this machine."""
+        return [model.reference for model in self.models if not model.here]
+
+    @property
+    def missing_data(self) -> list[str]:
+        """The data sets that are not on this machine, as far as that can be known."""
+        return [need.source for need in self.benchmarks if not need.here]
+
+    @property
+    def solving_seconds(self) -> float | None:
+        """At least how long one GPU generates; None where a size is not known."""
+        batch = self.recipe.solutions.batch_size
+        questions = [need.questions for need in self.benchmarks]
+        total = 0.0
+        for shape, pair in self._askings():
+            if shape is None or None in questions:
+                return None
+            batches = sum(math.ceil((count or 0) / batch) for count in questions)
+            total += batches * answer_tokens(pair) * shape.n_layers * STEP_SECONDS
+        return total
+
+    @property
+    def scoring_seconds(self) -> float | None:
+        """About how long one GPU scores edges; None where a size is not known, or for `exact`."""
+        options, selection = self.recipe.attribution, self.recipe.selection
+        if options.method == "exact":
+            return None
+        passes = options.ig_steps if options.method == "eap-ig" else 1
+        samples = [
+            min(selection.samples, need.questions or selection.samples) for need in self.benchmarks
+        ]
+        shapes = {model.reference: model.shape for model in self.models}
+        total = 0.0
+        for pair in self.recipe.pairs:
+            for shape in (shapes[pair.before], shapes[pair.after]):
+                if shape is None:
+                    return None
+                for alpha in selection.alpha:
+                    tokens = scored_tokens(pair, alpha)
+                    work = 4 * shape.parameters * tokens / OPERATIONS_PER_SECOND
+                    least = shape.n_layers * PASS_SECONDS / sequences_per_batch(self.recipe, tokens)
+                    total += sum(samples) * passes * max(work, least)
+        return total
+
+    def _askings(self) -> list[tuple[Shape | None, Pair]]:
+        """Each model as often as it solves the benchmarks."""
+        shapes = {model.reference: model.shape for model in self.models}
+        uses = {
+            (model, pair.prompt, pair.max_new_tokens): (shapes[model], pair)
+            for pair in self.recipe.pairs
+            for model in (pair.before, pair.after)
+        }
+        return list(uses.values())
+
+
+def answer_tokens(pair: Pair) -> float:
+    """How long the estimates take a pair's answers to be."""
+    return ANSWER_SHARE * pair.max_new_tokens
+
+
+def scored_tokens(pair: Pair, alpha: float) -> float:
+    """How long they take a scored sequence to be."""
+    return PROMPT_TOKENS + alpha * answer_tokens(pair)
+
+
+def sequences_per_batch(recipe: Recipe, tokens: float) -> int:
+    """How many sequences of so many tokens run at once on a GPU with memory enough."""
+    size = recipe.attribution.batch_size
+    return max(1, int(ENOUGH_TOKENS["cuda"] / tokens)) if size == "auto" else size
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -78,106 +181,207 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         ProbeError: A folder of the recipe is missing, or a benchmark file is broken.
     """
-    models = tuple(_model_need(reference, recipe) for reference in recipe.models())
+    shapes: dict[str, Shape | None] = {}
+    for pair in recipe.pairs:
+        for reference in (pair.before, pair.after):
+            shapes[reference] = shapes.get(reference) or pair.shape
+    models = tuple(_model_need(reference, shape) for reference, shape in shapes.items())
     options = recipe.solutions
     benchmarks = []
     for choice in recipe.benchmarks:
         known = BENCHMARKS.get(choice.name)
-        if known and known.source and not choice.path:
-            benchmarks.append(BenchmarkNeed(choice.name, known.source, None))
-            continue
         questions = None if options.questions == "all" else options.questions
+        if known and known.source and not choice.path:
+            if known.size and questions:
+                questions = min(known.size, questions)
+            questions = questions or known.size
+            here = data_set_here(known.source)
+            benchmarks.append(BenchmarkNeed(choice.name, known.source, questions, here))
+            continue
         path = Path(choice.path).expanduser() if choice.path else None
         problems = load_problems(choice.name, path, questions, options.seed)
         source = choice.path or "ships with probe"
-        benchmarks.append(BenchmarkNeed(choice.name, source, len(problems)))
+        benchmarks.append(BenchmarkNeed(choice.name, source, len(problems), True))
     return Plan(recipe, models, tuple(benchmarks))
+
+
+def check_reach(recipe: Recipe) -> None:
+    """Check that what is not on this machine can be downloaded.
+
+    Raises:
+        ProbeError: It cannot; the message says what is missing and how to do without the hub.
+    """
+    plan = make_plan(recipe)
+    if not (plan.missing_models or plan.missing_data) or hub_reachable():
+        return
+    parts, options = [], []
+    if plan.missing_models:
+        parts.append(f"the models {', '.join(plan.missing_models)} (hf download ID)")
+        options += [
+            f"--set pairs.{number}.{side}=FOLDER"
+            for number, pair in enumerate(recipe.pairs)
+            for side, model in (("before", pair.before), ("after", pair.after))
+            if model in plan.missing_models
+        ]
+    if plan.missing_data:
+        names = ", ".join(plan.missing_data)
+        parts.append(f"the data sets {names} (hf download --repo-type dataset ID)")
+        options += [
+            f"--benchmark-path {need.name}=FILE" for need in plan.benchmarks if not need.here
+        ]
+    raise ProbeError(
+        f"{unreachable()}, and this machine lacks {' and '.join(parts)}: download them where there "
+        f"is network, and say where they are by {' '.join(options)}"
+    )
 
 
 def plan_view(plan: Plan) -> RenderableType:
     """Lay out a plan for the terminal."""
-    recipe = plan.recipe
-    models = Table(title="Models", title_justify="left")
-    for title in ("model", "here", "parameters", "weights", "per 1000 tokens of a batch"):
-        models.add_column(title)
+    recipe, dtype = plan.recipe, plan.recipe.compute.dtype
+    models = _table("model", "here", "parameters", f"in {dtype}", "per 1000 tokens")
     for model in plan.models:
-        weights = model.parameters and model.parameters * BYTES[recipe.compute.dtype]
+        activations = model.activation_bytes(dtype)
         models.add_row(
             model.reference,
-            "yes" if model.here else "no: download",
-            "?" if model.parameters is None else f"{model.parameters:,}",
-            _size(weights),
-            _size(model.activation_bytes and 1000 * model.activation_bytes),
+            "yes" if model.here else "no",
+            f"{model.shape.parameters:,}" if model.shape else "?",
+            _size(model.weight_bytes(dtype)),
+            _size(activations and 1000 * activations),
         )
-    work = Table(title="Work", title_justify="left")
-    for title in ("benchmark", "from", "questions", "pairs", "alpha"):
-        work.add_column(title)
+    work = _table("benchmark", "from", "here", "questions")
     for need in plan.benchmarks:
-        work.add_row(
-            need.name,
-            need.source if need.questions is not None else f"hub: {need.source}",
-            "?" if need.questions is None else str(need.questions),
-            ", ".join(pair.name for pair in recipe.pairs),
-            ", ".join(f"{alpha:g}" for alpha in recipe.selection.alpha),
-        )
-    downloads = ", ".join(plan.downloads) or "nothing"
-    options = recipe.attribution
-    return Group(
-        models,
-        work,
-        Text(
-            f"Each model solves every question once; then {options.method} ({options.granularity}) "
-            f"on at most {recipe.selection.samples} questions per pair, benchmark, alpha and side, "
-            f"in {recipe.compute.dtype} on {recipe.compute.device}.\nDownloads: {downloads}."
-        ),
-    )
+        asked = "?" if need.questions is None else str(need.questions)
+        work.add_row(need.name, need.source, "yes" if need.here else "no", asked)
+    parts: list[RenderableType] = [models, Text(""), work, Text("")]
+    return Group(*parts, Text("\n".join([_work(recipe), *_needs(plan), _downloads(plan)])))
 
 
 def recipes_view(plans: list[Plan]) -> RenderableType:
     """Lay out what recipes there are."""
-    table = Table()
-    for title in ("recipe", "pairs", "method", "benchmarks", "downloads"):
-        table.add_column(title)
+    table = _table("recipe", "what it shows", "to download")
     for plan in plans:
-        pairs = plan.recipe.pairs
-        table.add_row(
-            plan.recipe.name,
-            "\n".join(pair.name for pair in pairs),
-            "\n".join(pair.method for pair in pairs),
-            "\n".join(need.name for need in plan.benchmarks),
-            "\n".join(plan.downloads) or "nothing: all is here",
-        )
+        missing = len(plan.missing_models), len(plan.missing_data)
+        sizes = [
+            model.weight_bytes("bfloat16")
+            for model in plan.models
+            if not model.here and model.shape is not None
+        ]
+        text = f"{missing[0]} models" if missing[0] else ""
+        if len(sizes) == missing[0] and sizes:
+            text += f", {_size(sum(size or 0 for size in sizes))}"
+        if missing[1]:
+            text += f"{'; ' if text else ''}{missing[1]} data sets"
+        table.add_row(plan.recipe.name, plan.recipe.description, text or "nothing: all is here")
     return table
 
 
-def _model_need(reference: str, recipe: Recipe) -> ModelNeed:
+def _work(recipe: Recipe) -> str:
+    options, alphas = recipe.attribution, recipe.selection.alpha
+    text = "Each model solves every question once"
+    if not alphas:
+        return f"{text}; no edges are scored."
+    pairs = ", ".join(pair.name for pair in recipe.pairs)
+    return (
+        f"{text}; then {options.method} ({options.granularity}) on at most "
+        f"{recipe.selection.samples} questions per benchmark, pair ({pairs}), side and alpha "
+        f"({', '.join(f'{alpha:g}' for alpha in alphas)}), in {recipe.compute.dtype} on "
+        f"{recipe.compute.device}."
+    )
+
+
+def _needs(plan: Plan) -> list[str]:
+    """Memory and time, where sizes are known, and what they assume."""
+    recipe, lines = plan.recipe, []
+    shapes = {model.reference: model for model in plan.models}
+    needs = []
+    for pair in recipe.pairs:
+        for model in (shapes[pair.before], shapes[pair.after]):
+            weights = model.weight_bytes(recipe.compute.dtype)
+            token = model.activation_bytes(recipe.compute.dtype)
+            if weights and token:
+                tokens = scored_tokens(pair, max(recipe.selection.alpha, default=0))
+                batch = tokens * sequences_per_batch(recipe, tokens)
+                needs.append(weights + (token * batch if recipe.selection.alpha else 0))
+    if len(needs) == 2 * len(recipe.pairs):
+        lines.append(
+            f"Memory of the largest batch: about {_size(int(max(needs)))}"
+            f"{'; smaller batches do with less' if recipe.selection.alpha else ''}."
+        )
+    else:
+        lines.append("Memory and time: unknown until the models are here.")
+    times = [
+        f"{what} {_duration(seconds)}"
+        for what, seconds in (
+            ("solving at least", plan.solving_seconds),
+            ("scoring about", plan.scoring_seconds if recipe.selection.alpha else None),
+        )
+        if seconds is not None
+    ]
+    if times:
+        lines.append(f"Time on one H100 or H200, roughly: {', '.join(times)}.")
+    if len(needs) == 2 * len(recipe.pairs):
+        lengths = sorted({round(answer_tokens(pair)) for pair in recipe.pairs})
+        lines.append(
+            f"This assumes prompts of {PROMPT_TOKENS} tokens and answers of a tenth of the longest "
+            f"({', '.join(map(str, lengths))} tokens)."
+        )
+    return lines
+
+
+def _downloads(plan: Plan) -> str:
+    missing = [*plan.missing_models, *plan.missing_data]
+    return f"Downloads: {', '.join(missing) or 'nothing'}."
+
+
+def _model_need(reference: str, shape: Shape | None) -> ModelNeed:
+    checkpoint = find_checkpoint(reference)
+    here = bool(weight_files(reference))
+    base = reference
+    if checkpoint and checkpoint.adapter:
+        base = adapter_base(checkpoint.adapter)
+    files = weight_files(base)
+    if files and all(path.suffix == ".safetensors" for path in files):
+        config = read_config(base)
+        shape = Shape(
+            parameters=sum(map(_numbers, files)),
+            n_layers=config.num_hidden_layers,
+            d_model=config.hidden_size,
+            d_ffn=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        )
+    return ModelNeed(reference, here, shape)
+
+
+def _numbers(path: Path) -> int:
+    """How many numbers a safetensors file holds, from its header."""
     from safetensors import safe_open
 
-    local_folder(reference)
-    files = weight_files(reference)
-    if not files:
-        return ModelNeed(reference, False, None, None)
-    parameters = 0
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                size = 1
-                for extent in file.get_slice(name).get_shape():
-                    size *= extent
-                parameters += size
-    config = read_config(reference)
-    # A fit to one measurement (7B Mistral shape, bfloat16: 8.5 MB a token), sources included.
-    d_ffn = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    per_layer = 18 * config.hidden_size + 4 * d_ffn
-    activations = config.num_hidden_layers * per_layer * BYTES[recipe.compute.dtype]
-    return ModelNeed(reference, True, parameters, activations)
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+
+
+def _table(*titles: str) -> Table:
+    from rich import box
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    for title in titles:
+        right = title.startswith(("parameters", "in ", "per ", "questions"))
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    return table
 
 
 def _size(count: int | None) -> str:
     if count is None:
         return "?"
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.3g} {unit}"
-        count /= 1000  # type: ignore[assignment]
-    raise AssertionError
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

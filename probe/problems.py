@@ -9,15 +9,16 @@ is got from a row. The names of columns differ between copies of one benchmark, 
     Problem(id='0', question='50-7-67-53=?', answer='-77')
 """
 
+import os
 import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from probe.checkpoints import PACKAGE_DATA
 from probe.errors import ProbeError
 from probe.grading import last_boxed
-from probe.models import PACKAGE_DATA
 from probe.reading import Row, read_rows
 
 QUESTION = ("question", "problem", "prompt", "query", "input")
@@ -58,6 +59,9 @@ class Benchmark(NamedTuple):
 
     source: str | None
     """The data set on the hub that it loads without a file; None if it ships with the package."""
+
+    size: int | None = None
+    """How many problems that data set has, where it is known."""
 
 
 def tiny_math(path: Path | None = None) -> list[Problem]:
@@ -128,13 +132,13 @@ def amc23(path: Path | None = None) -> list[Problem]:
 
 BENCHMARKS: dict[str, Benchmark] = {
     "tiny-math": Benchmark(tiny_math, None),
-    "gsm8k": Benchmark(gsm8k, "openai/gsm8k"),
-    "math": Benchmark(math, "EleutherAI/hendrycks_math"),
-    "college_math": Benchmark(college_math, "qq8933/College_Math_Test"),
-    "minerva_math": Benchmark(minerva_math, "math-ai/minervamath"),
-    "olympiadbench": Benchmark(olympiadbench, "Hothan/OlympiadBench"),
-    "aime24": Benchmark(aime24, "HuggingFaceH4/aime_2024"),
-    "amc23": Benchmark(amc23, "math-ai/amc23"),
+    "gsm8k": Benchmark(gsm8k, "openai/gsm8k", 1319),
+    "math": Benchmark(math, "EleutherAI/hendrycks_math", 5000),
+    "college_math": Benchmark(college_math, "qq8933/College_Math_Test", 2818),
+    "minerva_math": Benchmark(minerva_math, "math-ai/minervamath", 272),
+    "olympiadbench": Benchmark(olympiadbench, "Hothan/OlympiadBench", 674),
+    "aime24": Benchmark(aime24, "HuggingFaceH4/aime_2024", 30),
+    "amc23": Benchmark(amc23, "math-ai/amc23", 40),
 }
 """Every benchmark by its name; the one place to add one."""
 
@@ -225,6 +229,17 @@ def _listed(value: object) -> list[str]:
     return [str(part) for part in value] if isinstance(value, Sequence) else [str(value)]
 
 
+def data_set_here(source: str) -> bool:
+    """Whether a data set of the hub is in this machine's cache, without loading it."""
+    from huggingface_hub import constants
+
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    # The cache spells a data set's name in lower case, with underscores of its own.
+    name = source.replace("/", "").replace("_", "").casefold()
+    places = cache.iterdir() if cache.is_dir() else ()
+    return any(place.name.replace("_", "").casefold() == name for place in places)
+
+
 def _from_hub(dataset: str, config: str | None, split: str) -> list[Row]:
     import datasets
 
@@ -234,6 +249,6 @@ def _from_hub(dataset: str, config: str | None, split: str) -> list[Row]:
         reason = str(error).strip().splitlines()[0]
         raise ProbeError(
             f"cannot load the data set {dataset!r} ({reason}); connect to the hub once, or give a "
-            "local file with --set benchmarks.0.path=FILE"
+            "local file with --benchmark-path NAME=FILE"
         ) from error
     return [Row(f"{dataset}, row {place}", row) for place, row in enumerate(rows, start=1)]

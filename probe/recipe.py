@@ -2,25 +2,35 @@
 
 A recipe is a TOML file; its sections are the dataclasses below, which are also its documentation.
 Recipes that ship with the package have names; `read_recipe` takes such a name or the path of a
-file, and overrides like `{"selection.samples": "50", "pairs.0.before": "my-folder"}`.
+file, and overrides like `{"selection.samples": "50", "pairs.0.before": "my-folder"}`. A recipe
+may include others: then it has their pairs, benchmarks and published values too.
 
     >>> read_recipe("tiny-math").pairs[0].method
     'GRPO'
 """
 
 import difflib
+import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, cast, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 
 from probe.errors import ProbeError
 from probe.generation import Engine
 from probe.graph import Ablation, Granularity
+from probe.kernels import Kernels
 from probe.metrics import BINS
 from probe.models import DType
 from probe.selection import Convention
@@ -32,6 +42,16 @@ def _whole(value: object) -> object:
     """Let no true, "3" or 3.0 pass for a whole number."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError("a whole number was expected")
+    return value
+
+
+CHAT = "chat"
+"""The prompt that stands for the tokenizer's chat template."""
+
+
+def _prompt(value: str) -> str:
+    if value != CHAT and "{question}" not in value:
+        raise ValueError("a prompt needs {question} in it, or is just 'chat'")
     return value
 
 
@@ -72,6 +92,23 @@ class SolutionFiles:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Shape:
+    """How large the two models of a pair are, so that a plan needs neither of them."""
+
+    parameters: Count
+    """How many numbers one model has."""
+
+    n_layers: Count
+    """Decoder layers."""
+
+    d_model: Count
+    """Width of the residual stream."""
+
+    d_ffn: Count
+    """Width inside an FFN."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Pair:
     """Two checkpoints of one architecture."""
 
@@ -87,8 +124,9 @@ class Pair:
     method: str = ""
     """How the one became the other: GRPO, PPO, DPO, ..."""
 
-    prompt: Annotated[str, Field(pattern=r"\{question\}")] = "{question}"
-    """The literal prompt; `{question}` in it stands for the question."""
+    prompt: Annotated[str, AfterValidator(_prompt)] = "{question}"
+    """The literal prompt; `{question}` in it stands for the question. `chat`: the tokenizer's chat
+    template, around the question and a request to box the answer; `chat: TEXT` around this text."""
 
     max_new_tokens: Count = 1024
     """Longest answer, in tokens."""
@@ -98,6 +136,9 @@ class Pair:
 
     solutions: SolutionFiles = Field(default_factory=SolutionFiles)
     """Files with solutions that were generated elsewhere."""
+
+    shape: Shape | None = None
+    """How large its models are; only a plan reads it, and only where they are not here."""
 
     def asked(self) -> tuple[Asked, Asked]:
         """How it asks its two models."""
@@ -129,6 +170,9 @@ class Compute:
     dtype: DType = "bfloat16"
     """Precision of weights and activations; scores are accumulated in float32 in any case."""
 
+    kernels: Kernels = "auto"
+    """Fused kernels (`liger`), those of transformers (`eager`), or fused ones where they run."""
+
     threads: Count | None = None
     """Threads of a run on CPU; torch's own choice if not given. Small models want 1."""
 
@@ -154,8 +198,8 @@ class SolutionOptions:
 class SelectionOptions:
     """Which questions are compared; the constants are those of the published runs."""
 
-    alpha: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.03, 0.1, 0.3, 0.5)
-    """Scored lengths, as shares of the reference length."""
+    alpha: tuple[Positive, ...] = (0.03, 0.1, 0.3, 0.5)
+    """Scored lengths, as shares of the reference length; none of them: only accuracy is wanted."""
 
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
     """Shortest answer, as a share of the reference length."""
@@ -256,6 +300,29 @@ class Published:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class PublishedChange:
+    """A relative change that was printed elsewhere, without the values or over several cells."""
+
+    metric: str
+    """A name in `probe.metrics.METRICS`."""
+
+    change: float
+    """(after - before) / |before|, a fraction."""
+
+    pair: str | None = None
+    """The pair's name; None: over all pairs."""
+
+    alpha: Positive | None = None
+    """Scored length as a share of the reference length; None: over all of them."""
+
+    experiments: Count | None = None
+    """Over how many cells it is an average."""
+
+    rate: float | None = None
+    """The share of these cells in which the metric rose."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Recipe:
     """A whole experiment."""
 
@@ -292,9 +359,20 @@ class Recipe:
     published: tuple[Published, ...] = ()
     """What was printed elsewhere for the same cells; only what is known, never a guess."""
 
+    published_changes: tuple[PublishedChange, ...] = ()
+    """Likewise, where only the change was printed."""
+
+    include: tuple[str, ...] = ()
+    """Other recipes, by name or by path from this file, whose pairs, benchmarks and published
+    values come first. `read_recipe` puts them in place: a recipe that was read includes nothing."""
+
     def models(self) -> tuple[str, ...]:
         """Every model once, in the order of the pairs."""
         return tuple(dict.fromkeys(m for pair in self.pairs for m in (pair.before, pair.after)))
+
+
+INCLUDED = ("pairs", "benchmarks", "published", "published_changes")
+"""What an including recipe has of the included ones; all other keys are its own."""
 
 
 def recipe_files() -> dict[str, Path]:
@@ -320,21 +398,33 @@ def read_recipe(
             file, the key, what was expected and the nearest known key.
     """
     path, table = _read_table(recipe)
-    for key, value in (overrides or {}).items():
-        _override(table, key, _read_value(value) if isinstance(value, str) else value, path)
-    return recipe_from(table, str(path))
+    return recipe_from(_included(table, path), str(path), overrides)
 
 
-def recipe_from(table: object, where: str) -> Recipe:
+def recipe_from(
+    table: object,
+    where: str,
+    overrides: Mapping[str, str | int | float] | None = None,
+) -> Recipe:
     """Make a recipe from plain data, such as a parsed file or a run folder's record.
+
+    Args:
+        table: The data, a dictionary; overrides change it.
+        where: What complaints name.
+        overrides: Values by dotted key, as in `read_recipe`.
 
     Raises:
         ProbeError: An unknown key, a bad value, or two pairs or benchmarks of one name.
     """
+    for key, value in (overrides or {}).items():
+        read = _read_value(value) if isinstance(value, str) else value
+        _override(cast(dict[str, object], table), key, read, where)
     try:
         recipe = TypeAdapter(Recipe).validate_python(table)
     except ValidationError as error:
         raise ProbeError(f"{where}: {_complaint(error)}") from error
+    if recipe.include:
+        raise ProbeError(f"{where}: include works in a recipe's file only")
     for kind, items in (("pairs", recipe.pairs), ("benchmarks", recipe.benchmarks)):
         names = [item.name for item in items]
         for name in names:
@@ -348,11 +438,113 @@ def recipe_table(recipe: Recipe) -> dict[str, object]:
     return cast(dict[str, object], TypeAdapter(Recipe).dump_python(recipe, mode="json"))
 
 
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe as a TOML file that `read_recipe` reads; keys at their defaults are left out.
+
+    Raises:
+        ProbeError: The file cannot be written.
+    """
+    import tomli_w
+
+    table = TypeAdapter(Recipe).dump_python(recipe, mode="json", exclude_defaults=True)
+    try:
+        path.write_text(tomli_w.dumps(table), encoding="utf-8")
+    except OSError as error:
+        raise ProbeError(f"cannot write the recipe {path}: {error.strerror}") from error
+
+
+def place_benchmarks(recipe: Recipe, places: Sequence[str]) -> Recipe:
+    """Let benchmarks of a recipe come from local files or folders.
+
+    Args:
+        recipe: The recipe.
+        places: `NAME=PATH` of each, or just `PATH` where the recipe has one benchmark.
+
+    Raises:
+        ProbeError: The recipe has no such benchmark, or it is not clear which one is meant.
+    """
+    names = [choice.name for choice in recipe.benchmarks]
+    paths: dict[str, str] = {}
+    for place in places:
+        name, equals, path = place.partition("=")
+        if name not in names:
+            if equals and "/" not in name:
+                raise ProbeError(
+                    f"--benchmark-path {place}: the recipe has no benchmark {name!r}; "
+                    f"it has: {', '.join(names)}"
+                )
+            if len(names) > 1:
+                raise ProbeError(
+                    f"--benchmark-path {place}: for which of {', '.join(names)}? Write NAME=PATH"
+                )
+            name, path = names[0], place
+        paths[name] = path
+    choices = tuple(
+        replace(choice, path=paths.get(choice.name, choice.path)) for choice in recipe.benchmarks
+    )
+    return replace(recipe, benchmarks=choices)
+
+
+def place_solutions(recipe: Recipe, places: str | None) -> Recipe:
+    """Let the models of a recipe's only pair have solutions that were generated elsewhere.
+
+    Args:
+        recipe: The recipe.
+        places: `before=FILE,after=FILE`, or one of them; None for no change.
+
+    Raises:
+        ProbeError: It is written in another way, or the recipe has several pairs.
+    """
+    if places is None:
+        return recipe
+    files: dict[str, str] = {}
+    for part in re.split(r",(?=(?:before|after)=)", places):
+        side, _, file = part.partition("=")
+        if side not in ("before", "after") or not file:
+            raise ProbeError(f"--solutions {places}: write before=FILE,after=FILE, or one of them")
+        files[side] = file
+    if len(recipe.pairs) > 1:
+        raise ProbeError(
+            f"--solutions is for one pair, and {recipe.name} has {len(recipe.pairs)}; "
+            "use --set pairs.0.solutions.before=FILE"
+        )
+    (pair,) = recipe.pairs
+    return replace(recipe, pairs=(replace(pair, solutions=replace(pair.solutions, **files)),))
+
+
+def _included(
+    table: dict[str, object], path: Path, outer: tuple[Path, ...] = ()
+) -> dict[str, object]:
+    """The table of a file, with the lists of the recipes that it includes before its own."""
+    names = table.pop("include", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ProbeError(f"{path}: include is {names!r}: a list of recipes was expected")
+    if path.resolve() in outer:
+        raise ProbeError(f"{path}: this recipe includes itself")
+    lists: dict[str, list[object]] = {}
+    for name in names:
+        inside = name if name in recipe_files() else path.parent / name
+        place, other = _read_table(inside)
+        other = _included(other, place, (*outer, path.resolve()))
+        for key in INCLUDED:
+            for entry in _entries(other, key):
+                if entry not in lists.setdefault(key, []):
+                    lists[key].append(entry)
+    for key, entries in lists.items():
+        table[key] = entries + [entry for entry in _entries(table, key) if entry not in entries]
+    return table
+
+
+def _entries(table: dict[str, object], key: str) -> list[object]:
+    entries = table.get(key, [])
+    return entries if isinstance(entries, list) else [entries]
+
+
 def _read_table(recipe: str | Path) -> tuple[Path, dict[str, object]]:
     known = recipe_files()
     path = known.get(str(recipe), Path(recipe))
     if path.suffix != ".toml":
-        close = difflib.get_close_matches(str(recipe), known, n=3, cutoff=0.4)
+        close = difflib.get_close_matches(str(recipe), known, n=3, cutoff=0.6)
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(known)}"
         raise ProbeError(f"no recipe {str(recipe)!r}; {hint} (a file must end in .toml)")
     try:
@@ -370,7 +562,7 @@ def _read_value(text: str) -> object:
         return text
 
 
-def _override(table: dict[str, object], key: str, value: object, path: Path) -> None:
+def _override(table: dict[str, object], key: str, value: object, path: str) -> None:
     *parents, last = key.split(".")
     place: object = table
     for number, part in enumerate(parents):
@@ -389,7 +581,7 @@ def _override(table: dict[str, object], key: str, value: object, path: Path) -> 
         raise ProbeError(f"{path}: --set {key}: {'.'.join(parents)} has no keys")
 
 
-def _item(items: list[object], index: str, key: str, path: Path) -> object:
+def _item(items: list[object], index: str, key: str, path: str) -> object:
     if not index.isdecimal() or int(index) >= len(items):
         raise ProbeError(
             f"{path}: --set {key}: {index!r} is not one of its {len(items)} entries, from 0 on"
@@ -414,8 +606,6 @@ def _complaint(error: ValidationError) -> str:
         return f"unknown key {key!r}; {hint}"
     if first["type"] in ("missing", "missing_argument"):
         return f"the key {key!r} is missing"
-    if key.endswith(".prompt") and first["type"] == "string_pattern_mismatch":
-        return f"{key}: a prompt needs {{question}} in it"
     expected = "; or ".join(
         dict.fromkeys(
             p["msg"].removeprefix("Value error, ")
@@ -434,5 +624,7 @@ def _known_keys(path: list[int | str]) -> list[str]:
                 "pairs": Pair,
                 "benchmarks": BenchmarkChoice,
                 "published": Published,
+                "published_changes": PublishedChange,
+                "shape": Shape,
             }.get(part) or get_type_hints(kind)[part]
     return [field.name for field in fields(kind)]

@@ -18,8 +18,9 @@ from importlib.metadata import version
 import torch
 
 import probe
+from probe.checkpoints import fingerprint
 from probe.errors import ProbeError
-from probe.models import fingerprint, resolve_devices
+from probe.models import resolve_devices
 from probe.recipe import Recipe, recipe_table
 from probe.run_folder import SCHEMA, RunFolder
 
@@ -31,6 +32,8 @@ _FREE_KEYS = {
     "attribution": ("batch_size",),
     "faithfulness": None,
     "report": None,
+    "published": None,
+    "published_changes": None,
 }
 
 

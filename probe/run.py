@@ -32,24 +32,26 @@ from rich.progress import (
 from rich.text import Text
 
 from probe.attribution import METHODS, EdgeScores, Sequence, attribute
+from probe.checkpoints import fetch_checkpoint, fingerprint, weight_files
 from probe.errors import ProbeError
 from probe.imported import Given, GivenAnswer, imported, match, read_given
+from probe.kernels import Kernels
 from probe.models import (
     Model,
     check_pair,
     cpu_threads,
-    fingerprint,
     load_model,
     read_tokenizer,
     resolve_devices,
 )
+from probe.plan import check_reach
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
 from probe.record import now, open_record, timed
 from probe.report import Report, build_report
 from probe.run_folder import Damaged, RunFolder, cell_name, edges_key, model_names
 from probe.selection import Selection, Solution, select
-from probe.solutions import solve
+from probe.solutions import chat_message, no_template, solve
 
 
 class Side(NamedTuple):
@@ -90,12 +92,16 @@ def run_recipe(
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
+    console = console or Console(stderr=True, highlight=False)
     problems = check_recipe(recipe)
     given, answers = _read_given(recipe, problems)
+    for reference in recipe.models():
+        if not weight_files(reference):
+            console.print(f"downloading {reference}")
+            fetch_checkpoint(reference)
     folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
     tables = {name: file.table for name, file in given.items()}
     record = open_record(folder, recipe, fresh, tables)
-    console = console or Console(stderr=True, highlight=False)
     for name, file in given.items():
         console.print(f"solutions of {name}: {file.account}", soft_wrap=True)
     devices = resolve_devices(recipe.compute.device)
@@ -134,6 +140,7 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
     """
     check_methods(recipe)
     resolve_devices(recipe.compute.device)
+    check_reach(recipe)
     options = recipe.solutions
     questions = None if options.questions == "all" else options.questions
     problems = {
@@ -147,6 +154,9 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
     }
     for pair in recipe.pairs:
         check_pair(pair.before, pair.after)
+        for model in (pair.before, pair.after) if chat_message(pair.prompt)[0] else ():
+            if not read_tokenizer(model).chat_template:
+                raise ProbeError(no_template(model))
     return problems
 
 
@@ -285,6 +295,9 @@ def _attribute_all(
     options = recipe.attribution
     steps = options.ig_steps if options.method == "eap-ig" else 1
     settings = (options.method, options.granularity, options.ablation, str(steps))
+    kernels = recipe.compute.kernels
+    if options.method == "relp" and kernels == "auto":
+        kernels = "eager"
     task = progress.add_task("attribution", total=sum(len(side.sequences) for side in sides))
     errors: dict[str, float] = {}
     for number, reference in enumerate(recipe.models()):
@@ -297,7 +310,8 @@ def _attribute_all(
             key = edges_key(weights, (*settings, recipe.compute.dtype), side.sequences)
             edges = _read_edges(folder, path, key, progress.console)
             if edges is None:
-                model = model or _load(recipe, reference, devices[number % len(devices)])
+                device = devices[number % len(devices)]
+                model = model or _load(recipe, reference, device, kernels)
                 try:
                     edges = _attribute(recipe, model, side, folder, key, progress, task)
                 except ProbeError as error:
@@ -366,8 +380,10 @@ def _read_edges(folder: RunFolder, path: Path, key: str, console: Console) -> Ed
         return None
 
 
-def _load(recipe: Recipe, reference: str, device: torch.device) -> Model:
-    return load_model(reference, str(device), recipe.compute.dtype)
+def _load(
+    recipe: Recipe, reference: str, device: torch.device, kernels: Kernels = "eager"
+) -> Model:
+    return load_model(reference, str(device), recipe.compute.dtype, kernels)
 
 
 def cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:

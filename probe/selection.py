@@ -154,6 +154,11 @@ def select(
             )
         if fits:
             kept.append(b.id)
+    if convention == "code" and all(len(b.prompt) != len(a.prompt) for b, a in solved):
+        raise ProbeError(
+            f"the two models' prompts differ in length for all of the {len(solved)} questions that "
+            "both solve, so none can be compared: give one literal prompt, not chat templates"
+        )
     if not kept:
         raise ProbeError(
             f"none of the {len(solved)} questions that both models solve has answers of "

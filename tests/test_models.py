@@ -6,8 +6,9 @@ import torch
 from conftest import DATA, save_random_model
 
 import probe
+from probe.checkpoints import fingerprint
 from probe.errors import ProbeError
-from probe.models import check_pair, cpu_threads, fingerprint, resolve_devices
+from probe.models import check_pair, cpu_threads, resolve_devices
 
 SFT = "probe:tiny-math/sft"
 
@@ -31,7 +32,10 @@ def test_the_shipped_models(tiny):
         ("./nothing", "does not exist"),
         ("nothing", "does not exist"),
         ("probe:tiny-math/ppo", "there are: .*probe:tiny-math/sft"),
-        ("nobody/never-a-model", "cannot read the config of 'nobody/never-a-model'"),
+        (
+            "nobody/never-a-model",
+            "'nobody/never-a-model' is not on this machine, and the hub",
+        ),
         (str(DATA), "holds no config.json"),
     ],
 )

@@ -105,7 +105,9 @@ def test_both_conventions_by_hand(rows, convention, alpha, delta):
     if any(float(reference * f) != reference * f for f in (Fraction(1, 2), Fraction(3, 2))):
         return
     if not kept:
-        with pytest.raises(ProbeError, match="use more questions"):
+        unequal = all(r[3] != 1 for r in rows if r[2]) and convention == "code"
+        message = "prompts differ in length" if unequal else "use more questions"
+        with pytest.raises(ProbeError, match=message):
             probe.select(before, after, **options)
         return
     found = probe.select(before, after, **options)
@@ -149,3 +151,7 @@ def test_errors():
         probe.select(right, right, convention="text")
     with pytest.raises(ProbeError, match="alpha"):
         probe.select(right, right, alpha=0)
+    longer = solutions([5, 5], prompts=[4, 5])
+    with pytest.raises(ProbeError, match="prompts differ in length for all of the 2 questions"):
+        probe.select(right, longer)
+    assert len(probe.select(right, longer, convention="paper").ids) == 2

@@ -2,7 +2,7 @@ import pytest
 
 from probe.errors import ProbeError
 from probe.problems import Problem, load_problems
-from probe.solutions import solve
+from probe.solutions import CHAT_MESSAGE, chat_message, encode_prompt, solve
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +68,19 @@ def test_the_prompt_may_hold_braces(tiny):
 def test_an_empty_question(tiny):
     with pytest.raises(ProbeError, match="question 7: its prompt has no tokens"):
         list(solve(tiny, [Problem("7", "", "3")], "{question}", max_new_tokens=4, batch_size=1))
+
+
+def test_a_chat_prompt_goes_through_the_tokenizers_template(llama, monkeypatch):
+    tokenizer = llama.tokenizer
+    with pytest.raises(ProbeError, match="has no chat template; give the prompt as text"):
+        encode_prompt(llama.tokenizer, "chat", "2+3")
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}|{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template + "{{ add_generation_prompt }}")
+    shown = f"{tokenizer.bos_token}user|7 {{question}}TrueTrue"
+    text = shown.replace("{question}", "2+3").removesuffix("True")
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert encode_prompt(llama.tokenizer, "chat: 7 {question}", "2+3") == expected
+    assert chat_message("chat") == (True, CHAT_MESSAGE)
+    assert "{question}" in CHAT_MESSAGE
+    assert r"\boxed{}" in CHAT_MESSAGE
+    assert chat_message("chatter: {question}") == (False, "chatter: {question}")

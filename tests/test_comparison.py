@@ -1,0 +1,118 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import probe
+from probe.cli import main
+from probe.comparison import compare_recipe
+from probe.errors import ProbeError
+from probe.recipe import read_recipe
+
+SFT, GRPO = "probe:tiny-math/sft", "probe:tiny-math/grpo"
+SMALL = {
+    "solutions.questions": 60,
+    "selection.samples": 5,
+    "compute.dtype": "float32",
+    "report.resamples": 20,
+}
+
+
+def test_comparing_is_running_a_recipe(tmp_path):
+    saved = tmp_path / "mine.toml"
+    report = probe.compare(
+        SFT,
+        GRPO,
+        ["tiny-math"],
+        alpha=[0.3],
+        prompt="{question}",
+        overrides=SMALL,
+        output=tmp_path / "run",
+        save_recipe=saved,
+    )
+    assert report.recipe.name == "sft-vs-grpo"
+    assert {cell.alpha for cell in report.cells} == {0.3}
+    assert report.accuracy[0].questions == 60
+    again = probe.run_recipe(saved, tmp_path / "again")
+    assert again.recipe == report.recipe
+    assert again.cells == report.cells
+    assert again.accuracy == report.accuracy
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]
+    assert kept["pairs"][0]["before"] == SFT
+
+
+def test_the_command_is_the_function(tmp_path):
+    saved = tmp_path / "mine.toml"
+    result = CliRunner().invoke(
+        main,
+        [
+            *("compare", "me/base", "./tests/data/oracle/llama/model", "--benchmark", "gsm8k"),
+            *("--benchmark", "math", "--alpha", "0.1", "--alpha", "0.5", "--limit", "7"),
+            *("--prompt", r"Q: {question}\nA:", "--method", "relp", "--device", "cpu"),
+            *("--benchmark-path", "math=tests/data/README.md", "--dtype", "float16"),
+            *("--set", "pairs.0.max_new_tokens=99", "--save-recipe", str(saved), "--dry-run"),
+        ],
+    )
+    assert "the format .md is not known" in result.stderr  # of the plan: the recipe is saved
+    assert read_recipe(saved) == compare_recipe(
+        "me/base",
+        "./tests/data/oracle/llama/model",
+        ["gsm8k", "math"],
+        alpha=[0.1, 0.5],
+        prompt="Q: {question}\nA:",
+        benchmark_paths=["math=tests/data/README.md"],
+        overrides={
+            "solutions.questions": 7,
+            "attribution.method": "relp",
+            "compute.device": "cpu",
+            "compute.dtype": "float16",
+            "pairs.0.max_new_tokens": 99,
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "name"),
+    [
+        ("a/b", "a/c", "b-vs-c"),
+        ("./x y/", "~/models/z!", "x-y-vs-z"),
+        ("..", "/", "model-vs-model"),
+    ],
+)
+def test_names(before, after, name):
+    assert compare_recipe(before, after).name == name
+
+
+def test_a_mistake_is_told(tmp_path):
+    with pytest.raises(ProbeError, match="the tokenizer has no chat template; give the prompt as"):
+        probe.compare(SFT, GRPO, ["tiny-math"], output=tmp_path / "run")
+    with pytest.raises(ProbeError, match=r"a/b and a/c: .*a prompt needs \{question\}"):
+        compare_recipe("a/b", "a/c", prompt="hello")
+    with pytest.raises(ProbeError, match="did you mean 'samples'"):
+        compare_recipe("a/b", "a/c", overrides={"selection.sample": 3})
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_that_are_asked_by_their_chat_template(tmp_path):
+    """A template that adds nothing gives what the literal prompt gives."""
+    for name in ("sft", "grpo"):
+        shutil.copytree(Path(probe.__file__).parent / "data" / "tiny-math" / name, tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(
+            "{% for m in messages %}{{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}{% else %}50{% endif %}"
+        )
+    reports = [
+        probe.compare(
+            *(str(tmp_path / name) for name in ("sft", "grpo")),
+            ["tiny-math"],
+            alpha=[0.3],
+            prompt=prompt,
+            overrides=SMALL,
+            output=tmp_path / f"run-{number}",
+        )
+        for number, prompt in enumerate(("chat: {question}", "{question}"))
+    ]
+    assert reports[0].cells == reports[1].cells
+    assert len(reports[0].cells) > 0
