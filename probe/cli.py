@@ -5,12 +5,14 @@ heavy is imported before a command needs it, so that `--help` answers at once.
 """
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
 from probe.errors import ProbeError
 
@@ -33,6 +35,17 @@ class Group(click.Group):
             sys.stderr.flush()
             # Threads of libraries may still be busy; what is written is whole, so leave at once.
             os._exit(128 + signal.SIGINT)
+
+
+def _recipe_names(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """What a shell offers for a recipe: names, and files where none fits."""
+    del context, parameter
+    from probe.shipped import recipe_files
+
+    names = [CompletionItem(name) for name in recipe_files() if name.startswith(incomplete)]
+    return names or [CompletionItem(incomplete, type="file")]
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,13 +74,12 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="[NAME=]PATH",
             help="A local file or folder with a benchmark's problems.",
         ),
-        click.option(
-            "--solutions",
-            metavar="before=FILE,after=FILE",
-            help="Solutions that were generated elsewhere, of one side or both.",
-        ),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key."),
+        click.option(
+            "--solutions", metavar="before=FILE,after=FILE", help="Solutions made elsewhere."
+        ),
         click.option("--method", help="eap, eap-ig, relp or exact."),
+        click.option("--control", help="cross-text: score each model on the other's answers too."),
         click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1."),
         click.option("--dtype", help="float32, bfloat16, float16 or float64."),
         click.option("--kernels", help="auto, eager, or liger: fused kernels on a GPU."),
@@ -82,6 +94,7 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
 KEYS = {
     "limit": "solutions.questions",
     "method": "attribution.method",
+    "control": "attribution.control",
     "device": "compute.device",
     "dtype": "compute.dtype",
     "kernels": "compute.kernels",
@@ -90,7 +103,7 @@ KEYS = {
 
 
 def _overrides(
-    settings: tuple[str, ...], keys: dict[str, str | int | None]
+    settings: tuple[str, ...], solutions: str | None, keys: dict[str, str | int | None]
 ) -> dict[str, str | int | float]:
     overrides: dict[str, str | int | float] = {}
     for setting in settings:
@@ -99,6 +112,8 @@ def _overrides(
             raise ProbeError(f"--set {setting}: write KEY=VALUE, as in selection.samples=50")
         overrides[key.strip()] = value.strip()
     overrides |= {KEYS[name]: given for name, given in keys.items() if given is not None}
+    if solutions is not None:
+        overrides |= solution_files(solutions)
     return overrides
 
 
@@ -116,15 +131,26 @@ def _run(chosen: "Recipe", output: str | None, fresh: bool, dry_run: bool) -> No
     print_report(run_recipe(chosen, output, fresh=fresh))
 
 
+def solution_files(text: str) -> dict[str, str | int | float]:
+    """The keys that `before=FILE,after=FILE` sets; one side alone will do."""
+    overrides: dict[str, str | int | float] = {}
+    for part in re.split(r",(?=(?:before|after)=)", text):
+        side, equals, file = part.partition("=")
+        if side not in ("before", "after") or not equals or not file:
+            raise ProbeError(f"--solutions {text}: write before=FILE,after=FILE, or one of them")
+        overrides[f"pairs.0.solutions.{side}"] = file
+    return overrides
+
+
 @main.command()
-@click.argument("name", metavar="NAME|PATH.toml")
+@click.argument("name", metavar="NAME|PATH.toml", shell_complete=_recipe_names)
 @run_options
 def recipe(
     name: str,
     output: str | None,
     paths: tuple[str, ...],
-    solutions: str | None,
     settings: tuple[str, ...],
+    solutions: str | None,
     fresh: bool,
     dry_run: bool,
     **keys: str | int | None,
@@ -137,11 +163,16 @@ def recipe(
       probe recipe tiny-math --limit 200 --set selection.samples=50
       probe recipe mistral-math --set pairs.0.before=my-folder --benchmark-path gsm8k=test.jsonl
     """
-    from probe.recipe import place_benchmarks, place_solutions, read_recipe
+    from probe.recipe import place_benchmarks, read_recipe
 
-    overrides = _overrides(settings, keys)
+    overrides = _overrides(settings, solutions, keys)
     chosen = place_benchmarks(read_recipe(name, overrides), paths)
-    _run(place_solutions(chosen, solutions), output, fresh, dry_run)
+    if solutions is not None and len(chosen.pairs) > 1:
+        raise ProbeError(
+            f"--solutions is for one pair, and {chosen.name} has {len(chosen.pairs)}; "
+            "use --set pairs.0.solutions.before=FILE"
+        )
+    _run(chosen, output, fresh, dry_run)
 
 
 @main.command()
@@ -167,8 +198,8 @@ def compare(
     save_recipe: str | None,
     output: str | None,
     paths: tuple[str, ...],
-    solutions: str | None,
     settings: tuple[str, ...],
+    solutions: str | None,
     fresh: bool,
     dry_run: bool,
     **keys: str | int | None,
@@ -185,7 +216,7 @@ def compare(
     from pathlib import Path
 
     from probe.comparison import compare_recipe
-    from probe.recipe import place_solutions, write_recipe
+    from probe.recipe import write_recipe
 
     chosen = compare_recipe(
         before,
@@ -195,9 +226,8 @@ def compare(
         # A shell has no easy way to write a line break.
         prompt=prompt.replace("\\n", "\n"),
         benchmark_paths=paths,
-        overrides=_overrides(settings, keys),
+        overrides=_overrides(settings, solutions, keys),
     )
-    chosen = place_solutions(chosen, solutions)
     if save_recipe:
         write_recipe(chosen, Path(save_recipe))
     _run(chosen, output, fresh, dry_run)
@@ -214,7 +244,8 @@ def recipes() -> None:
     from rich.console import Console
 
     from probe.plan import make_plan, recipes_view
-    from probe.recipe import read_recipe, recipe_files
+    from probe.recipe import read_recipe
+    from probe.shipped import recipe_files
 
     plans = [make_plan(read_recipe(name)) for name in recipe_files()]
     Console(highlight=False).print(recipes_view(plans))

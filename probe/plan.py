@@ -199,7 +199,7 @@ def make_plan(recipe: Recipe) -> Plan:
             benchmarks.append(BenchmarkNeed(choice.name, known.source, questions, here))
             continue
         path = Path(choice.path).expanduser() if choice.path else None
-        problems = load_problems(choice.name, path, questions, options.seed)
+        problems = load_problems(choice.name, path, questions, options.seed, choice.grading)
         source = choice.path or "ships with probe"
         benchmarks.append(BenchmarkNeed(choice.name, source, len(problems), True))
     return Plan(recipe, models, tuple(benchmarks))

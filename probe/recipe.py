@@ -10,7 +10,6 @@ may include others: then it has their pairs, benchmarks and published values too
 """
 
 import difflib
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -29,11 +28,13 @@ from pydantic.dataclasses import dataclass
 
 from probe.errors import ProbeError
 from probe.generation import Engine
+from probe.grading import Grading
 from probe.graph import Ablation, Granularity
 from probe.kernels import Kernels
 from probe.metrics import BINS
 from probe.models import DType
 from probe.selection import Convention
+from probe.shipped import recipe_files as recipe_files
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -131,14 +132,14 @@ class Pair:
     max_new_tokens: Count = 1024
     """Longest answer, in tokens."""
 
+    shape: Shape | None = None
+    """How large its models are; only a plan reads it, and only where they are not here."""
+
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end an answer, as an end-of-sequence token does; see `probe.generation`."""
 
     solutions: SolutionFiles = Field(default_factory=SolutionFiles)
     """Files with solutions that were generated elsewhere."""
-
-    shape: Shape | None = None
-    """How large its models are; only a plan reads it, and only where they are not here."""
 
     def asked(self) -> tuple[Asked, Asked]:
         """How it asks its two models."""
@@ -153,11 +154,15 @@ class Pair:
 class BenchmarkChoice:
     """A benchmark to solve."""
 
-    name: str
-    """A name in `probe.problems.BENCHMARKS`."""
+    name: Name
+    """A name in `probe.problems.BENCHMARKS`; any name for a file of one's own."""
 
     path: str | None = None
     """A local file or folder with its problems, instead of the benchmark's own source."""
+
+    grading: Grading | None = None
+    """`math` or `exact`: how answers are compared, as mathematics where not given. A file of one's
+    own must say it."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -240,6 +245,10 @@ class AttributionOptions:
     """How many sequences (for `exact`: edges) run at once; `auto` for as many as make it faster and
     fit into memory."""
 
+    control: Literal["none", "cross-text"] = "none"
+    """`cross-text` also scores each model on the other's answers, at twice the cost; see
+    `probe.control`."""
+
 
 @dataclass(frozen=True, config=_STRICT)
 class FaithfulnessOptions:
@@ -270,6 +279,9 @@ class ReportOptions:
 
     resamples: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = 1000
     """How many times the questions are drawn for an interval; 0 leaves all statistics out."""
+
+    extra: tuple[str, ...] = ("overlap", "concentration")
+    """Further tables: names in `probe.extras.EXTRAS`, which says what costs another pass."""
 
     entries: Literal["dense", "real"] = "dense"
     """What tables show: metrics over the dense matrix (the paper's) or over real edges only.
@@ -375,14 +387,6 @@ INCLUDED = ("pairs", "benchmarks", "published", "published_changes")
 """What an including recipe has of the included ones; all other keys are its own."""
 
 
-def recipe_files() -> dict[str, Path]:
-    """The recipes that ship with the package, by name."""
-    here = Path(__file__).parent
-    # In a wheel they lie inside the package; in a checkout, beside it.
-    folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
-
-
 def read_recipe(
     recipe: str | Path, overrides: Mapping[str, str | int | float] | None = None
 ) -> Recipe:
@@ -483,33 +487,6 @@ def place_benchmarks(recipe: Recipe, places: Sequence[str]) -> Recipe:
         replace(choice, path=paths.get(choice.name, choice.path)) for choice in recipe.benchmarks
     )
     return replace(recipe, benchmarks=choices)
-
-
-def place_solutions(recipe: Recipe, places: str | None) -> Recipe:
-    """Let the models of a recipe's only pair have solutions that were generated elsewhere.
-
-    Args:
-        recipe: The recipe.
-        places: `before=FILE,after=FILE`, or one of them; None for no change.
-
-    Raises:
-        ProbeError: It is written in another way, or the recipe has several pairs.
-    """
-    if places is None:
-        return recipe
-    files: dict[str, str] = {}
-    for part in re.split(r",(?=(?:before|after)=)", places):
-        side, _, file = part.partition("=")
-        if side not in ("before", "after") or not file:
-            raise ProbeError(f"--solutions {places}: write before=FILE,after=FILE, or one of them")
-        files[side] = file
-    if len(recipe.pairs) > 1:
-        raise ProbeError(
-            f"--solutions is for one pair, and {recipe.name} has {len(recipe.pairs)}; "
-            "use --set pairs.0.solutions.before=FILE"
-        )
-    (pair,) = recipe.pairs
-    return replace(recipe, pairs=(replace(pair, solutions=replace(pair.solutions, **files)),))
 
 
 def _included(

@@ -29,7 +29,7 @@ _FREE_KEYS = {
     "description": None,
     "compute": ("device", "threads"),
     "solutions": ("batch_size", "engine"),
-    "attribution": ("batch_size",),
+    "attribution": ("batch_size", "control"),
     "faithfulness": None,
     "report": None,
     "published": None,

@@ -34,6 +34,8 @@ from rich.text import Text
 from probe.attribution import METHODS, EdgeScores, Sequence, attribute
 from probe.checkpoints import fetch_checkpoint, fingerprint, weight_files
 from probe.errors import ProbeError
+from probe.extra_passes import measure_states, measure_weights
+from probe.extras import EXTRAS, check_extras
 from probe.imported import Given, GivenAnswer, imported, match, read_given
 from probe.kernels import Kernels
 from probe.models import (
@@ -64,7 +66,8 @@ class Side(NamedTuple):
     """The cell's name."""
 
     side: str
-    """`before` or `after`."""
+    """`before` or `after`; with the cross-text control also `before-on-after` and
+    `after-on-before`: which model on whose answers."""
 
     sequences: list[Sequence]
     """What is scored: each prompt with its cut answer."""
@@ -118,6 +121,13 @@ def run_recipe(
 
             with timed(folder, record, "faithfulness"):
                 measure_models(recipe, sides, folder, devices, progress)
+        needs = {EXTRAS[name].needs for name in recipe.report.extra}
+        if "states" in needs:
+            with timed(folder, record, "states"):
+                measure_states(recipe, sides, folder, devices, progress)
+        if "weights" in needs:
+            with timed(folder, record, "weights"):
+                measure_weights(recipe, folder, progress)
         with timed(folder, record, "report"):
             task = progress.add_task("metrics", total=1)
             report = build_report(folder.path)
@@ -139,6 +149,7 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
             broken benchmark file, a device that is not here.
     """
     check_methods(recipe)
+    check_extras(recipe)
     resolve_devices(recipe.compute.device)
     check_reach(recipe)
     options = recipe.solutions
@@ -149,6 +160,7 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
             Path(benchmark.path).expanduser() if benchmark.path else None,
             questions,
             options.seed,
+            benchmark.grading,
         )
         for benchmark in recipe.benchmarks
     }
@@ -278,8 +290,12 @@ def _select_all(
             raise ProbeError(f"pair {pair.name}, benchmark {benchmark}: {error}") from error
         cell = cell_name(pair, benchmark, alpha)
         folder.write_selection(cell, selection)
-        sides.append(Side(pair.before, cell, "before", cut(before, selection)))
-        sides.append(Side(pair.after, cell, "after", cut(after, selection)))
+        old, new = cut(before, selection), cut(after, selection)
+        sides += [Side(pair.before, cell, "before", old), Side(pair.after, cell, "after", new)]
+        if recipe.attribution.control == "cross-text":
+            old, new = cross(old, new)
+            sides.append(Side(pair.before, cell, "before-on-after", old))
+            sides.append(Side(pair.after, cell, "after-on-before", new))
         progress.update(task, advance=1)
     return sides
 
@@ -393,6 +409,15 @@ def cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:
         Sequence(by_id[name].prompt, by_id[name].answer[: selection.cut_length], name)
         for name in selection.ids
     ]
+
+
+def cross(before: list[Sequence], after: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
+    """Exchange the answers of two sides; each model keeps the prompt as it tokenises it."""
+    pairs = list(zip(before, after, strict=True))
+    return (
+        [old._replace(answer=new.answer) for old, new in pairs],
+        [new._replace(answer=old.answer) for old, new in pairs],
+    )
 
 
 class Speed(ProgressColumn):

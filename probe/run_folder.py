@@ -4,7 +4,11 @@
     solutions/MODEL.BENCHMARK.jsonl              a solution a line, added batch by batch
     selection/PAIR.BENCHMARK.alpha-A.json        which questions, which lengths
     edges/PAIR.BENCHMARK.alpha-A.SIDE.safetensors   scores and losses
+                                                 (SIDE: before, after; with the cross-text control
+                                                 also before-on-after, after-on-before)
     faithfulness/MODEL.json, .png                exact effects of some edges, beside their scores
+    extras/PAIR.BENCHMARK.on-SIDE.json           both models' states on the answers of one
+    extras/PAIR.weights.json                     how far each matrix moved
     report.json                                  the cells
     figures/                                     pictures, by `probe plot`
 
@@ -40,7 +44,7 @@ from probe.recipe import Asked, Pair, Recipe
 from probe.selection import Selection, Solution
 
 SCHEMA = 1
-FOLDERS = ("solutions", "selection", "edges", "faithfulness")
+FOLDERS = ("solutions", "selection", "edges", "faithfulness", "extras")
 PARTS = (*FOLDERS, "figures", "run.json", "report.json")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from probe.errors import ProbeError
 from probe.generation import Engine, generate
-from probe.grading import Grader, extract_answer
+from probe.grading import Grader, exact_answer, extract_answer
 from probe.models import Model
 from probe.problems import Problem
 from probe.recipe import CHAT
@@ -131,5 +131,8 @@ def graded(
 ) -> Solution:
     """Make a solution of an answer, as tokens and as text."""
     final = extract_answer(text)
-    right = grader.grade(problem.answer, final)
+    if problem.grading == "exact":
+        final, right = exact_answer(text, problem.answer)
+    else:
+        right = grader.grade(problem.answer, final)
     return Solution(problem.id, prompt, answer, right, text, final, problem.answer)

@@ -9,8 +9,9 @@ One forward and one backward pass give all edges of a batch. Two rules keep that
   activations never travel. (That is why a layer's modules lie in a plain namespace, and why the
   rules of relevance patching are functions inside a function.)
 
-`edge_scores` is behind the gradient methods, `ablated_losses` behind the exact one, `source_means`
-behind mean ablation; all are called through `probe.attribution`, which makes the batches.
+`edge_scores` is behind the gradient methods, `ablated_losses` behind the exact one, `source_sums`
+behind mean ablation; all are called through `probe.attribution`, which makes the batches. `states`
+is behind `probe.states`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -434,6 +435,41 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
             outputs.append(written[valid].to(exact).sum(0) * scale)
         sums = nnsight.save(torch.stack(outputs).cpu())
     return sums
+
+
+class States(NamedTuple):
+    """What a model holds where it predicts each scored token, on its device."""
+
+    residuals: torch.Tensor
+    """[point, sequence, scored, d_model]: the residual stream before each layer, and at the end."""
+
+    log_probabilities: torch.Tensor
+    """[sequence, scored, token]: of the tokens that could come next, in nats."""
+
+
+def states(model: Model, batch: Batch, vocabulary: int) -> States:
+    """Read the residual stream and the next token's probabilities at the scored positions.
+
+    Args:
+        model: The model.
+        batch: The sequences.
+        vocabulary: The probabilities are those among the first so many tokens.
+    """
+    network = model.network
+    layers = _layers(model)
+    final_norm = attrgetter(model.architecture.final_norm)(network)
+    input_ids, _, kept, columns = _inputs(model, batch)
+    places = batch.positions.to(model.device)[..., None].expand(-1, -1, model.d_model)
+    exact = torch.promote_types(model.dtype, torch.float32)
+
+    with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=kept):
+        points = [layer.module.input.gather(1, places) for layer in layers]
+        points.append(final_norm.input.gather(1, places))
+        residuals = nnsight.save(torch.stack(points).to(exact))
+        logits = network.output.logits[..., :vocabulary]
+        scored = logits.gather(1, columns[..., None].expand(-1, -1, vocabulary))
+        log_probabilities = nnsight.save(scored.to(exact).log_softmax(-1))
+    return States(residuals, log_probabilities)
 
 
 def _inputs(

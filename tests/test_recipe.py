@@ -225,8 +225,8 @@ def test_defaults_are_the_published_runs(tmp_path):
 SECTIONS = {
     "The recipe": Recipe,
     "`[[pairs]]`": recipes.Pair,
-    "`solutions` of a pair": recipes.SolutionFiles,
     "`shape` of a pair": recipes.Shape,
+    "`solutions` of a pair": recipes.SolutionFiles,
     "`[[benchmarks]]`": recipes.BenchmarkChoice,
     "`[compute]`": recipes.Compute,
     "`[solutions]`": recipes.SolutionOptions,

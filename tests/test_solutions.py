@@ -59,6 +59,24 @@ def test_engines_give_the_same_solutions(tiny, problems):
     assert any(s.text.endswith(";4") for s in static.values())
 
 
+def test_answers_are_compared_as_the_problem_says(tiny):
+    gold = "50-7=43;43-67=-24;-24-53=-77#-77"
+    asked = [
+        Problem("whole", "50-7-67-53=?", gold, "exact"),
+        Problem("final", "50-7-67-53=?", "-77", "exact"),
+        Problem("meaning", "50-7-67-53=?", "-77.0"),
+        Problem("text", "50-7-67-53=?", "-77.0", "exact"),
+    ]
+    batches = solve(tiny, asked, "{question}", max_new_tokens=64)
+    found = {s.id: (s.extracted, s.correct) for batch in batches for s in batch}
+    assert found == {
+        "whole": (gold, True),
+        "final": ("-77", True),
+        "meaning": ("-77", True),
+        "text": ("-77", False),
+    }
+
+
 def test_the_prompt_may_hold_braces(tiny):
     problem = Problem("0", "1+2", "3")
     (batch,) = solve(tiny, [problem], "{question}=?", max_new_tokens=4, batch_size=1)
