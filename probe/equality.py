@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sympy import Basic, Expr
 
-_LAYOUT = re.compile(r"\$|\\left(?![a-z])|\\right(?![a-z])|\\[,;:!]|(?<!\\)\\ ")
+_LAYOUT = re.compile(r"\\?\$|\\left(?![a-z])|\\right(?![a-z])|\\[,;:!]|(?<!\\)\\ ")
 _SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
 _FRACTION = re.compile(r"\\[dt]frac(?![a-z])")
 _NUMBER = re.compile(
@@ -30,7 +30,8 @@ _NUMBER = re.compile(
 )
 
 DECIMALS = 1e-6
-"""How far two answers may lie apart where one of them is a decimal: 0.333333 is a third."""
+"""How far two answers may lie apart where one of them is a decimal: 0.333333 is a third. Of small
+numbers, this many times 5 of their size."""
 
 _EXACT = 1e-12
 _DIGITS = 30
@@ -56,7 +57,7 @@ def same_number(gold: str, answer: str) -> bool | None:
         return True
     fraction = any("/" in text or "frac" in text for text in (gold, answer))
     decimal = any("." in text for text in (gold, answer))
-    return fraction and decimal and abs(one - two) <= DECIMALS * min(1.0, float(abs(one)))
+    return fraction and decimal and abs(one - two) <= DECIMALS * min(1.0, 5 * float(abs(one)))
 
 
 def same_formula(gold: "Basic", answer: "Basic") -> bool | None:
@@ -82,6 +83,12 @@ def same_formula(gold: "Basic", answer: "Basic") -> bool | None:
             if all(same is False for same in found):
                 return False
         return None
+    if isinstance(gold, Eq) and isinstance(answer, Eq) and gold.lhs == answer.lhs:
+        return same_formula(gold.rhs, answer.rhs)
+    if isinstance(gold, Eq) and gold.lhs.is_Symbol and isinstance(answer, Expr):
+        return same_formula(gold.rhs, answer)  # 5 is an answer to what x = 5 answers
+    if isinstance(answer, Eq) and answer.lhs.is_Symbol and isinstance(gold, Expr):
+        return same_formula(gold, answer.rhs)
     if isinstance(gold, Relational) and isinstance(answer, Relational):
         if gold.free_symbols != answer.free_symbols:
             return False
@@ -126,7 +133,7 @@ def _all(*parts: bool | None) -> bool | None:
 
 def _near(one: complex, two: complex, slack: float) -> bool:
     largest = max(abs(one), abs(two))
-    return abs(one - two) <= max(slack * min(1.0, largest), _EXACT * largest)
+    return abs(one - two) <= max(slack * min(1.0, 5 * largest), _EXACT * largest)
 
 
 def _values(gold: "Expr", answer: "Expr") -> list[tuple[complex, complex]] | None:

@@ -29,9 +29,10 @@ SECONDS = 10.0
 STARTUP_SECONDS = 120.0
 
 _POWER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])")
+_DOLLAR = re.compile(r"(?<!\\)\$")
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _STATED = re.compile(r"[Tt]he (?:final )?answer is:?[ \t]*")
-_LINE = re.compile(r"\s*((?:\\begin\{(?s:.{0,1000}?)\\end\{\w+\}|[^\n])+)")
+_LINE = re.compile(r"\s*((?:\\begin\{(?s:.{0,1000}?)\\end\{\w+\}|\$\$(?s:.{0,1000}?)\$\$|[^\n])+)")
 _LEFTOVER = re.compile(r"\s*(?:ки\s*|\.?\s*I hope it is correct\.?\s*)+$")
 _HASHES = re.compile(r"#+ *([^#\n]+)")
 
@@ -187,7 +188,9 @@ def same_answer(gold: str, answer: str) -> bool:
     # Its LaTeX route is a grammar; its route for plain expressions ends in an eval inside sympy.
     route = [LatexExtractionConfig()]
     texts = [_POWER.sub(r"\1 \\times 10^{\2}", text) for text in (gold, answer)]
-    sides = [parse(f"${text}$", route, parsing_timeout=None) for text in texts]
+    # Formulas in prose have dollars of their own; between two of ours, what is left is the prose.
+    texts = [text if _DOLLAR.search(text) else f"${text}$" for text in texts]
+    sides = [parse(text, route, parsing_timeout=None) for text in texts]
     if all(sides) and sides[0][-1] != sides[1][-1]:
         try:
             same = same_formula(sides[0][0], sides[1][0])
