@@ -66,6 +66,7 @@ def same_formula(gold: "Basic", answer: "Basic") -> bool | None:
     Equations are the same where the differences of their sides are, up to a factor. Members of a
     list are compared in order, those of a set in any.
     """
+    from math_verify import verify
     from sympy import Eq, Expr, FiniteSet, Interval, Tuple
     from sympy.core.relational import Relational
 
@@ -83,8 +84,13 @@ def same_formula(gold: "Basic", answer: "Basic") -> bool | None:
             if all(same is False for same in found):
                 return False
         return None
-    if isinstance(gold, Eq) and isinstance(answer, Eq) and gold.lhs == answer.lhs:
-        return same_formula(gold.rhs, answer.rhs)
+    if isinstance(gold, Eq) and isinstance(answer, Eq):
+        # math-verify solves both, and takes no solution for the same solutions.
+        if gold.lhs == answer.lhs:
+            same = same_formula(gold.rhs, answer.rhs)
+            return verify(gold.rhs, answer.rhs, timeout_seconds=None) if same is None else same
+        if not gold.free_symbols | answer.free_symbols:
+            return same_formula(gold.rhs, answer.rhs) is True and None
     if isinstance(gold, Eq) and gold.lhs.is_Symbol and isinstance(answer, Expr):
         return same_formula(gold.rhs, answer)  # 5 is an answer to what x = 5 answers
     if isinstance(answer, Eq) and answer.lhs.is_Symbol and isinstance(gold, Expr):

@@ -114,6 +114,16 @@ def grader():
         (r"\sqrt{50}", r"5\sqrt{2}", True),
         (r"\frac{\sqrt{2}}{2}", "0.7071068", True),
         ("Solution is: $[k=4]$", "Solution is: $[x=1-2 t, z=1, y=t]$", False),
+        (
+            r"\left|\begin{array}{rr}1 & 2\\2 & 3\end{array}\right|=-1",
+            r"\left|\begin{array}{rr}1 & 2\\4 & 3\end{array}\right|=-5",
+            False,
+        ),
+        (
+            r"\mathbf{y}=e^{2 t}\left[\begin{array}{c}1\\ 2\end{array}\right]",
+            r"\mathbf{y}=e^{2 t}\left[\begin{array}{c}1\\ 3\end{array}\right]",
+            False,
+        ),
         (r"y=c_{1} e^{x}+c_{2} \cos 4 x+c_{3} \sin 4 x", r"y=x^{3} e^{x}+c_{1}", False),
         ("7", None, False),
         ("7", "", False),
@@ -180,7 +190,7 @@ def test_the_next_problems_gold_is_wrong(grader, name):
     pairs = list(pairwise(load_problems(name, REAL / FILES[name])))
     alike = {
         (problem.answer, following.answer)
-        for problem, following in random.Random(0).sample(pairs, min(len(pairs), 250))
+        for problem, following in random.Random(0).sample(pairs, min(len(pairs), 150))
         if problem.answer != following.answer and grader.grade(problem.answer, following.answer)
     }
     assert alike <= ALIKE
