@@ -62,6 +62,15 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+remote_option = click.option(
+    "--remote",
+    is_flag=False,
+    flag_value="ndif",
+    metavar="[URL]",
+    help="Run the models on an NDIF server: the hosted one, or http://host:port.",
+)
+
+
 def run_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options of every command that runs a recipe."""
     options = (
@@ -83,6 +92,8 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1."),
         click.option("--dtype", help="float32, bfloat16, float16 or float64."),
         click.option("--kernels", help="auto, eager, or liger: fused kernels on a GPU."),
+        remote_option,
+        click.option("--jobs", type=click.IntRange(1), help="Batches under way there at once."),
         click.option("--fresh", is_flag=True, help="Start over instead of going on."),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
     )
@@ -98,6 +109,8 @@ KEYS = {
     "device": "compute.device",
     "dtype": "compute.dtype",
     "kernels": "compute.kernels",
+    "remote": "compute.remote",
+    "jobs": "compute.jobs",
 }
 """The options that stand for one key of the recipe."""
 
@@ -258,6 +271,7 @@ def recipes() -> None:
 @click.option("--sequences", type=click.IntRange(1), help="Sequences per model [default: 8].")
 @click.option("--seed", type=click.IntRange(0), help="Seed of the draw [default: 42].")
 @click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1.")
+@remote_option
 def faithfulness(
     run: str,
     edges: int | None,
@@ -265,6 +279,7 @@ def faithfulness(
     sequences: int | None,
     seed: int | None,
     device: str | None,
+    remote: str | None,
 ) -> None:
     """Compare the methods' scores with the exact effects of a sample of edges.
 
@@ -287,8 +302,30 @@ def faithfulness(
         sequences=sequences,
         seed=seed,
         device=device,
+        remote=remote,
     )
     print_faithfulness(found)
+
+
+@main.command()
+@click.argument("server", metavar="[URL]", default="ndif")
+def ndif(server: str) -> None:
+    """Say whether an NDIF server can be used, and what could run there.
+
+    Without an address it is the hosted NDIF. The key is read from NDIF_API_KEY and not shown.
+
+    \b
+    Examples:
+      probe ndif
+      probe ndif http://localhost:8001
+    """
+    from rich.console import Console
+
+    from probe.hosting import server_view
+    from probe.remote import open_host
+
+    for part in server_view(open_host(server)):
+        Console(highlight=False).print(part)
 
 
 @main.command()

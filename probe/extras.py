@@ -155,6 +155,11 @@ def check_extras(recipe: Recipe) -> None:
             close = difflib.get_close_matches(name, EXTRAS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(EXTRAS)}"
             raise ProbeError(f"report.extra: there is no table {name!r}; {hint}")
+        if recipe.compute.remote and EXTRAS[name].needs != "edges":
+            raise ProbeError(
+                f"report.extra: the table {name!r} needs {EXTRAS[name].needs} of models, which "
+                "do not leave a server; leave it out, or run without --remote"
+            )
 
 
 def extra_tables(folder: RunFolder, recipe: Recipe, missing: list[str]) -> tuple[ExtraTable, ...]:

@@ -17,6 +17,7 @@ import logging
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
@@ -24,6 +25,8 @@ import torch
 from probe import flash
 from probe.errors import ProbeError
 from probe.models import Model
+from probe.remote import in_flight
+from probe.tracing import generate_tokens
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -98,6 +101,8 @@ def generate(
         raise ProbeError(f"engine {engine!r} is not known; one of: {', '.join(get_args(Engine))}")
     ending = _Ending(model, tuple(stop))
     left = {place for place in range(len(prompts)) if place not in skip}
+    if engine == "continuous" and model.deployment:
+        raise ProbeError("a server generates in static batches; use engine auto or static")
     continuous = engine == "continuous" or (engine == "auto" and model.device.type in CONTINUOUS_ON)
     if left and continuous:
         try:
@@ -136,6 +141,20 @@ class _Ending:
         text = self._tokenizer.decode(list(tokens[-self._tail :]))
         return any(stop in text for stop in self.stop)
 
+    def criterion(self, width: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The same for rows of tokens behind prompts of this width, as `generate` asks for it.
+
+        A local function of plain values, which a server can unpack.
+        """
+        tokenizer, texts, tail = self._tokenizer, self.stop, self._tail
+
+        def stopped(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            written = [tokenizer.decode(row[-tail:]) for row in rows[:, width:].tolist()]
+            found = [any(text in end for text in texts) for end in written]
+            return torch.tensor(found, device=rows.device)
+
+        return stopped
+
     def cut(self, tokens: list[int], limit: int) -> list[int]:
         """An answer without what an engine wrote after its end."""
         for length, token in enumerate(tokens[:limit], start=1):
@@ -173,10 +192,10 @@ def _static(
     from transformers import StoppingCriteriaList
 
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        if not wanted.intersection(places):
-            continue
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = [places for places in batches if wanted.intersection(places)]
+
+    def write(places: list[int]) -> list[list[int]]:
         width = max(len(prompts[place]) for place in places)
         input_ids = torch.full((len(places), width), ending.filling)
         attention_mask = torch.zeros(len(places), width, dtype=torch.int64)
@@ -187,19 +206,23 @@ def _static(
         longest = max(limits[place] for place in places)
         if model.context:
             longest = min(longest, model.context - width)
+        criteria = StoppingCriteriaList([ending.criterion(width)] if ending.stop else [])
+        config = ending.config(longest)
+        if model.deployment:
+            generated = generate_tokens(model, input_ids, attention_mask, config, criteria)
+        else:
+            with torch.inference_mode():
+                generated = model.network._module.generate(
+                    input_ids=input_ids.to(model.device),
+                    attention_mask=attention_mask.to(model.device),
+                    generation_config=config,
+                    stopping_criteria=criteria,
+                )
+        rows: list[list[int]] = generated[:, width:].tolist()
+        return rows
 
-        def stopped(rows: torch.Tensor, scores: torch.Tensor, width: int = width) -> torch.Tensor:
-            found = [ending.stopped(row) for row in rows[:, width:].tolist()]
-            return torch.tensor(found, device=rows.device)
-
-        with torch.inference_mode():
-            generated = model.network._module.generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
-                generation_config=ending.config(longest),
-                stopping_criteria=StoppingCriteriaList([stopped] if ending.stop else []),
-            )
-        rows = generated[:, width:].tolist()
+    calls = (partial(write, places) for places in batches)
+    for places, rows in zip(batches, in_flight(calls, model.jobs), strict=True):
         yield [
             Answer(place, ending.cut(row, limits[place]))
             for place, row in zip(places, rows, strict=True)

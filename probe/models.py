@@ -11,8 +11,8 @@ memory.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from probe.kernels import Kernels
+    from probe.remote import Deployment, Host
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -59,6 +60,15 @@ class Model:
 
     kernels: Literal["eager", "liger"] = "eager"
     """Whether it runs as transformers has it, or with fused kernels."""
+
+    deployment: "Deployment | None" = None
+    """Where on a server it runs; None for here. There `network` has no weights, and `device` is
+    only where inputs and results are."""
+
+    @property
+    def jobs(self) -> int:
+        """How many batches of it may run at once."""
+        return self.deployment.host.jobs if self.deployment else 1
 
     @property
     def n_layers(self) -> int:
@@ -136,20 +146,27 @@ def read_tokenizer(reference: str) -> "PreTrainedTokenizerBase":
 
 
 def load_model(
-    reference: str, device: str = "cpu", dtype: str = "float32", kernels: "Kernels" = "eager"
+    reference: str,
+    device: str = "cpu",
+    dtype: str = "float32",
+    kernels: "Kernels" = "eager",
+    host: "Host | None" = None,
 ) -> Model:
     """Load a causal language model, frozen and in evaluation mode.
 
     Args:
         reference: A folder, a hub id, or the `probe:` name of a model that ships with the package.
-        device: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one.
+        device: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one. Several, as in
+            `cuda:0,cuda:1`, share its layers.
         dtype: `float32`, `bfloat16`, `float16` or `float64`.
         kernels: `eager`, as transformers has it; `liger`, fused kernels, which the method `relp`
             cannot use; or `auto` for these where they run.
+        host: A server from `probe.remote.open_host` that runs it, under the same name; then
+            nothing but its config and tokenizer is read here.
 
     Raises:
         ProbeError: The model cannot be found or read, its architecture is not in the table, or
-            the device or dtype is not to be had here.
+            the device or dtype is not to be had here, or the model not there.
     """
     import torch
     from nnsight.modeling.transformers import TransformersModel
@@ -159,21 +176,27 @@ def load_model(
 
     if dtype not in get_args(DType):
         raise ProbeError(f"dtype {dtype!r} is not known; one of: {', '.join(get_args(DType))}")
-    (place,) = resolve_devices(device, most=1)
+    place, *more = resolve_devices(device)
+    if more and any(part.type != "cuda" for part in (place, *more)):
+        raise ProbeError(f"device {device!r}: only CUDA devices can share a model")
     config = read_config(reference)
     architecture = architecture_of(config.model_type)
     chosen = resolve_kernels(kernels, place, config.model_type)
     tokenizer = read_tokenizer(reference)
+    if host is not None:
+        return _model_there(reference, dtype, host, tokenizer)
     # The fused kernel for experts knows no float64.
     experts = (
         {"experts_implementation": "eager"} if architecture.experts and dtype == "float64" else {}
     )
+    # Over several devices a model's layers are laid out evenly.
+    layout = {"device_map": "balanced", "max_memory": _room(place, *more)} if more else {}
     checkpoint = fetch_checkpoint(reference)
     # An adapter's change is small: it would be lost in sums of a short dtype.
     exact = "float32" if checkpoint.adapter and dtype in ("bfloat16", "float16") else dtype
     try:
         module = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=getattr(torch, exact), **experts
+            checkpoint.folder, dtype=getattr(torch, exact), **experts, **layout
         )
         if checkpoint.adapter:
             module = _merged(module, checkpoint.adapter).to(getattr(torch, dtype))
@@ -182,12 +205,49 @@ def load_model(
         if isinstance(error, OSError | ValueError) or "safetensor" in type(error).__name__.lower():
             raise ProbeError(_cannot_read("the weights", reference, error)) from error
         raise
-    module.requires_grad_(False).eval().to(place)
+    module.requires_grad_(False).eval()
+    if not more:
+        module.to(place)  # type: ignore[arg-type]
     if chosen == "liger":
         fuse(module)
     # Without a device the pipeline inside would move the model to the first GPU there is.
-    network = TransformersModel(module, task="text-generation", tokenizer=tokenizer, device=place)
+    own = {} if more else {"device": place}
+    network = TransformersModel(module, task="text-generation", tokenizer=tokenizer, **own)
     return Model(reference, network, tokenizer, config, architecture, place, module.dtype, chosen)
+
+
+def _room(*devices: "torch.device") -> dict[int | str, int]:
+    """What a model may take of each device, in bytes; nothing of the others."""
+    import torch
+
+    return {device.index or 0: torch.cuda.mem_get_info(device)[0] for device in devices}
+
+
+def _model_there(
+    reference: str, dtype: str, host: "Host", tokenizer: "PreTrainedTokenizerBase"
+) -> Model:
+    """A model whose weights are on a server; what is here are the names of its modules."""
+    import torch
+    from nnsight.modeling.transformers import TransformersModel
+    from transformers import GenerationConfig
+
+    from probe.hosting import deploy
+
+    config = read_config(reference)
+    architecture = architecture_of(config.model_type)
+    checkpoint = fetch_checkpoint(reference, weights=False)
+    if checkpoint.adapter:
+        raise ProbeError(
+            f"{reference} is a PEFT adapter, which runs here only; merge it into its base first"
+        )
+    place = str(checkpoint.folder)
+    network = TransformersModel(place, task="text-generation", tokenizer=tokenizer, dtype=dtype)
+    # Built from the config alone, it lacks what a file of its own says of generation.
+    with suppress(OSError):
+        network._module.generation_config = GenerationConfig.from_pretrained(place)
+    here, precision = torch.device("cpu"), getattr(torch, dtype)
+    model = Model(reference, network, tokenizer, config, architecture, here, precision)
+    return replace(model, deployment=deploy(model, host))
 
 
 def _merged(module: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
@@ -208,12 +268,11 @@ def _merged(module: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     return merged
 
 
-def resolve_devices(device: str, most: int | None = None) -> "list[torch.device]":
+def resolve_devices(device: str) -> "list[torch.device]":
     """Turn `auto`, `cpu`, `cuda` or `cuda:0,cuda:1` into devices that exist.
 
     Args:
         device: The devices, by commas.
-        most: How many may be named; None for any number.
 
     Raises:
         ProbeError: A name is not a device, or the device is not on this machine.
@@ -223,8 +282,6 @@ def resolve_devices(device: str, most: int | None = None) -> "list[torch.device]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     names = device.split(",")
-    if most is not None and len(names) > most:
-        raise ProbeError(f"device {device!r}: one device is needed here")
     devices = []
     for name in names:
         try:

@@ -33,6 +33,7 @@ from probe.graph import Ablation, Granularity
 from probe.kernels import Kernels
 from probe.metrics import BINS
 from probe.models import DType
+from probe.remote import JOBS, TIMEOUT
 from probe.selection import Convention
 from probe.shipped import recipe_files as recipe_files
 
@@ -180,6 +181,22 @@ class Compute:
 
     threads: Count | None = None
     """Threads of a run on CPU; torch's own choice if not given. Small models want 1."""
+
+    remote: str = ""
+    """`ndif` or `http://host:port`: the NDIF server that runs the models; nothing to run them
+    here. See `probe.remote`."""
+
+    jobs: Count = JOBS
+    """How many batches may be under way on that server at once."""
+
+    timeout: Count = TIMEOUT
+    """Seconds without a sign of life from that server after which a batch is sent once more, and
+    for which other faults are tried again."""
+
+    @property
+    def device_here(self) -> str:
+        """The device, or the CPU where the models run on a server."""
+        return "cpu" if self.remote else self.device
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -27,7 +27,7 @@ from probe.run_folder import SCHEMA, RunFolder
 # Keys of a recipe that do not change what comes out, only how fast or how it is shown.
 _FREE_KEYS = {
     "description": None,
-    "compute": ("device", "threads"),
+    "compute": ("device", "threads", "remote", "jobs", "timeout"),
     "solutions": ("batch_size", "engine"),
     "attribution": ("batch_size", "control"),
     "faithfulness": None,
@@ -83,7 +83,9 @@ def open_record(
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "nnsight")},
         },
-        "devices": [
+        "devices": [recipe.compute.remote]
+        if recipe.compute.remote
+        else [
             _device_name(device, recipe.compute.threads)
             for device in resolve_devices(recipe.compute.device)
         ],
