@@ -144,13 +144,24 @@ def _near(one: complex, two: complex, slack: float) -> bool:
 
 def _values(gold: "Expr", answer: "Expr") -> list[tuple[complex, complex]] | None:
     """The values of two formulas at the same points, or None where they have none."""
-    from sympy import Derivative, Integral, Limit, Product, Sum, Symbol, UnevaluatedExpr
+    from sympy import (
+        Derivative,
+        Integral,
+        Limit,
+        MatrixBase,
+        MatrixExpr,
+        Product,
+        Sum,
+        Symbol,
+        UnevaluatedExpr,
+    )
     from sympy.core.function import AppliedUndef
 
     open_ended = (Derivative, Integral, Limit, Product, Sum, AppliedUndef, UnevaluatedExpr)
+    matrices = (MatrixBase, MatrixExpr)
     for side in (gold, answer):
         # A word is a symbol, and so is each letter of it elsewhere: math-verify knows how.
-        if isinstance(side, Symbol) or side.has(*open_ended):
+        if isinstance(side, Symbol) or side.has(*open_ended, *matrices):
             return None
     names = sorted(map(str, gold.free_symbols | answer.free_symbols))
     pairs = []
