@@ -23,13 +23,16 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Literal
 
+from probe.equality import plain, same_formula, same_number
+
 SECONDS = 10.0
 STARTUP_SECONDS = 120.0
 
 _POWER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])")
+_DOLLAR = re.compile(r"(?<!\\)\$")
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _STATED = re.compile(r"[Tt]he (?:final )?answer is:?[ \t]*")
-_LINE = re.compile(r"\s*((?:\\begin\{(?s:.{0,1000}?)\\end\{\w+\}|[^\n])+)")
+_LINE = re.compile(r"\s*((?:\\begin\{(?s:.{0,1000}?)\\end\{\w+\}|\$\$(?s:.{0,1000}?)\$\$|[^\n])+)")
 _LEFTOVER = re.compile(r"\s*(?:ки\s*|\.?\s*I hope it is correct\.?\s*)+$")
 _HASHES = re.compile(r"#+ *([^#\n]+)")
 
@@ -172,18 +175,29 @@ class Grader:
 
 
 def same_answer(gold: str, answer: str) -> bool:
-    """Whether two final answers are the same text or, to math-verify, the same thing.
+    """Whether two final answers are the same text, number or formula, or the same to math-verify.
 
     There is no time limit here. 3.2e4 is read as 3.2 times a power of ten.
     """
+    if plain(gold) == plain(answer):
+        return True
+    if (same := same_number(gold, answer)) is not None:
+        return same
     from math_verify import LatexExtractionConfig, parse, verify
 
-    if gold.strip() == answer.strip():
-        return True
     # Its LaTeX route is a grammar; its route for plain expressions ends in an eval inside sympy.
     route = [LatexExtractionConfig()]
     texts = [_POWER.sub(r"\1 \\times 10^{\2}", text) for text in (gold, answer)]
-    sides = [parse(f"${text}$", route, parsing_timeout=None) for text in texts]
+    # Formulas in prose have dollars of their own; between two of ours, what is left is the prose.
+    texts = [text if _DOLLAR.search(text) else f"${text}$" for text in texts]
+    sides = [parse(text, route, parsing_timeout=None) for text in texts]
+    if all(sides) and sides[0][-1] != sides[1][-1]:
+        try:
+            same = same_formula(sides[0][0], sides[1][0])
+        except Exception:  # sympy fails in every way on what is no formula: then it is undecided
+            same = None
+        if same is not None:
+            return same
     return bool(verify(*sides, timeout_seconds=None))
 
 
