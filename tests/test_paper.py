@@ -19,6 +19,9 @@ from probe.recipe import read_recipe
 REAL = Path(__file__).parents[2] / "shared" / "benchmarks"
 FILES = ("gsm8k", "math", "college_math", "minerva_math", "olympiadbench", "aime24", "amc23")
 
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen2")
+"""Those of the paper's four pairs."""
+
 needs_files = pytest.mark.skipif(
     not REAL.is_dir(), reason="needs the real benchmark files, not in this repository"
 )
@@ -128,11 +131,25 @@ def test_the_whole_of_a_pair(tmp_path, tokenizer):
 
 
 @needs_files
+def test_the_whole_of_table_1(tmp_path, tokenizer):
+    """The four pairs in one report, at one alpha."""
+    recipe = read_recipe("paper")
+    options = models_for(recipe, ARCHITECTURES, tmp_path, tokenizer)
+    options += ["--set", "selection.samples=2", "--set", "selection.alpha=[0.3]"]
+    text, report = run(recipe, tmp_path, 4, *options, "--set", "report.resamples=0")
+    assert report["complete"] is True
+    cells = {(cell["pair"], cell["benchmark"]) for cell in report["cells"]}
+    assert cells == {(pair.name, name) for pair in recipe.pairs for name in FILES[:3]}
+    assert len(report["cells"]) == 4 * 3 * len(METRICS)
+    for pair in recipe.pairs:
+        assert f"{pair.name} ({pair.method})" in text
+
+
+@needs_files
 def test_the_whole_of_table_4(tmp_path, tokenizer):
     """Eight models on the seven files, without any attribution."""
     recipe = read_recipe("paper-accuracy")
-    architectures = ["llama", "mistral", "qwen2", "qwen2"]
-    options = models_for(recipe, architectures, tmp_path, tokenizer)
+    options = models_for(recipe, ARCHITECTURES, tmp_path, tokenizer)
     _, report = run(recipe, tmp_path, 3, *options, "--set", "solutions.batch_size=3")
     assert report["complete"] is True
     assert report["cells"] == []
