@@ -164,7 +164,7 @@ def view(agreements: Sequence[Agreement]) -> RenderableType:
     for title in TITLES[2:]:
         table.add_column(title, justify="right", no_wrap=True)
     for place, agreement in enumerate(agreements):
-        values, intervals = _texts(agreement)
+        values, intervals = shown_texts(agreement)
         if place and agreements[place - 1].model == agreement.model:
             values[0] = ""
         last = place + 1 == len(agreements) or agreements[place + 1].model != agreement.model
@@ -174,21 +174,11 @@ def view(agreements: Sequence[Agreement]) -> RenderableType:
             end_section=last,
         )
     heading = Text("Faithfulness: scores against the exact effects of the same edges", style="bold")
-    return Group(heading, table, Text(_explanation(agreements), style="dim"))
+    return Group(heading, table, Text(explanation(agreements), style="dim"))
 
 
-def markdown_lines(agreements: Sequence[Agreement]) -> list[str]:
-    """The same as lines of Markdown."""
-    lines = ["### Faithfulness", "", "| " + " | ".join(TITLES) + " |"]
-    lines += ["|---|---|---:|---:|---:|---:|---:|"]
-    for agreement in agreements:
-        cells = zip(*_texts(agreement), strict=True)
-        both = [f"{value} ({interval})" if interval else value for value, interval in cells]
-        lines += ["| " + " | ".join(both) + " |"]
-    return [*lines, "", _explanation(agreements)]
-
-
-def _explanation(agreements: Sequence[Agreement]) -> str:
+def explanation(agreements: Sequence[Agreement]) -> str:
+    """How to read a table of agreements."""
     edges = " or ".join(str(n) for n in sorted({agreement.edges for agreement in agreements}))
     return (
         f"{edges} edges per model, a third each from the strongest, the middle and the rest; with "
@@ -197,8 +187,8 @@ def _explanation(agreements: Sequence[Agreement]) -> str:
     )
 
 
-def _texts(agreement: Agreement) -> tuple[list[str], list[str]]:
-    """What is shown of an agreement, under `TITLES`: the values, and their intervals."""
+def shown_texts(agreement: Agreement) -> tuple[list[str], list[str]]:
+    """What tables show of an agreement, under `TITLES`: the values, and their intervals."""
     percent = {"sign_agreement", "top_overlap", "median_relative_error"}
     values, intervals = [agreement.model, agreement.method], ["", ""]
     for name, estimate in vars(agreement).items():

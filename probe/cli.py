@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -49,11 +50,70 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+class RunOptions(NamedTuple):
+    """The options of every command that runs a recipe, as their help describes them."""
+
+    output: str | None
+    limit: int | None
+    paths: tuple[str, ...]
+    settings: tuple[str, ...]
+    method: str | None
+    device: str | None
+    dtype: str | None
+    kernels: str | None
+    fresh: bool
+    dry_run: bool
+
+    def overrides(self) -> dict[str, str | int | float]:
+        """The keys of the recipe that they change."""
+        overrides: dict[str, str | int | float] = {}
+        for setting in self.settings:
+            key, equals, value = setting.partition("=")
+            if not equals:
+                raise ProbeError(f"--set {setting}: write KEY=VALUE, as in selection.samples=50")
+            overrides[key.strip()] = value.strip()
+        for key, given in (
+            ("solutions.questions", self.limit),
+            ("attribution.method", self.method),
+            ("compute.device", self.device),
+            ("compute.dtype", self.dtype),
+            ("compute.kernels", self.kernels),
+        ):
+            if given is not None:
+                overrides[key] = given
+        return overrides
+
+    def run(self, chosen: "Recipe") -> None:
+        """Run a recipe and print its report, or only its plan."""
+        if self.dry_run:
+            from rich.console import Console
+
+            from probe.plan import make_plan, plan_view
+
+            Console(highlight=False).print(plan_view(make_plan(chosen)))
+            return
+        from probe.rendering import print_report
+        from probe.run import run_recipe
+
+        print_report(run_recipe(chosen, self.output, fresh=self.fresh))
+
+
 def run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of every command that runs a recipe."""
-    options = (
-        click.option("--output", type=click.Path(), help="Run folder [default: runs/NAME]."),
-        click.option("--limit", type=click.IntRange(1), help="Ask only N questions of each."),
+    """Give a command the options of `RunOptions`, as its argument `options`."""
+
+    @wraps(command)
+    def with_options(**values: object) -> None:
+        options = {name: values.pop(name) for name in RunOptions._fields}
+        command(**values, options=RunOptions(**options))  # type: ignore[arg-type]
+
+    for option in (
+        click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
+        click.option("--fresh", is_flag=True, help="Start over instead of going on."),
+        click.option("--kernels", help="auto, eager, or liger: fused kernels on a GPU."),
+        click.option("--dtype", help="float32, bfloat16, float16 or float64."),
+        click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1."),
+        click.option("--method", help="eap, eap-ig, relp or exact."),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key."),
         click.option(
             "--benchmark-path",
             "paths",
@@ -61,54 +121,11 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="[NAME=]PATH",
             help="A local file or folder with a benchmark's problems.",
         ),
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key."),
-        click.option("--method", help="eap, eap-ig, relp or exact."),
-        click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1."),
-        click.option("--dtype", help="float32, bfloat16, float16 or float64."),
-        click.option("--fresh", is_flag=True, help="Start over instead of going on."),
-        click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _overrides(
-    settings: tuple[str, ...],
-    limit: int | None,
-    method: str | None,
-    device: str | None,
-    dtype: str | None,
-) -> dict[str, str | int | float]:
-    overrides: dict[str, str | int | float] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ProbeError(f"--set {setting}: write KEY=VALUE, as in selection.samples=50")
-        overrides[key.strip()] = value.strip()
-    for key, given in (
-        ("solutions.questions", limit),
-        ("attribution.method", method),
-        ("compute.device", device),
-        ("compute.dtype", dtype),
+        click.option("--limit", type=click.IntRange(1), help="Ask only N questions of each."),
+        click.option("--output", type=click.Path(), help="Run folder [default: runs/NAME]."),
     ):
-        if given is not None:
-            overrides[key] = given
-    return overrides
-
-
-def _run(chosen: "Recipe", output: str | None, fresh: bool, dry_run: bool) -> None:
-    if dry_run:
-        from rich.console import Console
-
-        from probe.plan import make_plan, plan_view
-
-        Console(highlight=False).print(plan_view(make_plan(chosen)))
-        return
-    from probe.rendering import print_report
-    from probe.run import run_recipe
-
-    print_report(run_recipe(chosen, output, fresh=fresh))
+        with_options = option(with_options)  # from the last to the first, as decorators go
+    return with_options
 
 
 @main.command()
@@ -116,15 +133,7 @@ def _run(chosen: "Recipe", output: str | None, fresh: bool, dry_run: bool) -> No
 @run_options
 def recipe(
     name: str,
-    output: str | None,
-    limit: int | None,
-    paths: tuple[str, ...],
-    settings: tuple[str, ...],
-    method: str | None,
-    device: str | None,
-    dtype: str | None,
-    fresh: bool,
-    dry_run: bool,
+    options: RunOptions,
 ) -> None:
     """Run a recipe, or go on with a run that was stopped.
 
@@ -136,8 +145,7 @@ def recipe(
     """
     from probe.recipe import place_benchmarks, read_recipe
 
-    overrides = _overrides(settings, limit, method, device, dtype)
-    _run(place_benchmarks(read_recipe(name, overrides), paths), output, fresh, dry_run)
+    options.run(place_benchmarks(read_recipe(name, options.overrides()), options.paths))
 
 
 @main.command()
@@ -161,15 +169,7 @@ def compare(
     alpha: tuple[float, ...],
     prompt: str,
     save_recipe: str | None,
-    output: str | None,
-    limit: int | None,
-    paths: tuple[str, ...],
-    settings: tuple[str, ...],
-    method: str | None,
-    device: str | None,
-    dtype: str | None,
-    fresh: bool,
-    dry_run: bool,
+    options: RunOptions,
 ) -> None:
     """Compare any two models of one architecture, without writing a recipe.
 
@@ -192,12 +192,12 @@ def compare(
         alpha=alpha,
         # A shell has no easy way to write a line break.
         prompt=prompt.replace("\\n", "\n"),
-        benchmark_paths=paths,
-        overrides=_overrides(settings, limit, method, device, dtype),
+        benchmark_paths=options.paths,
+        overrides=options.overrides(),
     )
     if save_recipe:
         write_recipe(chosen, Path(save_recipe))
-    _run(chosen, output, fresh, dry_run)
+    options.run(chosen)
 
 
 @main.command()
@@ -258,29 +258,63 @@ def faithfulness(
 
 
 @main.command()
-@click.argument("run", type=click.Path())
+@click.argument("runs", type=click.Path(), nargs=-1, required=True, metavar="RUN...")
 @click.option(
     "--format",
     "style",
-    type=click.Choice(["table", "markdown", "json", "csv"]),
+    type=click.Choice(["table", "markdown", "latex", "html", "json", "csv"]),
     default="table",
     show_default=True,
     help="How to print it.",
 )
-def report(run: str, style: str) -> None:
-    """Print the report of a run again, finished or not.
+@click.option("--output", type=click.Path(), help="Write it to a file instead.")
+def report(runs: tuple[str, ...], style: str, output: str | None) -> None:
+    """Print the report of a run again, finished or not; of several, side by side.
 
     \b
     Examples:
       probe report runs/tiny-math
-      probe report runs/tiny-math --format markdown > report.md
+      probe report runs/tiny-math --format html --output report.html
+      probe report runs/fast runs/exact
     """
     from pathlib import Path
 
-    from probe.rendering import print_report
+    from probe.rendering import print_report, write_report
     from probe.report import build_report
 
-    print_report(build_report(Path(run)), style)  # type: ignore[arg-type]
+    reports = [build_report(Path(run)) for run in runs]
+    if output is None:
+        print_report(reports, style)
+    else:
+        write_report(reports, style, Path(output))
+
+
+@main.command()
+@click.argument("runs", type=click.Path(), nargs=-1, required=True, metavar="RUN...")
+@click.option("--output", type=click.Path(), help="Folder for them [default: RUN/figures].")
+def plot(runs: tuple[str, ...], output: str | None) -> None:
+    """Draw the figures of a run as PNG and PDF; of several runs, one picture of all.
+
+    \b
+    Examples:
+      probe plot runs/tiny-math
+      probe plot runs/mistral-math runs/deepseek-math --output figures
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from probe.figures import write_figures
+    from probe.report import build_report
+    from probe.run import progress_bar
+
+    if output is None and len(runs) > 1:
+        raise ProbeError("figures of several runs need a place: give --output FOLDER")
+    folder = Path(output) if output else Path(runs[0]) / "figures"
+    reports = [build_report(Path(run)) for run in runs]
+    with progress_bar(Console(stderr=True, highlight=False)) as progress:
+        files = write_figures(reports, folder, progress)
+    click.echo(f"{len(files)} files in {folder}")
 
 
 if __name__ == "__main__":

@@ -69,37 +69,3 @@ def fuse(module: "PreTrainedModel") -> None:
     for name, value in before.items():
         if name != "apply_rotary_pos_emb":
             names[name] = value
-
-
-def pull_through_norm(
-    gradients: torch.Tensor, value: torch.Tensor, weight: torch.Tensor, offset: float, eps: float
-) -> None:
-    """Replace gradients at an RMSNorm's output by those at its input, in one kernel.
-
-    Args:
-        gradients: [branch, ..., d_model], one behind the other in memory.
-        value: The norm's input, [..., d_model].
-        weight: The norm's weight, [d_model].
-        offset: What is added to it.
-        eps: What the norm adds to the mean square.
-    """
-    import triton
-
-    from probe.norm_kernel import pull_kernel
-
-    width = value.shape[-1]
-    value = value.contiguous()
-    rows = value.numel() // width
-    block = triton.next_power_of_2(width)
-    pull_kernel[(rows,)](
-        gradients,
-        value,
-        weight,
-        rows * width,
-        width,
-        offset,
-        eps,
-        BRANCHES=len(gradients),
-        BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
-    )

@@ -2,7 +2,8 @@
 
 Every metric takes scores [sequence, source, target] and, as `mask`, the real edges. Without a mask
 it runs over the dense matrix, structural zeros included: that is the paper's convention, whose
-means run over n_o * n_i entries. With `Graph.mask` it runs over real edges only.
+means run over n_o * n_i entries. With `Graph.mask` it runs over real edges only. One more metric,
+`token_entropy`, is of what a model predicts.
 
     >>> activation_intensity(torch.tensor([[[1.0, -3.0], [0.0, 2.0]]]))
     1.5
@@ -102,6 +103,20 @@ def output_strengths(scores: torch.Tensor, mask: torch.Tensor | None = None) -> 
     return strengths(scores[..., -1:])
 
 
+def token_entropy(entropies: torch.Tensor) -> float:
+    """Mean entropy of the next-token distribution at the scored tokens: Fig. 3b's other reading.
+
+    Args:
+        entropies: `EdgeScores.entropies`, [sequence], in nats.
+    """
+    return float(token_entropies(entropies).mean())
+
+
+def token_entropies(entropies: torch.Tensor) -> Array:
+    """The predictive token entropy of each sequence; their mean is the token entropy."""
+    return entropies.detach().cpu().double().numpy()
+
+
 def entropy(counts: Array, eps: float = EPS) -> Array:
     """Shannon entropy, in nats, of histograms [..., bin]: what both entropies end with."""
     shares = counts / counts.sum(-1, keepdims=True)
@@ -155,10 +170,28 @@ METRICS: dict[str, Metric] = {
 `per_sample`, `pooled` and `pairwise`, `probe.statistics` is fast; without, it is right but slow."""
 
 
+TOKEN_METRICS: dict[str, Metric] = {
+    "token_entropy": Metric(token_entropy, "Tok.Entropy", "up", per_sample=token_entropies),
+}
+"""Metrics of what a model predicts instead of its edges; `function(entropies)`."""
+
+
+def metric_named(name: str) -> Metric:
+    """A metric of either kind.
+
+    Raises:
+        ProbeError: There is no metric of that name.
+    """
+    known = METRICS | TOKEN_METRICS
+    if name not in known:
+        raise ProbeError(f"metric {name!r} is not known; one of: {', '.join(known)}")
+    return known[name]
+
+
 def compute_metric(
     name: str, scores: torch.Tensor, mask: torch.Tensor | None = None, *, bins: int = BINS
 ) -> float:
-    """Compute a metric by its name.
+    """Compute a metric of edges by its name.
 
     Raises:
         ProbeError: There is no metric of that name.

@@ -28,6 +28,7 @@ from pydantic.dataclasses import dataclass
 
 from probe.errors import ProbeError
 from probe.graph import Ablation, Granularity
+from probe.kernels import Kernels
 from probe.metrics import BINS
 from probe.models import DType
 from probe.selection import Convention
@@ -122,6 +123,9 @@ class Compute:
 
     dtype: DType = "bfloat16"
     """Precision of weights and activations; scores are accumulated in float32 in any case."""
+
+    kernels: Kernels = "auto"
+    """Fused kernels (`liger`), those of transformers (`eager`), or fused ones where they run."""
 
     threads: Count | None = None
     """Threads of a run on CPU; torch's own choice if not given. Small models want 1."""

@@ -10,15 +10,17 @@ run can be reported again at any time; `probe.rendering` prints them.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
+
+import numpy as np
 
 from probe.agreement import Agreement, agreement_from
 from probe.attribution import EdgeScores
-from probe.metrics import METRICS, compute_metric
-from probe.recipe import Pair, Recipe, recipe_from
+from probe.metrics import METRICS, TOKEN_METRICS, compute_metric, metric_named
+from probe.recipe import Pair, Recipe, ReportOptions, recipe_from
 from probe.run_folder import (
     SCHEMA,
     Damaged,
@@ -61,7 +63,7 @@ class Cell:
     """Scored length as a share of the reference length."""
 
     metric: str
-    """A name in `probe.metrics.METRICS`."""
+    """A name in `probe.metrics.METRICS`, or in `TOKEN_METRICS`."""
 
     before: float | None
     """The model before, over the dense matrix with its structural zeros."""
@@ -82,7 +84,7 @@ class Cell:
     """Whether it moved that way; None where the change is not defined."""
 
     real_edges: Change
-    """The same over real edges only."""
+    """The same over real edges only; of a metric that is of no edges, the same again."""
 
     interval: tuple[float, float] | None = None
     """95 % bootstrap interval of the change over questions. This and what follows is over the dense
@@ -107,6 +109,12 @@ class Cell:
     above_noise: bool | None = None
     """Whether |change| is above the noise floor."""
 
+    published: Change | None = None
+    """What was printed elsewhere for this cell, where the recipe says."""
+
+    as_published: bool | None = None
+    """Whether it moved the way that the published value did."""
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -126,6 +134,33 @@ class Accuracy:
 
     questions: int
     """How many were asked."""
+
+    published: Change | None = None
+    """What was printed elsewhere, where the recipe says."""
+
+    as_published: bool | None = None
+    """Whether it moved the way that the published value did."""
+
+
+Row = TypeVar("Row", Cell, Accuracy)
+
+
+@dataclass(frozen=True)
+class ExtraTable:
+    """A table beside the cells, that every format shows in the same way."""
+
+    title: str
+    """What it shows, in a few words."""
+
+    note: str
+    """How to read it, in a sentence or two; may be empty."""
+
+    columns: tuple[str, ...]
+    """The heading of each column."""
+
+    rows: tuple[tuple[str | float | None, ...], ...]
+    """Texts and numbers; None where a number is not defined. Numbers of one column are shown with
+    the same digits."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +182,12 @@ class Report:
     faithfulness: tuple[Agreement, ...] = ()
     """How near each method comes to the exact effects of some edges, model by model."""
 
+    extras: tuple[ExtraTable, ...] = ()
+    """What else was asked for, a table each."""
+
+    path: Path = Path()
+    """The run folder that it was computed from."""
+
     @property
     def table(self) -> dict[str, object]:
         """The report as plain data, as report.json holds it."""
@@ -157,6 +198,7 @@ class Report:
             "cells": [asdict(cell) for cell in self.cells],
             "accuracy": [asdict(row) for row in self.accuracy],
             "faithfulness": [agreement.table for agreement in self.faithfulness],
+            "extras": [asdict(table) for table in self.extras],
             "missing": list(self.missing),
         }
 
@@ -172,7 +214,7 @@ def build_report(path: Path) -> Report:
     cells: list[Cell] = []
     missing: list[str] = []
     planned = len(recipe.pairs) * len(recipe.benchmarks) * len(recipe.selection.alpha)
-    permutations = permutations_for(planned * len(METRICS))
+    permutations = permutations_for(planned * len(METRICS | TOKEN_METRICS))
     accuracy = []
     for benchmark in (choice.name for choice in recipe.benchmarks):
         for pair in recipe.pairs:
@@ -192,22 +234,12 @@ def build_report(path: Path) -> Report:
                 if here[0] != here[1]:
                     missing.append(f"{name}: before and after are of different questions")
                     continue
-                options = recipe.report
-                statistics = {metric: Statistics() for metric in METRICS}
-                if options.resamples:
-                    statistics = compare_sides(
-                        before.scores,
-                        after.scores,
-                        bins=options.bins,
-                        resamples=options.resamples,
-                        permutations=permutations,
-                    )
-                cells += _cells(
-                    pair.name, benchmark, alpha, before, after, options.bins, statistics
-                )
+                where = pair.name, benchmark, alpha
+                cells += _cells(where, before, after, recipe.report, permutations)
     faithfulness = _faithfulness(folder, recipe, missing)
-    known = tuple(row for row in accuracy if row)
-    return Report(recipe, _judged(cells), known, tuple(missing), faithfulness)
+    known = tuple(_beside_published(row, recipe) for row in accuracy if row)
+    judged = tuple(_beside_published(cell, recipe) for cell in _judged(cells))
+    return Report(recipe, judged, known, tuple(missing), faithfulness, path=path)
 
 
 def _faithfulness(folder: RunFolder, recipe: Recipe, missing: list[str]) -> tuple[Agreement, ...]:
@@ -240,41 +272,78 @@ def _accuracy(folder: RunFolder, recipe: Recipe, pair: Pair, benchmark: str) -> 
 
 
 def _cells(
-    pair: str,
-    benchmark: str,
-    alpha: float,
+    where: tuple[str, str, float],
     before: EdgeScores,
     after: EdgeScores,
-    bins: int,
-    statistics: Mapping[str, Statistics],
+    options: ReportOptions,
+    permutations: int,
 ) -> list[Cell]:
-    cells = []
-    for metric, entry in METRICS.items():
-        dense, real = (
-            _change(*(compute_metric(metric, e.scores, mask, bins=bins) for e in (before, after)))
-            for mask in (None, before.graph.mask)
+    """The cells of a pair on a benchmark at an alpha, a metric each."""
+    sides = (before, after)
+    masks = None, before.graph.mask
+    values = {
+        metric: [
+            _change(*(compute_metric(metric, e.scores, mask, bins=options.bins) for e in sides))
+            for mask in masks
+        ]
+        for metric in METRICS
+    }
+    for metric, entry in TOKEN_METRICS.items():
+        # It is of no edges, so it is the same over all of them and over real ones.
+        values[metric] = 2 * [_change(*(entry.function(e.entropies) for e in sides))]
+    statistics = dict.fromkeys(values, Statistics())
+    if options.resamples:
+        statistics |= compare_sides(
+            before.scores,
+            after.scores,
+            bins=options.bins,
+            resamples=options.resamples,
+            permutations=permutations,
         )
-        moved = dense.change
-        cells.append(
-            Cell(
-                pair=pair,
-                benchmark=benchmark,
-                alpha=alpha,
-                metric=metric,
-                before=dense.before,
-                after=dense.after,
-                change=moved,
-                samples=len(before.scores),
-                paper_direction=entry.direction,
-                as_in_paper=None if moved is None else moved * _SIGNS[entry.direction] > 0,
-                real_edges=real,
-                **vars(statistics[metric]),
+        statistics |= compare_sides(
+            before.entropies,
+            after.entropies,
+            resamples=options.resamples,
+            permutations=permutations,
+            metrics=TOKEN_METRICS,
+        )
+    return [
+        Cell(
+            *where,
+            metric=metric,
+            before=dense.before,
+            after=dense.after,
+            change=dense.change,
+            samples=len(before.scores),
+            paper_direction=metric_named(metric).direction,
+            as_in_paper=None
+            if dense.change is None
+            else dense.change * _SIGNS[metric_named(metric).direction] > 0,
+            real_edges=real,
+            **vars(statistics[metric]),
+        )
+        for metric, (dense, real) in values.items()
+    ]
+
+
+def _beside_published(row: Row, recipe: Recipe) -> Row:
+    """The row with the value that the recipe publishes for it, if it does."""
+    metric, alpha = (row.metric, row.alpha) if isinstance(row, Cell) else ("accuracy", None)
+    where = (row.pair, row.benchmark, metric, alpha)
+    for value in recipe.published:
+        if (value.pair, value.benchmark, value.metric, value.alpha) == where:
+            same = None
+            if row.before is not None and row.after is not None:
+                same = np.sign(row.after - row.before) == np.sign(value.after - value.before)
+            return replace(
+                row,
+                published=_change(value.before, value.after),
+                as_published=None if same is None else bool(same),
             )
-        )
-    return cells
+    return row
 
 
-def _judged(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+def _judged(cells: Sequence[Cell]) -> list[Cell]:
     """The cells with what depends on all of them, and on their own noise."""
     tested = [cell.p_value for cell in cells if cell.p_value is not None]
     adjusted = iter(holm(tested))
@@ -286,7 +355,7 @@ def _judged(cells: Sequence[Cell]) -> tuple[Cell, ...]:
         if cell.change is not None and cell.noise_floor is not None:
             cell = replace(cell, above_noise=abs(cell.change) > cell.noise_floor)
         judged.append(cell)
-    return tuple(judged)
+    return judged
 
 
 def _change(before: float, after: float) -> Change:

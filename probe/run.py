@@ -29,6 +29,7 @@ from rich.progress import (
 from probe.attribution import METHODS, EdgeScores, Sequence, attribute
 from probe.checkpoints import fetch_checkpoint, fingerprint, weight_files
 from probe.errors import ProbeError
+from probe.kernels import Kernels
 from probe.models import (
     Model,
     check_pair,
@@ -261,6 +262,9 @@ def _attribute_all(
     options = recipe.attribution
     steps = options.ig_steps if options.method == "eap-ig" else 1
     settings = (options.method, options.granularity, options.ablation, str(steps))
+    kernels = recipe.compute.kernels
+    if options.method == "relp" and kernels == "auto":
+        kernels = "eager"
     task = progress.add_task("attribution", total=sum(len(side.sequences) for side in sides))
     errors: dict[str, float] = {}
     for number, reference in enumerate(recipe.models()):
@@ -273,7 +277,8 @@ def _attribute_all(
             key = edges_key(weights, (*settings, recipe.compute.dtype), side.sequences)
             edges = _read_edges(folder, path, key, progress.console)
             if edges is None:
-                model = model or _load(recipe, reference, devices[number % len(devices)])
+                device = devices[number % len(devices)]
+                model = model or _load(recipe, reference, device, kernels)
                 try:
                     edges = _attribute(recipe, model, side, folder, key, progress, task)
                 except ProbeError as error:
@@ -342,8 +347,10 @@ def _read_edges(folder: RunFolder, path: Path, key: str, console: Console) -> Ed
         return None
 
 
-def _load(recipe: Recipe, reference: str, device: torch.device) -> Model:
-    return load_model(reference, str(device), recipe.compute.dtype)
+def _load(
+    recipe: Recipe, reference: str, device: torch.device, kernels: Kernels = "eager"
+) -> Model:
+    return load_model(reference, str(device), recipe.compute.dtype, kernels)
 
 
 def cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:

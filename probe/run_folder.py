@@ -6,6 +6,7 @@
     edges/PAIR.BENCHMARK.alpha-A.SIDE.safetensors   scores and losses
     faithfulness/MODEL.json, .png                exact effects of some edges, beside their scores
     report.json                                  the cells
+    figures/                                     pictures, by `probe plot`
 
 A file is written beside its place and moved there, so a kill leaves the old one or the new one.
 Solutions are appended; a torn last line is the most that a kill costs, and reading drops it.
@@ -40,7 +41,7 @@ from probe.selection import Selection, Solution
 
 SCHEMA = 1
 FOLDERS = ("solutions", "selection", "edges", "faithfulness")
-PARTS = (*FOLDERS, "run.json", "report.json")
+PARTS = (*FOLDERS, "figures", "run.json", "report.json")
 
 
 class Damaged(Exception):

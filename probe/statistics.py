@@ -11,7 +11,7 @@ once. docs/statistics.md has the equations and the limits.
     ((-0.78, -0.65), 9.999e-05)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from probe.errors import ProbeError
-from probe.metrics import BINS, METRICS, Array, compute_metric, entropy
+from probe.metrics import BINS, METRICS, Array, compute_metric, entropy, metric_named
 
 RESAMPLES = 1000
 PERMUTATIONS = 10_000
@@ -68,15 +68,18 @@ def compare_sides(
     bins: int = BINS,
     resamples: int = RESAMPLES,
     permutations: int = PERMUTATIONS,
+    metrics: Iterable[str] = METRICS,
 ) -> dict[str, Statistics]:
     """Compute the statistics of every metric between two sides of the same questions.
 
     Args:
-        before: Scores [question, source, target] of the model before.
+        before: Scores [question, source, target] of the model before; entropies [question] for
+            `metrics.TOKEN_METRICS`.
         after: Those of the model after, of the same questions in the same order.
         bins: Bins of the histograms.
         resamples: How many times questions are drawn for an interval.
         permutations: How many times sides are exchanged for a p-value.
+        metrics: Names of the metrics.
 
     Raises:
         ProbeError: The sides differ in shape.
@@ -87,10 +90,10 @@ def compare_sides(
             "statistics need both of the same questions"
         )
     if len(before) < 2:
-        return {name: Statistics() for name in METRICS}
+        return {name: Statistics() for name in metrics}
     draws = _Draws(len(before), resamples, permutations)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return {name: _compare(name, before, after, bins, draws) for name in METRICS}
+        return {name: _compare(name, before, after, bins, draws) for name in metrics}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -148,7 +151,7 @@ def _compare(
         low, high = np.percentile(changes, [2.5, 97.5])
         interval = (float(low), float(high))
 
-    per_sample = METRICS[name].per_sample
+    per_sample = metric_named(name).per_sample
     if per_sample:
         deviation = float((per_sample(after) - per_sample(before)).std(ddof=1))
     else:
@@ -184,7 +187,7 @@ def _evaluate(metric: Weighted, *weights: npt.NDArray[np.generic]) -> Array:
 
 def _weighted(name: str, scores: torch.Tensor, bins: int) -> Weighted:
     """Prepare a metric of these sequences for many weightings."""
-    metric = METRICS[name]
+    metric = metric_named(name)
     if metric.per_sample:
         return _mean(metric.per_sample(scores))
     if metric.pooled:
@@ -201,7 +204,7 @@ def _exchangeable(name: str, before: torch.Tensor, after: torch.Tensor, bins: in
     other's, every mixture would fill that range otherwise than either model does, though the
     entropies were equal; so each side is divided by the geometric mean over questions of its means.
     """
-    pooled = METRICS[name].pooled
+    pooled = metric_named(name).pooled
     if pooled is None:
         return _weighted(name, torch.cat([before, after]), bins)
     sides = []

@@ -162,7 +162,7 @@ def edge_scores(
     own_logits = _own_logits(model)
     hold, straighten, halve = _relevance_rules(row.centred_norms, row.norm_offset)
     n_columns = len(at_columns) or len(row.projections)
-    pull = _norm_pull(row.centred_norms, row.norm_offset, epsilon, relevance, model.kernels)
+    pull = _norm_pull(row.centred_norms, row.norm_offset, epsilon, relevance)
     open_product, write, expect, receive, close_product = _edge_product(
         graph, len(layers), n_sequences, steps, left, thrift.sources_on_host
     )
@@ -559,7 +559,7 @@ def _relevance_rules(centred: bool, offset: float) -> tuple[Callable[..., torch.
 
 
 def _norm_pull(
-    centred: bool, offset: float, epsilon: float, held: bool, kernels: str
+    centred: bool, offset: float, epsilon: float, held: bool
 ) -> Callable[[torch.Tensor, torch.Tensor], Callable[[torch.Tensor], None]]:
     """How gradients are pulled from a norm's output to its input, as a local function.
 
@@ -572,21 +572,22 @@ def _norm_pull(
         offset: What is added to norms' weights.
         epsilon: What norms add to the mean square.
         held: Whether r counts as a constant.
-        kernels: With `liger`, all is one kernel.
     """
-    fused: Callable[..., None] | None = None
-    if kernels == "liger" and not centred and not held:
-        from probe.kernels import pull_through_norm
-
-        fused = pull_through_norm
+    native = getattr(torch.ops.aten, "_fused_rms_norm_backward", None)
+    if centred or offset or held:
+        native = None
 
     def pull(value: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor], None]:
         def pulled(gradients: torch.Tensor) -> None:
             """Replace gradients [branch, ...], three at a time: their copies stay small."""
-            if fused is not None:
-                fused(gradients, value, weight, offset, epsilon)
+            width, exact = value.shape[-1], torch.promote_types(value.dtype, torch.float32)
+            if native is not None and value.device.type == "cuda":
+                # torch's own kernel reads and writes each gradient once; it is for CUDA alone.
+                size = torch.linalg.vector_norm(value, dim=-1, keepdim=True, dtype=exact)
+                rate = (size.square() / width + epsilon).rsqrt()
+                for room in gradients:
+                    room.copy_(native(room, value, [width], rate, weight, [True, False])[0])
                 return
-            exact = torch.promote_types(value.dtype, torch.float32)
             wide = value.to(exact)
             if centred:
                 wide = wide - wide.mean(-1, keepdim=True)
@@ -595,24 +596,14 @@ def _norm_pull(
             for room in gradients.split(3):
                 result = room * (rate * gain)
                 if not held:
-                    radial = dot(room, wide * gain)
-                    radial *= rate**3 / -wide.shape[-1]
+                    radial = (room * (wide * gain)).sum(-1, keepdim=True)
+                    radial *= rate**3 / -width
                     result = torch.addcmul(result, wide, radial, out=result)
                 if centred:
                     result -= result.mean(-1, keepdim=True)
                 room.copy_(result)
 
         return pulled
-
-    def dot(gradients: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Inner products [branch, ..., 1] over d_model."""
-        if gradients.device.type == "cuda" and gradients.dtype != value.dtype:
-            width = value.shape[-1]
-            left = gradients.view(len(gradients), -1, width).transpose(0, 1)
-            right = value.to(gradients.dtype).view(-1, width, 1)
-            found = torch.bmm(left, right, out_dtype=value.dtype).transpose(0, 1)
-            return found.reshape(*gradients.shape[:-1], 1)
-        return (gradients * value).sum(-1, keepdim=True)
 
     return pull
 

@@ -39,7 +39,9 @@ def test_help_imports_nothing_heavy(arguments):
     assert done.stderr.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["recipe", "compare", "recipes", "report", "faithfulness"])
+@pytest.mark.parametrize(
+    "command", ["recipe", "compare", "recipes", "report", "plot", "faithfulness"]
+)
 def test_every_command_shows_an_example(command):
     text = call(command, "--help").output
     assert "Example" in text
@@ -103,6 +105,8 @@ def test_dry_run_of_a_recipe_whose_models_are_not_here():
             "(HF_HUB_OFFLINE is set), and this machine lacks the models",
         ),
         (["report", "/no/such/run"], "is not a run folder"),
+        (["plot", "/no/such/run"], "is not a run folder"),
+        (["plot", "/no/such/run", "/no/other"], "give --output FOLDER"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, arguments, message):
@@ -130,7 +134,7 @@ def test_recipe_and_report(tmp_path):
     small = ["--limit", 40, "--set", "selection.samples=3", "--set", "selection.alpha=[0.5]"]
     result = call("recipe", "tiny-math", "--output", folder, *small)
     assert result.exit_code == 0, result.output
-    assert "On tiny-math, GRPO moved" in result.stdout
+    assert "On tiny-math, GRPO changed none of 6 cells" in result.stdout
     assert "attribution" in result.stderr  # progress goes there, the report to standard output
     assert call("report", folder).stdout == result.stdout
     printed = json.loads(call("report", folder, "--format", "json").stdout)

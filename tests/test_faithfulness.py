@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from scipy.stats import pearsonr, spearmanr
+from test_output_docs import documented
 
 import probe
 import probe.faithfulness as module
@@ -20,8 +21,9 @@ from probe.cli import main
 from probe.errors import ProbeError
 from probe.faithfulness import draw_edges, measure, run_faithfulness
 from probe.recipe import AttributionOptions
-from probe.rendering import render, tables
+from probe.rendering import render
 from probe.report import build_report
+from probe.terminal import view as report_view
 
 SMALL = {
     "solutions.questions": 60,
@@ -269,6 +271,7 @@ def test_scores_are_those_of_the_run(measured):
     from probe.run_folder import RunFolder
 
     table = json.loads((measured / "faithfulness" / "tiny-math--grpo.json").read_text())
+    assert documented("Faithfulness") == list(table)
     edges = RunFolder(measured).read_edges(measured / "edges" / f"{table['cell']}.safetensors")
     selection = RunFolder(measured).read_selection("sft-grpo.tiny-math.alpha-0.5")
     for edge in table["sample"]:
@@ -377,7 +380,7 @@ def test_reports_show_it(measured):
     assert f"| {row.model} | eap | {row.pearson.value:.2f} (" in text
     for width in (80, 100):
         console = Console(file=io.StringIO(), width=width, record=True)
-        console.print(tables(report))
+        console.print(report_view([report]))
         text = console.export_text()
         assert "…" not in text
         assert max(map(len, text.splitlines())) <= width

@@ -5,7 +5,7 @@ import torch
 from small_models import save_small_model
 
 import probe
-from probe.kernels import FUSED, fuse, pull_through_norm, resolve_kernels
+from probe.kernels import FUSED, fuse, resolve_kernels
 
 CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -32,28 +32,6 @@ def test_relp_refuses_fused_kernels(tiny):
 
     with pytest.raises(probe.ProbeError, match="relp needs what fused kernels leave out"):
         probe.attribute(replace(tiny, kernels="liger"), SEQUENCES, "relp")
-
-
-@pytest.mark.gpu
-@gpu
-@pytest.mark.parametrize("shape", [(3, 5, 7, 96), (3, 2, 1, 4096), (1, 4, 3, 3584)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_a_pull_through_a_norm_is_its_derivative(shape, dtype, offset):
-    torch.manual_seed(0)
-    gradients = torch.randn(shape, device="cuda", dtype=dtype)
-    value = torch.randn(shape[1:], device="cuda", dtype=dtype)
-    weight = torch.randn(shape[-1], device="cuda", dtype=dtype)
-
-    wide = value.double().requires_grad_(True)
-    normed = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
-    normed = normed * (weight.double() + offset)
-    truth = torch.stack(
-        [torch.autograd.grad(normed, wide, g.double(), retain_graph=True)[0] for g in gradients]
-    )
-    pull_through_norm(gradients, value, weight, offset, 1e-5)
-    largest = 1e-5 if dtype == torch.float32 else 5e-3
-    assert (gradients.double() - truth).abs().max() <= largest * truth.abs().max()
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import probe
 from probe.errors import ProbeError
-from probe.metrics import METRICS, compute_metric
+from probe.metrics import METRICS, compute_metric, metric_named, token_entropy
 
 MASK = probe.Graph.build(2, "qkv").mask
 
@@ -102,3 +102,11 @@ def test_bad_input():
         probe.metrics.activation_intensity(torch.zeros(0, 3, 3))
     with pytest.raises(ProbeError, match="'intensity' is not known"):
         compute_metric("intensity", torch.zeros(1, 3, 3))
+
+
+def test_token_entropy_is_a_mean_over_questions():
+    entropies = torch.tensor([0.5, 1.5, 4.0])
+    assert token_entropy(entropies) == 2
+    assert metric_named("token_entropy").per_sample(entropies).tolist() == [0.5, 1.5, 4]
+    with pytest.raises(ProbeError, match="'entropy' is not known; one of: .*token_entropy"):
+        metric_named("entropy")

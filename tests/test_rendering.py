@@ -2,21 +2,25 @@ import csv
 import io
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from probe.errors import ProbeError
-from probe.rendering import print_report, render, summary, tables
-from probe.report import build_report
+from probe.recipe import Published
+from probe.rendering import FORMATS, print_report, render, write_report
+from probe.report import Change, ExtraTable, build_report
+from probe.terminal import view
 
 
 def test_an_empty_run_prints(half_run, capsys):
     for path in (half_run.path / "edges").iterdir():
         path.unlink()
     report = build_report(half_run.path)
-    for style in ("table", "markdown", "json", "csv"):
+    for style in ("table", *FORMATS):
         print_report(report, style)
     assert "not computed yet" in capsys.readouterr().out
 
@@ -32,9 +36,9 @@ def test_formats_hold_the_same_numbers(half_run):
         assert float(row["interval_low"]) == cell["interval"][0]
         assert float(row["p_holm"]) == cell["p_holm"]
         assert row["significant"] == str(cell["significant"])
-        assert f"{short(cell['before'])} → {short(cell['after'])}" in markdown
-    with pytest.raises(ProbeError, match="'html' is not known"):
-        render(report, "html")
+        assert re.search(rf"{short(cell['before'])} [↗→↘] {short(cell['after'])}", markdown)
+    with pytest.raises(ProbeError, match="'excel' is not known"):
+        render(report, "excel")
 
 
 def short(value):
@@ -44,7 +48,7 @@ def short(value):
 
 def shown(report, width):
     console = Console(file=io.StringIO(), width=width, record=True)
-    console.print(tables(report))
+    console.print(view([report]))
     text = console.export_text()
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
@@ -54,9 +58,9 @@ def shown(report, width):
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_tables_fit(half_run, width):
     text = shown(build_report(half_run.path), width)
-    assert "+100.0     +100..+100" in text
+    assert "+100.0     +100..+100    yes" in text
     assert "Not in this report (3)" in text
-    assert summary(build_report(half_run.path)).startswith("On tiny-math, GRPO moved ")
+    assert text.startswith("On tiny-math, GRPO changed none of 6 cells significantly.")
 
 
 def test_real_edges_can_be_what_the_table_shows(half_run):
@@ -65,10 +69,10 @@ def test_real_edges_can_be_what_the_table_shows(half_run):
     half_run.write_json("run.json", record)
     report = build_report(half_run.path)
     before = report.cells[0].real_edges.before
-    assert f"{short(before)} →" in render(report, "markdown")
+    assert f"{short(before)} ↗" in render(report, "markdown")
     assert before > report.cells[0].before
     # The statistics are of the dense matrix, and stand beside its change.
-    assert re.search(r"real % +dense % +interval +as paper", shown(report, 80))
+    assert re.search(r"real % +dense % +interval +paper", shown(report, 80))
     assert "| +100.0 | +100.0 | +100..+100 | yes |" in render(report, "markdown")
 
 
@@ -91,7 +95,7 @@ def test_marks_do_not_need_colour(half_run):
         console = Console(
             file=io.StringIO(), width=80, force_terminal=True, color_system="truecolor"
         )
-        console.print(tables(found))
+        console.print(view([found]))
         row = next(line for line in console.file.getvalue().splitlines() if "Act.Intens." in line)
         assert ("\x1b[2m" in row) == (significant is False)  # dim
 
@@ -114,3 +118,122 @@ def test_changes_from_nearly_nothing_fit(half_run, entries):
             for cell in report.cells
         )
         assert text in shown(replace(report, recipe=recipe, cells=cells), 80)
+
+
+def test_extra_tables_are_in_every_format(half_run):
+    extra = ExtraTable(
+        "Mass by distance",
+        "Shares of the sum of |W|.",
+        ("side | model", "share", "edges", "size"),
+        (("before", 0.25, 3, 1.5e-7), ("after", None, 40, 2.0)),
+    )
+    report = replace(build_report(half_run.path), extras=(extra,))
+    text = shown(report, 80)
+    assert re.search(r"Mass by distance\n\nside \| model +share +edges +size *\n", text)
+    assert re.search(r"before +0.250 +3 +1.50e-7 *\nafter +- +40 +2.00e0", text)
+    markdown = render(report, "markdown")
+    assert "| side \\| model | share | edges | size |\n| --- | ---: | ---: | ---: |" in markdown
+    assert "| after | - | 40 | 2.00e0 |\n\nShares of the sum" in markdown
+    assert json.loads(render(report, "json"))["extras"] == [
+        {**vars(extra), "columns": list(extra.columns), "rows": [list(row) for row in extra.rows]}
+    ]
+
+
+def published(report):
+    """A report of which one cell went the way that was published, and one the other way."""
+    first, second, *rest = report.cells
+    theirs = Change(1.1e-3, 1.31e-3, 0.191)
+    cells = (
+        replace(first, published=theirs, as_published=True),
+        replace(second, published=theirs, as_published=False),
+        *rest,
+    )
+    value = Published("sft-grpo", "tiny-math", "activation_intensity", 1.1e-3, 1.31e-3, 0.5)
+    return replace(report, cells=cells, recipe=replace(report.recipe, published=(value,)))
+
+
+def test_published_values_are_below_their_cells(half_run):
+    plain = build_report(half_run.path)
+    assert "published" not in shown(plain, 80)
+    report = published(plain)
+    text = shown(report, 80)
+    row = r"published +1.10e-3 ↗ 1.31e-3 +\+19.1 +"
+    assert re.search(rf"Act.Intens. .*\n +{row}✓", text)
+    assert re.search(rf"Info.Complex. .*\n +{row}✗", text)
+    assert len(re.findall(row, text)) == 2
+    assert "(published: 41, +7.6 %, 95.1 %)" in text
+    assert "| | published | 1.10e-3 ↗ 1.31e-3 | +19.1 | | ✓ | |" in re.sub(
+        " +", " ", render(report, "markdown")
+    )
+    intensity, complexity, kurtosis = (f"{short(c.before)}" for c in report.cells[:3])
+    table = shown(report, 100)
+    assert re.search(
+        rf"sft-grpo *\n +tiny-math +0.5 +{intensity} .* +{complexity} .* +{kurtosis} .*\n"
+        r" +published +1.10e-3 ↗ 1.31e-3 ✓ +1.10e-3 ↗ 1.31e-3 ✗ +-",
+        table,
+    )
+
+
+def test_runs_of_the_same_cells_are_side_by_side(half_run):
+    report = build_report(half_run.path)
+    first, *rest = report.cells
+    other = replace(
+        report,
+        cells=(replace(first, before=2.0, after=1.0, change=-0.5), *rest[:-1]),
+        path=half_run.path.with_name("other"),
+    )
+    console = Console(file=io.StringIO(), width=100)
+    console.print(view([report, other]))
+    text = console.file.getvalue()
+    assert "of 5 cells moved in the same direction in all runs" in text
+    assert re.search(r"Act.Intens. .*\+100.0.* 2.00e0 ↘ 1.00e0 +-50.0", text)
+    assert re.search(r"Tok.Entropy.* -\s*\n", text)  # of the one run only
+    rows = list(csv.DictReader(io.StringIO(render([report, other], "csv"))))
+    assert [row["run"] for row in rows] == ["run"] * 6 + ["other"] * 5
+    assert [len(run["cells"]) for run in json.loads(render([report, other], "json"))] == [6, 5]
+    assert "other" in render([report, other], "markdown")
+
+
+def test_runs_of_different_cells_make_one_table(half_run):
+    report = build_report(half_run.path)
+    other = replace(
+        report,
+        recipe=replace(report.recipe, name="other", pairs=(report.recipe.pairs[1],)),
+        cells=tuple(replace(cell, pair="sft-dpo") for cell in report.cells),
+    )
+    console = Console(file=io.StringIO(), width=100)
+    console.print(view([report, other]))
+    text = console.file.getvalue()
+    assert re.search(r"Table 1(.*\n)*sft-grpo *\n +tiny-math(.*\n)*sft-dpo *\n +tiny-math", text)
+    assert "over 2 experiments" in text
+
+
+def test_latex_compiles(half_run, tmp_path):
+    if not shutil.which("pdflatex"):
+        pytest.skip("there is no pdflatex here")
+    report = published(build_report(half_run.path))
+    odd = ExtraTable(
+        r"50 % & more_{}^~\#$", "<|x|> ≤ α · -1", ("a_b", "-1"), (("[x]", -0.5), ("*", None))
+    )
+    write_report([replace(report, extras=(odd,))], "latex", tmp_path / "tables.tex")
+    (tmp_path / "main.tex").write_text(
+        r"\documentclass{article}\usepackage{booktabs}\begin{document}\input{tables}\end{document}"
+    )
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_a_report_can_be_written_to_a_file(half_run, tmp_path):
+    report = build_report(half_run.path)
+    write_report([report], "table", tmp_path / "report.txt")
+    text = (tmp_path / "report.txt").read_text()
+    assert text.startswith("On tiny-math, GRPO")
+    assert "\x1b" not in text
+    with pytest.raises(ProbeError, match="cannot write to .*: No such file"):
+        write_report([report], "csv", tmp_path / "no" / "report.csv")

@@ -6,14 +6,16 @@ import torch
 from probe.attribution import EdgeScores
 from probe.errors import ProbeError
 from probe.graph import Graph
-from probe.metrics import METRICS
-from probe.rendering import print_report, render, summary
-from probe.report import build_report
+from probe.metrics import METRICS, TOKEN_METRICS
+from probe.rendering import print_report, render
+from probe.report import Change, build_report
+from probe.selection import Solution
+from probe.wording import summary
 
 
 def test_a_half_finished_run(half_run):
     report = build_report(half_run.path)
-    assert len(report.cells) == len(METRICS)
+    assert len(report.cells) == len(METRICS | TOKEN_METRICS)
     assert report.missing == (
         "sft-grpo.tiny-math.alpha-0.1: not computed yet",
         "sft-dpo.tiny-math.alpha-0.1: not computed yet",
@@ -66,19 +68,21 @@ def test_what_is_significant_and_above_the_noise(half_run):
     write_sides(half_run, "sft-grpo.tiny-math.alpha-0.5", before, before / 3)
     write_sides(half_run, "sft-dpo.tiny-math.alpha-0.5", before, other)
     report = build_report(half_run.path)
-    assert len(report.cells) == 2 * len(METRICS)
+    assert len(report.cells) == 2 * len(METRICS | TOKEN_METRICS)
     found = {(cell.pair, cell.metric): cell for cell in report.cells}
     weaker = found.pop(("sft-grpo", "activation_intensity"))
     assert weaker.significant
     assert weaker.above_noise
     assert weaker.as_in_paper is False
-    assert weaker.p_holm == pytest.approx(10 * weaker.p_value)  # of ten cells the smallest
+    assert weaker.p_holm == pytest.approx(12 * weaker.p_value)  # of twelve cells the smallest
     assert not any(cell.significant for cell in found.values())
     assert all(low <= 0 <= high for low, high in (cell.interval for cell in found.values()))
-    first, second = summary(report).splitlines()
-    assert first.startswith("On tiny-math, GRPO moved 0 of 5 cells significantly in the direction")
-    assert first.endswith("and 1 against it.")
-    assert second.endswith("and 0 against it.")
+    first, second = summary(report)
+    assert first == (
+        "On tiny-math, GRPO significantly lowered activation intensity in 1 of 1 cells: 0 of 6 "
+        "cells moved as the paper reports for online RL, 1 against it."
+    )
+    assert second == "On tiny-math, DPO changed none of 6 cells significantly."
 
 
 def test_statistics_can_be_left_out(half_run):
@@ -105,3 +109,48 @@ def test_sides_of_different_questions_are_not_paired(half_run):
 def test_not_a_run_folder(tmp_path):
     with pytest.raises(ProbeError, match="is not a run folder"):
         build_report(tmp_path)
+
+
+def test_published_values_stand_beside_their_cells(half_run):
+    cell = {"pair": "sft-grpo", "benchmark": "tiny-math"}
+    intensity = cell | {"metric": "activation_intensity", "alpha": 0.5}
+    record = half_run.read_record()
+    record["recipe"]["published"] = [
+        intensity | {"before": 1e-3, "after": 1.5e-3},
+        intensity | {"before": 1e-3, "after": 0.5e-3, "alpha": 0.1},  # has no edges yet
+        cell | {"metric": "distribution_kurtosis", "alpha": 0.5, "before": 300, "after": 200},
+        cell | {"metric": "accuracy", "before": 0.5, "after": 0.5},
+    ]
+    half_run.write_json("run.json", record)
+    for model, right in (("sft", (True, True, False)), ("grpo", (True, False, True))):
+        solutions = [
+            Solution(str(number), [1], [2], correct) for number, correct in enumerate(right)
+        ]
+        path = half_run.solutions_file(f"tiny-math--{model}", "tiny-math")
+        half_run.write_solutions(path, solutions)
+    report = build_report(half_run.path)
+    found = {cell.metric: cell for cell in report.cells}
+    rose = found["activation_intensity"]
+    assert rose.published == Change(1e-3, 1.5e-3, pytest.approx(0.5))
+    assert rose.as_published is True
+    assert found["distribution_kurtosis"].as_published is False  # ours does not see the scale
+    assert found["output_entropy"].published is None
+    assert found["output_entropy"].as_published is None
+    (accuracy,) = report.accuracy
+    assert accuracy.published == Change(0.5, 0.5, 0)
+    assert accuracy.as_published is True  # neither moved
+
+
+def test_token_entropy_is_a_cell_of_its_own(half_run):
+    name = "sft-grpo.tiny-math.alpha-0.5"
+    for side, factor in (("before", 1.0), ("after", 0.5)):
+        path = half_run.edges_file(name, side)
+        edges = half_run.read_edges(path)
+        entropies = factor * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+        half_run.write_edges(path, edges._replace(entropies=entropies), list("abcde"), "key")
+    (cell,) = (c for c in build_report(half_run.path).cells if c.metric == "token_entropy")
+    assert (cell.before, cell.after, cell.change) == (3, 1.5, -0.5)
+    assert cell.real_edges == Change(3, 1.5, -0.5)
+    assert cell.as_in_paper is False
+    assert cell.interval == pytest.approx((-0.5, -0.5))
+    assert cell.p_value == pytest.approx(2 * 0.5**5, abs=0.01)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import probe
 from probe.errors import ProbeError
-from probe.metrics import METRICS
+from probe.metrics import METRICS, TOKEN_METRICS
 from probe.report import build_report
 from probe.run_folder import RunFolder
 
@@ -77,7 +77,7 @@ def test_the_report_has_every_cell_once(finished):
     assert report["schema"] == 1
     assert report["complete"] is True
     keys = [(c["pair"], c["benchmark"], c["alpha"], c["metric"]) for c in report["cells"]]
-    assert len(keys) == len(set(keys)) == 2 * 1 * 2 * len(METRICS)
+    assert len(keys) == len(set(keys)) == 2 * 1 * 2 * len(METRICS | TOKEN_METRICS)
     for cell in report["cells"]:
         assert cell["samples"] == 6
         assert cell["change"] == pytest.approx(
@@ -140,7 +140,7 @@ def test_damaged_parts_are_computed_again_and_said(copy):
     foreign.write_text("\n".join(["{}", '{"id": 3}', "\x00\xff", *text[2:]]))
     half = build_report(copy)
     assert len(half.missing) == 2
-    assert len(half.cells) == 2 * len(METRICS)
+    assert len(half.cells) == 2 * len(METRICS | TOKEN_METRICS)
 
     _, said = run(copy)
     assert report_of(copy) == old
@@ -188,7 +188,7 @@ def test_batches_that_an_earlier_run_kept_are_not_computed_again(copy):
 def test_every_way_of_scoring_is_a_recipe(tmp_path, changes, shape):
     short = {"selection.samples": 2, "selection.alpha": "[0.1]"}
     report, _ = run(tmp_path / "run", short | changes)
-    assert len(report.cells) == 2 * len(METRICS)
+    assert len(report.cells) == 2 * len(METRICS | TOKEN_METRICS)
     for path in (tmp_path / "run" / "edges").iterdir():
         edges = RunFolder(tmp_path / "run").read_edges(path)
         assert edges.scores.shape[1:] == edges.graph.mask.shape == shape

@@ -1,0 +1,44 @@
+"""Markdown: a report for an issue, a notebook or a page.
+
+>>> print(document([report]))
+"""
+
+from collections.abc import Sequence
+
+from probe.layout import (
+    cell_rows,
+    extra_texts,
+    further_tables,
+    numeric,
+    shared_tables,
+    titles,
+)
+from probe.report import ExtraTable, Report
+from probe.wording import caveats, groups, heading, overview
+
+
+def document(reports: Sequence[Report]) -> str:
+    """A report, or several side by side, as one document."""
+    tables = shared_tables(reports)
+    for report in reports:
+        if len(reports) == 1:
+            for benchmark, pair, cells in groups(report):
+                rows = tuple(row for cell in cells for row in cell_rows(cell, report))
+                title = heading(benchmark, pair, cells)
+                tables.append(ExtraTable(title, "", titles(report), rows))
+        tables += further_tables(report)
+    lines = ["  \n".join(overview(reports)), ""]
+    for table in tables:
+        lines += table_lines(table)
+    notes = dict.fromkeys(line for report in reports for line in caveats(report))
+    return "\n".join([*lines, "  \n".join(notes)])
+
+
+def table_lines(table: ExtraTable) -> list[str]:
+    """Any table below its title, and its note below it."""
+    lines = [f"### {table.title}", ""]
+    rules = ["---:" if right else "---" for right in numeric(table)]
+    for row in (table.columns, rules, *extra_texts(table)):
+        cells = (" ".join(text.split()).replace("|", "\\|") for text in row)
+        lines += ["| " + " | ".join(cells) + " |"]
+    return [*lines, "", *([table.note, ""] if table.note else [])]

@@ -1,0 +1,78 @@
+"""Terminal: a report as rich tables.
+
+Everything can be read without colour; a colour only repeats what a character says. 80 columns do,
+unless names are long.
+
+    >>> Console().print(view([report]))
+"""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from probe import agreement
+from probe.layout import cell_rows, extra_texts, numeric, shared_tables, titles
+from probe.report import Cell, ExtraTable, Report
+from probe.wording import caveats, groups, heading, overview
+
+_COLOURS = {"yes": "green", "✓": "green", "no": "red", "✗": "red"}
+
+
+def view(reports: Sequence[Report]) -> RenderableType:
+    """Lay out a report, or several side by side, for a terminal of 80 columns or more."""
+    parts: list[RenderableType] = [*map(Text, overview(reports)), Text("")]
+    for table in shared_tables(reports):
+        parts += [table_view(table), Text("")]
+    for report in reports:
+        if len(reports) == 1:
+            for benchmark, pair, cells in groups(report):
+                parts += [Text(heading(benchmark, pair, cells), style="bold"), Text("")]
+                parts += [_cells_view(report, cells), Text("")]
+        if report.faithfulness:
+            parts.append(agreement.view(report.faithfulness))
+        for extra in report.extras:
+            parts += [table_view(extra), Text("")]
+    lines = dict.fromkeys(line for report in reports for line in caveats(report))
+    return Group(*parts, *(Text(line, style="dim") for line in lines))
+
+
+def table_view(extra: ExtraTable) -> RenderableType:
+    """Lay out any table below its title, and its note below it."""
+    table = _table()
+    for title, right in zip(extra.columns, numeric(extra), strict=True):
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    for row in extra_texts(extra):
+        table.add_row(*map(Text, row))
+    note = [Text(extra.note, style="dim")] if extra.note else []
+    return Group(Text(extra.title, style="bold"), Text(""), table, *note)
+
+
+def _cells_view(report: Report, cells: Sequence[Cell]) -> Table:
+    table = _table()
+    columns = titles(report)
+    verdict = columns.index("paper")
+    for place, title in enumerate(columns):
+        # Marks stand right of a change, so its column is padded by hand.
+        left = title == "metric" or place == columns.index("interval") - 1
+        wide = title == "interval"  # of a change from nearly nothing
+        table.add_column(
+            title, justify="left" if left else "right", no_wrap=not wide, overflow="fold"
+        )
+    for place, cell in enumerate(cells):
+        rows = cell_rows(cell, report)
+        last = place + 1 == len(cells) or cells[place + 1].alpha != cell.alpha
+        for texts in rows:
+            row: list[str | Text] = [*texts]
+            row[verdict] = Text(texts[verdict], style=_COLOURS.get(texts[verdict], ""))
+            faint = cell.significant is False or texts is not rows[0]
+            table.add_row(
+                *row, end_section=last and texts is rows[-1], style="dim" if faint else ""
+            )
+    return table
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)

@@ -1,0 +1,82 @@
+"""The pieces of the edge product that whole attributions do not take apart."""
+
+import pytest
+import torch
+from small_models import MODELS, save_small_model
+
+import probe
+from probe.attribution import make_batch
+from probe.tracing import Thrift, _norm_pull, edge_scores
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(3, 5, 7, 96), (4, 2, 1, 4096)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("centred", "offset", "held"),
+    [
+        (False, 0.0, False),
+        (False, 1.0, False),
+        (True, 0.0, False),
+        (False, 0.0, True),
+        (True, 0.0, True),
+    ],
+)
+def test_a_pull_through_a_norm_is_its_derivative(device, shape, dtype, centred, offset, held):
+    torch.manual_seed(0)
+    gradients = torch.randn(shape, dtype=dtype, device=device)
+    value = 3 + torch.randn(shape[1:], dtype=dtype, device=device)
+    weight = torch.randn(shape[-1], dtype=dtype, device=device)
+
+    wide = value.double().requires_grad_(True)
+    middle = wide - wide.mean(-1, keepdim=True) if centred else wide
+    rate = (middle.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    normed = middle * (rate.detach() if held else rate) * (weight.double() + offset)
+    truth = torch.stack(
+        [torch.autograd.grad(normed, wide, g.double(), retain_graph=True)[0] for g in gradients]
+    )
+    _norm_pull(centred, offset, 1e-5, held)(value, weight)(gradients)
+    largest = 1e-5 if dtype == torch.float32 else 5e-3
+    assert (gradients.double() - truth).abs().max() <= largest * truth.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("granularity", ["qkv", "block"])
+def test_activations_computed_again_change_nothing(name, granularity, tmp_path, monkeypatch):
+    model = probe.load_model(str(save_small_model(tmp_path / "m", name)))
+    batch = make_batch(
+        [
+            probe.Sequence(list(range(3, 13)), list(range(20, 29))),
+            probe.Sequence(list(range(5, 10)), list(range(30, 35))),
+        ]
+    )
+    graph = model.graph(granularity)
+    plain = edge_scores(model, batch, graph)
+
+    runs = []
+    attend = torch.nn.functional.softmax
+    monkeypatch.setattr(
+        torch.nn.functional, "softmax", lambda *a, **k: runs.append(1) or attend(*a, **k)
+    )
+    module = model.network._module
+    module.set_attn_implementation("eager")
+    expected = edge_scores(model, batch, graph)
+    once = len(runs)
+    again = edge_scores(model, batch, graph, thrift=Thrift(recompute=True))
+    assert len(runs) == 3 * once
+    assert torch.equal(again.scores, expected.scores)
+    torch.testing.assert_close(again.scores, plain.scores, rtol=1e-4, atol=1e-5)
+    assert not any(layer.training for layer in module.modules())
+    after = edge_scores(model, batch, graph)
+    assert torch.equal(after.scores, expected.scores)
