@@ -32,7 +32,13 @@ from probe.heatmap import draw_heatmap
 from probe.report import Cell, Report
 from probe.run_folder import write_whole
 from probe.strength import read_strengths
-from probe.wording import PUBLISHED_DIVERSITY, compared, diversity_cells, percent
+from probe.wording import (
+    compared,
+    diversity_cells,
+    percent,
+    published_average,
+    published_change,
+)
 
 BEFORE, AFTER = "#56B4E9", "#0072B2"
 ENTROPIES = {
@@ -141,12 +147,11 @@ def draw_diversity(reports: Sequence[Report]) -> Figure:
     )
     text = f"{len(cells)} experiments, average improvement {percent(average)} %, "
     text += f"improvement rate {100 * rate:.1f} %"
-    if any(report.recipe.published for report in reports):
-        count, improvement, share = PUBLISHED_DIVERSITY
-        axes.axvline(100 * improvement, color="0.5", lw=1.2, ls=":", zorder=1)
-        label = f"published average {percent(improvement)} %"
+    if theirs := published_change(reports, "sample_diversity"):
+        axes.axvline(100 * theirs.change, color="0.5", lw=1.2, ls=":", zorder=1)
+        label = f"published average {percent(theirs.change)} %"
         handles.append(Line2D([], [], color="0.5", ls=":", lw=1.2, label=label))
-        text += f"\npublished: {count}, {percent(improvement)} %, {100 * share:.1f} %"
+        text += f"\n{published_average(theirs)}"
     axes.set_title(f"Inter-sample diversity\n{text}", fontsize=10, loc="left")
     axes.set_yticks(heights, [f"{c.benchmark}, alpha {c.alpha:g}" for c in cells], fontsize=8)
     axes.set_ylim(max(heights, default=0) + 0.6, -0.6)
@@ -188,10 +193,13 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
                 fontsize=8,
                 fontweight="bold" if cell.significant else "normal",
             )
-        axes.set_xticks(places, [f"{cell.alpha:g}" for cell in cells])
+        published = [published_change(reports, metric, pair, cell.alpha) for cell in cells]
+        below = [f"\n{percent(theirs.change)}" if theirs else "" for theirs in published]
+        labels = [f"{cell.alpha:g}{text}" for cell, text in zip(cells, below, strict=True)]
+        axes.set_xticks(places, labels)
         axes.set_xlim(-0.5, len(cells) - 0.5)
         axes.set_title(f"{pair} on {benchmark}", fontsize=9)
-        axes.set_xlabel("alpha", fontsize=9)
+        axes.set_xlabel(f"alpha{', and published change (%)' * any(below)}", fontsize=9)
         axes.margins(y=0.18)
         axes.set_ylim(bottom=0)
         _plain(axes, "y")

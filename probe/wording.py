@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from probe.metrics import METRICS, TOKEN_METRICS
-from probe.recipe import Pair
+from probe.recipe import Pair, PublishedChange
 from probe.report import Cell, Report
 from probe.statistics import LEVEL
 
@@ -20,9 +20,6 @@ ARROWS = {1: "↗", 0: "→", -1: "↘"}
 
 SAME = {True: "✓", False: "✗", None: "-"}
 """Whether a published value moved in the same direction as ours."""
-
-PUBLISHED_DIVERSITY = (41, 0.076, 0.951)
-"""Figure 3a of the paper: experiments, average improvement, share of experiments that improved."""
 
 
 def summary(report: Report) -> list[str]:
@@ -124,10 +121,27 @@ def diversity_line(reports: Sequence[Report]) -> list[str]:
         f"Inter-sample diversity over {count} experiment{'' if count == 1 else 's'}: average "
         f"improvement {percent(improvement)} %, improvement rate {100 * rate:.1f} %"
     )
-    if any(report.recipe.published for report in reports):
-        count, improvement, rate = PUBLISHED_DIVERSITY
-        line += f" (published: {count}, {percent(improvement)} %, {100 * rate:.1f} %)"
-    return [f"{line}."]
+    theirs = published_change(reports, "sample_diversity")
+    return [f"{line} ({published_average(theirs)})." if theirs else f"{line}."]
+
+
+def published_change(
+    reports: Sequence[Report], metric: str, pair: str | None = None, alpha: float | None = None
+) -> PublishedChange | None:
+    """The change of a metric that was printed elsewhere, where a recipe says so."""
+    wanted = (metric, pair, alpha)
+    for change in (change for report in reports for change in report.recipe.published_changes):
+        if (change.metric, change.pair, change.alpha) == wanted:
+            return change
+    return None
+
+
+def published_average(change: PublishedChange) -> str:
+    """A published average over experiments, in the order of `diversity_line`."""
+    parts = [str(change.experiments or "?"), f"{percent(change.change)} %"]
+    if change.rate is not None:
+        parts.append(f"{100 * change.rate:.1f} %")
+    return f"published: {', '.join(parts)}"
 
 
 def diversity_cells(reports: Sequence[Report]) -> list[Cell]:

@@ -13,7 +13,7 @@ from probe.errors import ProbeError
 from probe.figures import draw_diversity, draw_entropy, write_figures
 from probe.graph import Graph
 from probe.heatmap import colour_limit, draw_heatmap
-from probe.recipe import Published
+from probe.recipe import PublishedChange
 from probe.report import build_report
 from probe.strength import Strength
 
@@ -125,10 +125,23 @@ def test_diversity_says_what_was_published_where_the_recipe_does(half_run):
     figure = draw_diversity([report])
     assert "1 experiments, average improvement +0.0 %, improvement rate 0.0 %" in texts(figure)
     assert "published" not in texts(figure)
-    value = Published("sft-grpo", "tiny-math", "accuracy", 0.1, 0.2)
-    recipe = replace(report.recipe, published=(value,))
+    value = PublishedChange("sample_diversity", 0.076, experiments=41, rate=0.951)
+    recipe = replace(report.recipe, published_changes=(value,))
     figure = draw_diversity([replace(report, recipe=recipe)])
     assert "published: 41, +7.6 %, 95.1 %" in texts(figure)
+
+
+def test_entropy_says_what_was_published_for_an_alpha(half_run):
+    report = build_report(half_run.path)
+    value = PublishedChange("output_entropy", 12.46, pair="sft-grpo", alpha=0.5)
+    recipe = replace(report.recipe, published_changes=(value,))
+    figure = draw_entropy([replace(report, recipe=recipe)])
+    figure.canvas.draw()
+    assert figure.axes[0].get_xlabel() == "alpha, and published change (%)"
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels == ["0.5\n+1246"]
+    plain = draw_entropy([replace(report, recipe=recipe)], "token_entropy")
+    assert plain.axes[0].get_xlabel() == "alpha"
 
 
 def test_entropy_with_a_value_that_is_not_defined(half_run):

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from probe.errors import ProbeError
-from probe.recipe import Published
+from probe.recipe import Published, PublishedChange
 from probe.rendering import FORMATS, print_report, render, write_report
 from probe.report import Change, ExtraTable, build_report
 from probe.terminal import view
@@ -149,7 +149,9 @@ def published(report):
         *rest,
     )
     value = Published("sft-grpo", "tiny-math", "activation_intensity", 1.1e-3, 1.31e-3, 0.5)
-    return replace(report, cells=cells, recipe=replace(report.recipe, published=(value,)))
+    average = PublishedChange("sample_diversity", 0.076, experiments=41, rate=0.951)
+    recipe = replace(report.recipe, published=(value,), published_changes=(average,))
+    return replace(report, cells=cells, recipe=recipe)
 
 
 def test_published_values_are_below_their_cells(half_run):
