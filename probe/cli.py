@@ -8,8 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from functools import wraps
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import click
 
@@ -50,70 +49,11 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-class RunOptions(NamedTuple):
-    """The options of every command that runs a recipe, as their help describes them."""
-
-    output: str | None
-    limit: int | None
-    paths: tuple[str, ...]
-    settings: tuple[str, ...]
-    method: str | None
-    device: str | None
-    dtype: str | None
-    kernels: str | None
-    fresh: bool
-    dry_run: bool
-
-    def overrides(self) -> dict[str, str | int | float]:
-        """The keys of the recipe that they change."""
-        overrides: dict[str, str | int | float] = {}
-        for setting in self.settings:
-            key, equals, value = setting.partition("=")
-            if not equals:
-                raise ProbeError(f"--set {setting}: write KEY=VALUE, as in selection.samples=50")
-            overrides[key.strip()] = value.strip()
-        for key, given in (
-            ("solutions.questions", self.limit),
-            ("attribution.method", self.method),
-            ("compute.device", self.device),
-            ("compute.dtype", self.dtype),
-            ("compute.kernels", self.kernels),
-        ):
-            if given is not None:
-                overrides[key] = given
-        return overrides
-
-    def run(self, chosen: "Recipe") -> None:
-        """Run a recipe and print its report, or only its plan."""
-        if self.dry_run:
-            from rich.console import Console
-
-            from probe.plan import make_plan, plan_view
-
-            Console(highlight=False).print(plan_view(make_plan(chosen)))
-            return
-        from probe.rendering import print_report
-        from probe.run import run_recipe
-
-        print_report(run_recipe(chosen, self.output, fresh=self.fresh))
-
-
 def run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `RunOptions`, as its argument `options`."""
-
-    @wraps(command)
-    def with_options(**values: object) -> None:
-        options = {name: values.pop(name) for name in RunOptions._fields}
-        command(**values, options=RunOptions(**options))  # type: ignore[arg-type]
-
-    for option in (
-        click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
-        click.option("--fresh", is_flag=True, help="Start over instead of going on."),
-        click.option("--kernels", help="auto, eager, or liger: fused kernels on a GPU."),
-        click.option("--dtype", help="float32, bfloat16, float16 or float64."),
-        click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1."),
-        click.option("--method", help="eap, eap-ig, relp or exact."),
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key."),
+    """The options of every command that runs a recipe."""
+    options = (
+        click.option("--output", type=click.Path(), help="Run folder [default: runs/NAME]."),
+        click.option("--limit", type=click.IntRange(1), help="Ask only N questions of each."),
         click.option(
             "--benchmark-path",
             "paths",
@@ -121,11 +61,54 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="[NAME=]PATH",
             help="A local file or folder with a benchmark's problems.",
         ),
-        click.option("--limit", type=click.IntRange(1), help="Ask only N questions of each."),
-        click.option("--output", type=click.Path(), help="Run folder [default: runs/NAME]."),
-    ):
-        with_options = option(with_options)  # from the last to the first, as decorators go
-    return with_options
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key."),
+        click.option("--method", help="eap, eap-ig, relp or exact."),
+        click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1."),
+        click.option("--dtype", help="float32, bfloat16, float16 or float64."),
+        click.option("--kernels", help="auto, eager, or liger: fused kernels on a GPU."),
+        click.option("--fresh", is_flag=True, help="Start over instead of going on."),
+        click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+KEYS = {
+    "limit": "solutions.questions",
+    "method": "attribution.method",
+    "device": "compute.device",
+    "dtype": "compute.dtype",
+    "kernels": "compute.kernels",
+}
+"""The options that stand for one key of the recipe."""
+
+
+def _overrides(
+    settings: tuple[str, ...], keys: dict[str, str | int | None]
+) -> dict[str, str | int | float]:
+    overrides: dict[str, str | int | float] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ProbeError(f"--set {setting}: write KEY=VALUE, as in selection.samples=50")
+        overrides[key.strip()] = value.strip()
+    overrides |= {KEYS[name]: given for name, given in keys.items() if given is not None}
+    return overrides
+
+
+def _run(chosen: "Recipe", output: str | None, fresh: bool, dry_run: bool) -> None:
+    if dry_run:
+        from rich.console import Console
+
+        from probe.plan import make_plan, plan_view
+
+        Console(highlight=False).print(plan_view(make_plan(chosen)))
+        return
+    from probe.rendering import print_report
+    from probe.run import run_recipe
+
+    print_report(run_recipe(chosen, output, fresh=fresh))
 
 
 @main.command()
@@ -133,7 +116,12 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
 @run_options
 def recipe(
     name: str,
-    options: RunOptions,
+    output: str | None,
+    paths: tuple[str, ...],
+    settings: tuple[str, ...],
+    fresh: bool,
+    dry_run: bool,
+    **keys: str | int | None,
 ) -> None:
     """Run a recipe, or go on with a run that was stopped.
 
@@ -145,7 +133,8 @@ def recipe(
     """
     from probe.recipe import place_benchmarks, read_recipe
 
-    options.run(place_benchmarks(read_recipe(name, options.overrides()), options.paths))
+    overrides = _overrides(settings, keys)
+    _run(place_benchmarks(read_recipe(name, overrides), paths), output, fresh, dry_run)
 
 
 @main.command()
@@ -169,7 +158,12 @@ def compare(
     alpha: tuple[float, ...],
     prompt: str,
     save_recipe: str | None,
-    options: RunOptions,
+    output: str | None,
+    paths: tuple[str, ...],
+    settings: tuple[str, ...],
+    fresh: bool,
+    dry_run: bool,
+    **keys: str | int | None,
 ) -> None:
     """Compare any two models of one architecture, without writing a recipe.
 
@@ -192,12 +186,12 @@ def compare(
         alpha=alpha,
         # A shell has no easy way to write a line break.
         prompt=prompt.replace("\\n", "\n"),
-        benchmark_paths=options.paths,
-        overrides=options.overrides(),
+        benchmark_paths=paths,
+        overrides=_overrides(settings, keys),
     )
     if save_recipe:
         write_recipe(chosen, Path(save_recipe))
-    options.run(chosen)
+    _run(chosen, output, fresh, dry_run)
 
 
 @main.command()
