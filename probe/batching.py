@@ -12,6 +12,7 @@ sources wait in the host's memory. Nothing of this changes a score beyond roundi
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from probe.errors import ProbeError
 from probe.graph import Graph
 from probe.models import Model
+from probe.remote import Host, in_flight
 from probe.tracing import GRADIENT_GROUPS, PLENTY, Thrift
 
 BatchSize = int | Literal["auto"]
@@ -26,6 +28,9 @@ Result = TypeVar("Result")
 
 # More tokens than these make no batch faster: the processor is busy already.
 ENOUGH_TOKENS = {"cpu": 1024, "cuda": 8192}
+
+# A server sends results up to 8 MiB as it has them; for larger ones it needs a store.
+RESPONSE_BYTES = 4 * 2**20
 
 # What is left free for the allocator's own waste, and for what others take meanwhile.
 MARGIN = 0.9
@@ -52,6 +57,8 @@ class Batching:
         if size != "auto" and size < 1:
             raise ProbeError(f"batch_size is {size}; it must be at least 1, or auto")
         self._device = model.device
+        self._host = model.deployment.host if model.deployment else None
+        self._bytes = graph.mask.numel() * torch.promote_types(model.dtype, torch.float32).itemsize
         self._size = size
         self._steps = steps
         ladder = [PLENTY]
@@ -84,6 +91,9 @@ class Batching:
         """
         todo = [place for place in range(len(lengths)) if place not in done]
         todo.sort(key=lambda place: -lengths[place])
+        if self._host:
+            yield from self._run_there(self._host, lengths, score, todo)
+            return
         while todo:
             length = lengths[todo[0]] * self._steps
             thrift = self._thrift(length)
@@ -104,14 +114,50 @@ class Batching:
             todo = todo[len(places) :]
             yield places, result
 
+    def _run_there(
+        self,
+        host: Host,
+        lengths: Sequence[int],
+        score: Callable[[list[int], Thrift], Result],
+        todo: list[int],
+    ) -> Iterator[tuple[list[int], Result]]:
+        """Score on a server, several batches at once; what its memory takes shows only there."""
+
+        def parts(places: list[int]) -> list[tuple[list[int], Result]]:
+            length = lengths[places[0]] * self._steps
+            fitting = len(places) if self._most is None else max(1, self._most // length)
+            if len(places) <= fitting:
+                try:
+                    return [(places, score(places, PLENTY))]
+                except torch.OutOfMemoryError as error:
+                    fitting = len(places) // 2
+                    if not fitting:
+                        raise ProbeError(
+                            f"a sequence of {length} tokens does not fit into the memory of "
+                            f"{host.url}; use a lower selection.alpha or a larger server"
+                        ) from error
+                    self._most = fitting * length
+            return parts(places[:fitting]) + parts(places[fitting:])
+
+        batches = []
+        while todo:
+            count = self.rows(lengths[todo[0]] * self._steps)
+            batches.append(todo[:count])
+            todo = todo[count:]
+        for found in in_flight((partial(parts, places) for places in batches), host.jobs):
+            yield from found
+
     def rows(self, length: int, thrift: Thrift = PLENTY) -> int:
         """How many rows of so many tokens run together."""
         if self._size == "auto":
-            tokens = ENOUGH_TOKENS.get(self._device.type, 1024)
+            # A server has a GPU, if it is worth the way; how much memory is left there shows late.
+            tokens = ENOUGH_TOKENS.get("cuda" if self._host else self._device.type, 1024)
             free = free_bytes(self._device)
             if free is not None:
                 tokens = min(tokens, int(MARGIN * free / self._costs[thrift]))
             count = tokens // length
+            if self._host:
+                count = min(count, RESPONSE_BYTES // self._bytes)
         else:
             count = self._size
         if self._most is not None:

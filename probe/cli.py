@@ -5,12 +5,14 @@ heavy is imported before a command needs it, so that `--help` answers at once.
 """
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
 from probe.errors import ProbeError
 
@@ -35,6 +37,17 @@ class Group(click.Group):
             os._exit(128 + signal.SIGINT)
 
 
+def _recipe_names(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """What a shell offers for a recipe: names, and files where none fits."""
+    del context, parameter
+    from probe.shipped import recipe_files
+
+    names = [CompletionItem(name) for name in recipe_files() if name.startswith(incomplete)]
+    return names or [CompletionItem(incomplete, type="file")]
+
+
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="circuit-probe", prog_name="probe")
 def main() -> None:
@@ -47,6 +60,15 @@ def main() -> None:
     # Libraries below have bars and notices of their own, which would tear ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+remote_option = click.option(
+    "--remote",
+    is_flag=False,
+    flag_value="ndif",
+    metavar="[URL]",
+    help="Run the models on an NDIF server: the hosted one, or http://host:port.",
+)
 
 
 def run_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -62,10 +84,16 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             help="A local file or folder with a benchmark's problems.",
         ),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key."),
+        click.option(
+            "--solutions", metavar="before=FILE,after=FILE", help="Solutions made elsewhere."
+        ),
         click.option("--method", help="eap, eap-ig, relp or exact."),
+        click.option("--control", help="cross-text: score each model on the other's answers too."),
         click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1."),
         click.option("--dtype", help="float32, bfloat16, float16 or float64."),
         click.option("--kernels", help="auto, eager, or liger: fused kernels on a GPU."),
+        remote_option,
+        click.option("--jobs", type=click.IntRange(1), help="Batches under way there at once."),
         click.option("--fresh", is_flag=True, help="Start over instead of going on."),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
     )
@@ -77,15 +105,18 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
 KEYS = {
     "limit": "solutions.questions",
     "method": "attribution.method",
+    "control": "attribution.control",
     "device": "compute.device",
     "dtype": "compute.dtype",
     "kernels": "compute.kernels",
+    "remote": "compute.remote",
+    "jobs": "compute.jobs",
 }
 """The options that stand for one key of the recipe."""
 
 
 def _overrides(
-    settings: tuple[str, ...], keys: dict[str, str | int | None]
+    settings: tuple[str, ...], solutions: str | None, keys: dict[str, str | int | None]
 ) -> dict[str, str | int | float]:
     overrides: dict[str, str | int | float] = {}
     for setting in settings:
@@ -94,6 +125,8 @@ def _overrides(
             raise ProbeError(f"--set {setting}: write KEY=VALUE, as in selection.samples=50")
         overrides[key.strip()] = value.strip()
     overrides |= {KEYS[name]: given for name, given in keys.items() if given is not None}
+    if solutions is not None:
+        overrides |= solution_files(solutions)
     return overrides
 
 
@@ -111,14 +144,26 @@ def _run(chosen: "Recipe", output: str | None, fresh: bool, dry_run: bool) -> No
     print_report(run_recipe(chosen, output, fresh=fresh))
 
 
+def solution_files(text: str) -> dict[str, str | int | float]:
+    """The keys that `before=FILE,after=FILE` sets; one side alone will do."""
+    overrides: dict[str, str | int | float] = {}
+    for part in re.split(r",(?=(?:before|after)=)", text):
+        side, equals, file = part.partition("=")
+        if side not in ("before", "after") or not equals or not file:
+            raise ProbeError(f"--solutions {text}: write before=FILE,after=FILE, or one of them")
+        overrides[f"pairs.0.solutions.{side}"] = file
+    return overrides
+
+
 @main.command()
-@click.argument("name", metavar="NAME|PATH.toml")
+@click.argument("name", metavar="NAME|PATH.toml", shell_complete=_recipe_names)
 @run_options
 def recipe(
     name: str,
     output: str | None,
     paths: tuple[str, ...],
     settings: tuple[str, ...],
+    solutions: str | None,
     fresh: bool,
     dry_run: bool,
     **keys: str | int | None,
@@ -133,8 +178,14 @@ def recipe(
     """
     from probe.recipe import place_benchmarks, read_recipe
 
-    overrides = _overrides(settings, keys)
-    _run(place_benchmarks(read_recipe(name, overrides), paths), output, fresh, dry_run)
+    overrides = _overrides(settings, solutions, keys)
+    chosen = place_benchmarks(read_recipe(name, overrides), paths)
+    if solutions is not None and len(chosen.pairs) > 1:
+        raise ProbeError(
+            f"--solutions is for one pair, and {chosen.name} has {len(chosen.pairs)}; "
+            "use --set pairs.0.solutions.before=FILE"
+        )
+    _run(chosen, output, fresh, dry_run)
 
 
 @main.command()
@@ -161,6 +212,7 @@ def compare(
     output: str | None,
     paths: tuple[str, ...],
     settings: tuple[str, ...],
+    solutions: str | None,
     fresh: bool,
     dry_run: bool,
     **keys: str | int | None,
@@ -187,7 +239,7 @@ def compare(
         # A shell has no easy way to write a line break.
         prompt=prompt.replace("\\n", "\n"),
         benchmark_paths=paths,
-        overrides=_overrides(settings, keys),
+        overrides=_overrides(settings, solutions, keys),
     )
     if save_recipe:
         write_recipe(chosen, Path(save_recipe))
@@ -205,7 +257,8 @@ def recipes() -> None:
     from rich.console import Console
 
     from probe.plan import make_plan, recipes_view
-    from probe.recipe import read_recipe, recipe_files
+    from probe.recipe import read_recipe
+    from probe.shipped import recipe_files
 
     plans = [make_plan(read_recipe(name)) for name in recipe_files()]
     Console(highlight=False).print(recipes_view(plans))
@@ -218,6 +271,7 @@ def recipes() -> None:
 @click.option("--sequences", type=click.IntRange(1), help="Sequences per model [default: 8].")
 @click.option("--seed", type=click.IntRange(0), help="Seed of the draw [default: 42].")
 @click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1.")
+@remote_option
 def faithfulness(
     run: str,
     edges: int | None,
@@ -225,6 +279,7 @@ def faithfulness(
     sequences: int | None,
     seed: int | None,
     device: str | None,
+    remote: str | None,
 ) -> None:
     """Compare the methods' scores with the exact effects of a sample of edges.
 
@@ -247,8 +302,30 @@ def faithfulness(
         sequences=sequences,
         seed=seed,
         device=device,
+        remote=remote,
     )
     print_faithfulness(found)
+
+
+@main.command()
+@click.argument("server", metavar="[URL]", default="ndif")
+def ndif(server: str) -> None:
+    """Say whether an NDIF server can be used, and what could run there.
+
+    Without an address it is the hosted NDIF. The key is read from NDIF_API_KEY and not shown.
+
+    \b
+    Examples:
+      probe ndif
+      probe ndif http://localhost:8001
+    """
+    from rich.console import Console
+
+    from probe.hosting import server_view
+    from probe.remote import open_host
+
+    for part in server_view(open_host(server)):
+        Console(highlight=False).print(part)
 
 
 @main.command()

@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,8 +37,17 @@ from probe.recipe import (
     recipe_table,
 )
 from probe.record import timed
+from probe.remote import Host, in_flight
 from probe.report import build_report
-from probe.run import Side, check_methods, cut, progress_bar, run_recipe
+from probe.run import (
+    Side,
+    check_methods,
+    cut,
+    progress_bar,
+    recipe_host,
+    run_recipe,
+    told_of_jobs,
+)
 from probe.run_folder import (
     SCHEMA,
     Damaged,
@@ -153,14 +163,14 @@ def measure(
     # Sequence by sequence, so that a batch holds next to no filling. The batches do not depend on
     # what is known: a run that was stopped between two of them ends in the same numbers.
     order = sorted(range(len(rows)), key=lambda place: drawn[place])
-    for start in range(0, len(order), batch_size):
-        batch = [place for place in order[start : start + batch_size] if rows[place].exact is None]
-        if not batch:
-            continue
-        edges_of_batch = [drawn[place] for place in batch]
-        effects = exact_effects(
-            model, sequences, edges_of_batch, granularity, batch_size, ablation=ablation
-        )
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = [[place for place in batch if rows[place].exact is None] for batch in batches]
+    batches = [batch for batch in batches if batch]
+    exact = partial(exact_effects, model, sequences, granularity=granularity, batch_size=batch_size)
+    calls = (
+        partial(exact, [drawn[place] for place in batch], ablation=ablation) for batch in batches
+    )
+    for batch, effects in zip(batches, in_flight(calls, model.jobs), strict=True):
         for place, effect in zip(batch, effects.tolist(), strict=True):
             rows[place] = replace(rows[place], exact=effect)
         if progress:
@@ -177,6 +187,7 @@ def run_faithfulness(
     seed: int | None = None,
     batch_size: int | None = None,
     device: str | None = None,
+    remote: str | None = None,
     console: Console | None = None,
 ) -> tuple[Agreement, ...]:
     """Measure the faithfulness of every model of a run, or go on with it.
@@ -190,6 +201,7 @@ def run_faithfulness(
         seed: Seed of the draw.
         batch_size: How many edges run at once.
         device: Where to run; as the recipe has it, where not given.
+        remote: The server that runs it; likewise.
         console: Where progress goes; standard error if not given.
 
     Raises:
@@ -217,7 +229,9 @@ def run_faithfulness(
     }
     if given["edges"] == 0:
         raise ProbeError("edges is 0; it must be at least 1")
-    recipe = _with(recipe, str(run), faithfulness=given, compute={"device": device})
+    recipe = _with(
+        recipe, str(run), faithfulness=given, compute={"device": device, "remote": remote}
+    )
     check_methods(recipe)
     if is_recipe:
         return run_recipe(recipe, console=console).faithfulness
@@ -227,15 +241,17 @@ def run_faithfulness(
             f"the weights of a model have changed since {folder.path} was made; start over: "
             f"probe recipe ... --output {folder.path} --fresh"
         )
-    devices = resolve_devices(recipe.compute.device)
+    devices = resolve_devices(recipe.compute.device_here)
     sides = _read_sides(recipe, folder)
+    host = recipe_host(recipe, console)
     folder.open()
     with (
         progress_bar(console) as progress,
         timed(folder, record, "faithfulness"),
         cpu_threads(recipe.compute.threads),
+        told_of_jobs(host, record, progress),
     ):
-        measure_models(recipe, sides, folder, devices, progress)
+        measure_models(recipe, sides, folder, devices, progress, host)
     report = build_report(folder.path)
     folder.write_json("report.json", report.table)
     return report.faithfulness
@@ -247,6 +263,7 @@ def measure_models(
     folder: RunFolder,
     devices: SequenceOf[torch.device],
     progress: Progress,
+    host: Host | None = None,
 ) -> None:
     """Measure every model of a run into its folder, from where an earlier run has got to.
 
@@ -264,6 +281,7 @@ def measure_models(
             name,
             folder,
             devices[number % len(devices)],
+            host,
             lambda new: progress.update(task, advance=new),
             progress.console.print,
         )
@@ -283,9 +301,8 @@ def _read_sides(recipe: Recipe, folder: RunFolder) -> list[Side]:
     names = model_names(recipe)
     sides = []
     for pair, cell in zip(recipe.pairs, _cells(recipe), strict=True):
-        for side, model in (("before", pair.before), ("after", pair.after)):
-            name = names[model, pair.prompt, pair.max_new_tokens]
-            path = folder.solutions_file(name, recipe.benchmarks[0].name)
+        for side, asked in zip(("before", "after"), pair.asked(), strict=True):
+            path = folder.solutions_file(names[asked], recipe.benchmarks[0].name)
             solutions, _ = folder.read_solutions(path)
             selection = folder.read_selection(cell)
             if selection is None or not {s.id for s in solutions} >= set(selection.ids):
@@ -293,7 +310,7 @@ def _read_sides(recipe: Recipe, folder: RunFolder) -> list[Side]:
                     f"{folder.path} has no whole selection or solutions of {cell}; go on with its "
                     f"recipe first: probe recipe ... --output {folder.path}"
                 )
-            sides.append(Side(model, cell, side, cut(solutions, selection)))
+            sides.append(Side(asked.model, cell, side, cut(solutions, selection)))
     return sides
 
 
@@ -323,6 +340,7 @@ def _measure_side(
     name: str,
     folder: RunFolder,
     device: torch.device,
+    host: Host | None,
     advance: Callable[[int], None],
     say: Callable[[str], None],
 ) -> int:
@@ -359,7 +377,7 @@ def _measure_side(
         advance(new)
 
     known = {(r.sequence, r.source, r.target): r.exact for r in rows if r.exact is not None}
-    model = load_model(side.model, str(device), precision)
+    model = load_model(side.model, str(device), precision, host=host)
     try:
         rows = measure(
             model,

@@ -21,6 +21,7 @@ import sys
 import threading
 from contextlib import suppress
 from types import TracebackType
+from typing import Literal
 
 SECONDS = 10.0
 STARTUP_SECONDS = 120.0
@@ -46,6 +47,24 @@ def extract_answer(text: str) -> str | None:
     if not found or not found[-1]:
         return None
     return _LEFTOVER.sub("", found[-1][1]).strip().rstrip(".") or None
+
+
+Grading = Literal["math", "exact"]
+"""How an answer is compared with the gold: by what it means as mathematics, or as text."""
+
+
+def exact_answer(text: str, gold: str) -> tuple[str, bool]:
+    """Find the final answer of a solution as a text, and whether it is the gold one.
+
+    The final answer is what a mark points at, as in `extract_answer`, or else the whole solution.
+    A solution that is the gold answer as a whole is right whatever marks it holds. White space
+    between words does not count; capitals do.
+    """
+    words = gold.split()
+    for final in (text, extract_answer(text)):
+        if final is not None and final.split() == words:
+            return final.strip(), True
+    return (extract_answer(text) or text).strip(), False
 
 
 def last_boxed(text: str) -> str | None:

@@ -168,7 +168,8 @@ def further_tables(report: Report) -> list[ExtraTable]:
 
 def extra_texts(extra: ExtraTable) -> list[Texts]:
     """The rows of a table as texts; the numbers of a column have the same digits."""
-    return list(zip(*map(_column, zip(*extra.rows, strict=True)), strict=True))
+    columns = map(_column, extra.columns, zip(*extra.rows, strict=True))
+    return list(zip(*columns, strict=True))
 
 
 def numeric(extra: ExtraTable) -> list[bool]:
@@ -178,11 +179,15 @@ def numeric(extra: ExtraTable) -> list[bool]:
     return found or [False] * len(extra.columns)
 
 
-def _column(column: Sequence[str | float | None]) -> list[str]:
+def _column(title: str, column: Sequence[str | float | None]) -> list[str]:
     numbers = [abs(value) for value in column if isinstance(value, float | int)]
     form: Callable[[float], str] = number
     if all(isinstance(value, int) for value in numbers):
         form = str
+    elif title.endswith("%"):
+        form = "{:+.1f}".format
+    elif title == "alpha":
+        form = "{:g}".format
     elif all(value == 0 or 1e-3 <= value < 1e4 for value in numbers):
         form = "{:.3f}".format
     return [

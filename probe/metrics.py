@@ -135,8 +135,8 @@ class Metric(NamedTuple):
     label: str
     """Its name in tables; the paper's where it has one."""
 
-    direction: Literal["up", "down"]
-    """How the paper reports that online RL moves it."""
+    direction: Literal["up", "down"] | None = None
+    """How the paper reports that online RL moves it; None where it has no such metric."""
 
     histogram: bool = False
     """Whether it takes `bins`."""

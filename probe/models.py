@@ -11,8 +11,8 @@ memory.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from probe.kernels import Kernels
+    from probe.remote import Deployment, Host
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -59,6 +60,15 @@ class Model:
 
     kernels: Literal["eager", "liger"] = "eager"
     """Whether it runs as transformers has it, or with fused kernels."""
+
+    deployment: "Deployment | None" = None
+    """Where on a server it runs; None for here. There `network` has no weights, and `device` is
+    only where inputs and results are."""
+
+    @property
+    def jobs(self) -> int:
+        """How many batches of it may run at once."""
+        return self.deployment.host.jobs if self.deployment else 1
 
     @property
     def n_layers(self) -> int:
@@ -136,7 +146,11 @@ def read_tokenizer(reference: str) -> "PreTrainedTokenizerBase":
 
 
 def load_model(
-    reference: str, device: str = "cpu", dtype: str = "float32", kernels: "Kernels" = "eager"
+    reference: str,
+    device: str = "cpu",
+    dtype: str = "float32",
+    kernels: "Kernels" = "eager",
+    host: "Host | None" = None,
 ) -> Model:
     """Load a causal language model, frozen and in evaluation mode.
 
@@ -146,10 +160,12 @@ def load_model(
         dtype: `float32`, `bfloat16`, `float16` or `float64`.
         kernels: `eager`, as transformers has it; `liger`, fused kernels, which the method `relp`
             cannot use; or `auto` for these where they run.
+        host: A server from `probe.remote.open_host` that runs it, under the same name; then
+            nothing but its config and tokenizer is read here.
 
     Raises:
         ProbeError: The model cannot be found or read, its architecture is not in the table, or
-            the device or dtype is not to be had here.
+            the device or dtype is not to be had here, or the model not there.
     """
     import torch
     from nnsight.modeling.transformers import TransformersModel
@@ -164,6 +180,8 @@ def load_model(
     architecture = architecture_of(config.model_type)
     chosen = resolve_kernels(kernels, place, config.model_type)
     tokenizer = read_tokenizer(reference)
+    if host is not None:
+        return _model_there(reference, dtype, host, tokenizer)
     # The fused kernel for experts knows no float64.
     experts = (
         {"experts_implementation": "eager"} if architecture.experts and dtype == "float64" else {}
@@ -188,6 +206,33 @@ def load_model(
     # Without a device the pipeline inside would move the model to the first GPU there is.
     network = TransformersModel(module, task="text-generation", tokenizer=tokenizer, device=place)
     return Model(reference, network, tokenizer, config, architecture, place, module.dtype, chosen)
+
+
+def _model_there(
+    reference: str, dtype: str, host: "Host", tokenizer: "PreTrainedTokenizerBase"
+) -> Model:
+    """A model whose weights are on a server; what is here are the names of its modules."""
+    import torch
+    from nnsight.modeling.transformers import TransformersModel
+    from transformers import GenerationConfig
+
+    from probe.hosting import deploy
+
+    config = read_config(reference)
+    architecture = architecture_of(config.model_type)
+    checkpoint = fetch_checkpoint(reference, weights=False)
+    if checkpoint.adapter:
+        raise ProbeError(
+            f"{reference} is a PEFT adapter, which runs here only; merge it into its base first"
+        )
+    place = str(checkpoint.folder)
+    network = TransformersModel(place, task="text-generation", tokenizer=tokenizer, dtype=dtype)
+    # Built from the config alone, it lacks what a file of its own says of generation.
+    with suppress(OSError):
+        network._module.generation_config = GenerationConfig.from_pretrained(place)
+    here, precision = torch.device("cpu"), getattr(torch, dtype)
+    model = Model(reference, network, tokenizer, config, architecture, here, precision)
+    return replace(model, deployment=deploy(model, host))
 
 
 def _merged(module: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":

@@ -199,7 +199,7 @@ def make_plan(recipe: Recipe) -> Plan:
             benchmarks.append(BenchmarkNeed(choice.name, known.source, questions, here))
             continue
         path = Path(choice.path).expanduser() if choice.path else None
-        problems = load_problems(choice.name, path, questions, options.seed)
+        problems = load_problems(choice.name, path, questions, options.seed, choice.grading)
         source = choice.path or "ships with probe"
         benchmarks.append(BenchmarkNeed(choice.name, source, len(problems), True))
     return Plan(recipe, models, tuple(benchmarks))
@@ -212,16 +212,17 @@ def check_reach(recipe: Recipe) -> None:
         ProbeError: It cannot; the message says what is missing and how to do without the hub.
     """
     plan = make_plan(recipe)
-    if not (plan.missing_models or plan.missing_data) or hub_reachable():
+    models = () if recipe.compute.remote else plan.missing_models
+    if not (models or plan.missing_data) or hub_reachable():
         return
     parts, options = [], []
-    if plan.missing_models:
-        parts.append(f"the models {', '.join(plan.missing_models)} (hf download ID)")
+    if models:
+        parts.append(f"the models {', '.join(models)} (hf download ID)")
         options += [
             f"--set pairs.{number}.{side}=FOLDER"
             for number, pair in enumerate(recipe.pairs)
             for side, model in (("before", pair.before), ("after", pair.after))
-            if model in plan.missing_models
+            if model in models
         ]
     if plan.missing_data:
         names = ", ".join(plan.missing_data)

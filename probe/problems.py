@@ -5,8 +5,8 @@ name. Without a file it loads its own source: a data set from the hub, or a file
 the package. What benchmarks differ in is little: where they come from, and how the final answer
 is got from a row. The names of columns differ between copies of one benchmark, so all take all.
 
-    >>> load_problems("tiny-math")[0]
-    Problem(id='0', question='50-7-67-53=?', answer='-77')
+    >>> load_problems("tiny-math")[0].question
+    '50-7-67-53=?'
 """
 
 import os
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from probe.checkpoints import PACKAGE_DATA
 from probe.errors import ProbeError
-from probe.grading import last_boxed
+from probe.grading import Grading, last_boxed
 from probe.reading import Row, read_rows
 
 QUESTION = ("question", "problem", "prompt", "query", "input")
@@ -49,6 +49,9 @@ class Problem(NamedTuple):
 
     answer: str
     """The final answer, as the benchmark gives it."""
+
+    grading: Grading = "math"
+    """How a model's answer is compared with it."""
 
 
 class Benchmark(NamedTuple):
@@ -144,23 +147,36 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def load_problems(
-    benchmark: str, path: Path | None = None, questions: int | None = None, seed: int = 42
+    benchmark: str,
+    path: Path | None = None,
+    questions: int | None = None,
+    seed: int = 42,
+    grading: Grading | None = None,
 ) -> list[Problem]:
     """Load a benchmark, or a random part of it.
 
     Args:
-        benchmark: A name in `BENCHMARKS`.
+        benchmark: A name in `BENCHMARKS`; any name where a file and a grading are given.
         path: A local file or folder with its problems, instead of the benchmark's own source.
         questions: How many to draw, or None for all. A larger draw contains the smaller ones.
         seed: Seed of the draw.
+        grading: How answers are compared; as mathematics where not given.
 
     Raises:
         ProbeError: An unknown benchmark, a file that is missing or broken or lacks a column, or
             a data set that cannot be reached.
     """
-    if benchmark not in BENCHMARKS:
-        raise ProbeError(f"benchmark {benchmark!r} is not known; one of: {', '.join(BENCHMARKS)}")
-    problems = BENCHMARKS[benchmark].load(path)
+    if benchmark in BENCHMARKS:
+        problems = BENCHMARKS[benchmark].load(path)
+    elif path and grading:
+        problems = _problems(read_rows(path), _answer)
+    else:
+        hint = '; for questions of your own, say grading = "exact" or "math"' if path else ""
+        raise ProbeError(
+            f"benchmark {benchmark!r} is not known; one of: {', '.join(BENCHMARKS)}{hint}"
+        )
+    if grading:
+        problems = [problem._replace(grading=grading) for problem in problems]
     if not problems:
         raise ProbeError(f"{path or benchmark} holds no problem")
     ids = [problem.id for problem in problems]

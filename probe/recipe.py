@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Literal, cast, get_type_hints
+from typing import Annotated, Literal, NamedTuple, cast, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -27,11 +27,15 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from probe.errors import ProbeError
+from probe.generation import Engine
+from probe.grading import Grading
 from probe.graph import Ablation, Granularity
 from probe.kernels import Kernels
 from probe.metrics import BINS
 from probe.models import DType
+from probe.remote import JOBS, TIMEOUT
 from probe.selection import Convention
+from probe.shipped import recipe_files as recipe_files
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -57,6 +61,36 @@ Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class Asked(NamedTuple):
+    """A model as a pair asks it: all that its solutions depend on."""
+
+    model: str
+    """Its reference."""
+
+    prompt: str
+    """The literal prompt."""
+
+    max_new_tokens: int
+    """Longest answer, in tokens."""
+
+    stop: tuple[str, ...]
+    """Texts that end an answer."""
+
+    given: str | None
+    """A file with solutions that it has written already."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SolutionFiles:
+    """Solutions that were generated elsewhere; see `probe.imported` for what is understood."""
+
+    before: str | None = None
+    """A file or folder with those of the model before; None to generate them here."""
+
+    after: str | None = None
+    """Likewise of the model after."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -102,16 +136,34 @@ class Pair:
     shape: Shape | None = None
     """How large its models are; only a plan reads it, and only where they are not here."""
 
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end an answer, as an end-of-sequence token does; see `probe.generation`."""
+
+    solutions: SolutionFiles = Field(default_factory=SolutionFiles)
+    """Files with solutions that were generated elsewhere."""
+
+    def asked(self) -> tuple[Asked, Asked]:
+        """How it asks its two models."""
+        how = (self.prompt, self.max_new_tokens, self.stop)
+        return (
+            Asked(self.before, *how, self.solutions.before),
+            Asked(self.after, *how, self.solutions.after),
+        )
+
 
 @dataclass(frozen=True, config=_STRICT)
 class BenchmarkChoice:
     """A benchmark to solve."""
 
-    name: str
-    """A name in `probe.problems.BENCHMARKS`."""
+    name: Name
+    """A name in `probe.problems.BENCHMARKS`; any name for a file of one's own."""
 
     path: str | None = None
     """A local file or folder with its problems, instead of the benchmark's own source."""
+
+    grading: Grading | None = None
+    """`math` or `exact`: how answers are compared, as mathematics where not given. A file of one's
+    own must say it."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -130,6 +182,22 @@ class Compute:
     threads: Count | None = None
     """Threads of a run on CPU; torch's own choice if not given. Small models want 1."""
 
+    remote: str = ""
+    """`ndif` or `http://host:port`: the NDIF server that runs the models; nothing to run them
+    here. See `probe.remote`."""
+
+    jobs: Count = JOBS
+    """How many batches may be under way on that server at once."""
+
+    timeout: Count = TIMEOUT
+    """Seconds without a sign of life from that server after which a batch is sent once more, and
+    for which other faults are tried again."""
+
+    @property
+    def device_here(self) -> str:
+        """The device, or the CPU where the models run on a server."""
+        return "cpu" if self.remote else self.device
+
 
 @dataclass(frozen=True, config=_STRICT)
 class SolutionOptions:
@@ -141,8 +209,11 @@ class SolutionOptions:
     seed: Seed = 42
     """Seed of that part."""
 
+    engine: Engine = "auto"
+    """`continuous` or `static` batches; `auto` is continuous on a GPU; see `probe.generation`."""
+
     batch_size: Count = 32
-    """How many questions run at once."""
+    """How many questions run at once in a static batch."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -191,6 +262,10 @@ class AttributionOptions:
     """How many sequences (for `exact`: edges) run at once; `auto` for as many as make it faster and
     fit into memory."""
 
+    control: Literal["none", "cross-text"] = "none"
+    """`cross-text` also scores each model on the other's answers, at twice the cost; see
+    `probe.control`."""
+
 
 @dataclass(frozen=True, config=_STRICT)
 class FaithfulnessOptions:
@@ -221,6 +296,9 @@ class ReportOptions:
 
     resamples: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = 1000
     """How many times the questions are drawn for an interval; 0 leaves all statistics out."""
+
+    extra: tuple[str, ...] = ("overlap", "concentration")
+    """Further tables: names in `probe.extras.EXTRAS`, which says what costs another pass."""
 
     entries: Literal["dense", "real"] = "dense"
     """What tables show: metrics over the dense matrix (the paper's) or over real edges only.
@@ -324,14 +402,6 @@ class Recipe:
 
 INCLUDED = ("pairs", "benchmarks", "published", "published_changes")
 """What an including recipe has of the included ones; all other keys are its own."""
-
-
-def recipe_files() -> dict[str, Path]:
-    """The recipes that ship with the package, by name."""
-    here = Path(__file__).parent
-    # In a wheel they lie inside the package; in a checkout, beside it.
-    folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def read_recipe(

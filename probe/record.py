@@ -10,7 +10,7 @@ that, and names the first difference where it refuses.
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -27,9 +27,9 @@ from probe.run_folder import SCHEMA, RunFolder
 # Keys of a recipe that do not change what comes out, only how fast or how it is shown.
 _FREE_KEYS = {
     "description": None,
-    "compute": ("device", "threads"),
-    "solutions": ("batch_size",),
-    "attribution": ("batch_size",),
+    "compute": ("device", "threads", "remote", "jobs", "timeout"),
+    "solutions": ("batch_size", "engine"),
+    "attribution": ("batch_size", "control"),
     "faithfulness": None,
     "report": None,
     "published": None,
@@ -37,8 +37,24 @@ _FREE_KEYS = {
 }
 
 
-def open_record(folder: RunFolder, recipe: Recipe, fresh: bool) -> dict[str, object]:
-    """Open the folder for this recipe and write who is running what."""
+def open_record(
+    folder: RunFolder,
+    recipe: Recipe,
+    fresh: bool,
+    given: Mapping[str, Mapping[str, str | int]] | None = None,
+) -> dict[str, object]:
+    """Open the folder for this recipe and write who is running what.
+
+    Args:
+        folder: The run folder.
+        recipe: The recipe.
+        fresh: Whether to start over.
+        given: What is known of solutions that were generated elsewhere, by the model's name.
+
+    Raises:
+        ProbeError: The folder holds a run of something else.
+    """
+    solutions = {name: dict(table) for name, table in (given or {}).items()}
     table = recipe_table(recipe)
     models = {model: fingerprint(model) for model in recipe.models()}
     times: object = {}
@@ -47,6 +63,7 @@ def open_record(folder: RunFolder, recipe: Recipe, fresh: bool) -> dict[str, obj
         for what, here, there in (
             ("recipe", _fixed(table), _fixed(old.get("recipe"))),
             ("weights", models, old.get("models")),
+            ("solutions", solutions, old.get("given_solutions")),
         ):
             difference = _first_difference(here, there)
             if difference:
@@ -60,12 +77,15 @@ def open_record(folder: RunFolder, recipe: Recipe, fresh: bool) -> dict[str, obj
         "schema": SCHEMA,
         "recipe": table,
         "models": models,
+        "given_solutions": solutions,
         "versions": {
             "probe": probe.__version__,
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "nnsight")},
         },
-        "devices": [
+        "devices": [recipe.compute.remote]
+        if recipe.compute.remote
+        else [
             _device_name(device, recipe.compute.threads)
             for device in resolve_devices(recipe.compute.device)
         ],

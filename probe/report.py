@@ -77,11 +77,11 @@ class Cell:
     samples: int
     """How many questions it is computed from."""
 
-    paper_direction: Literal["up", "down"]
-    """How the paper reports that online RL moves this metric."""
+    paper_direction: Literal["up", "down"] | None
+    """How the paper reports that online RL moves this metric; None where it has no such metric."""
 
     as_in_paper: bool | None
-    """Whether it moved that way; None where the change is not defined."""
+    """Whether it moved that way; None where the change or the way is not defined."""
 
     real_edges: Change
     """The same over real edges only; of a metric that is of no edges, the same again."""
@@ -239,7 +239,10 @@ def build_report(path: Path) -> Report:
     faithfulness = _faithfulness(folder, recipe, missing)
     known = tuple(_beside_published(row, recipe) for row in accuracy if row)
     judged = tuple(_beside_published(cell, recipe) for cell in _judged(cells))
-    return Report(recipe, judged, known, tuple(missing), faithfulness, path=path)
+    from probe.extras import extra_tables  # needs this module in turn
+
+    extras = extra_tables(folder, recipe, missing)
+    return Report(recipe, judged, known, tuple(missing), faithfulness, extras, path=path)
 
 
 def _faithfulness(folder: RunFolder, recipe: Recipe, missing: list[str]) -> tuple[Agreement, ...]:
@@ -261,9 +264,8 @@ def _faithfulness(folder: RunFolder, recipe: Recipe, missing: list[str]) -> tupl
 def _accuracy(folder: RunFolder, recipe: Recipe, pair: Pair, benchmark: str) -> Accuracy | None:
     names = model_names(recipe)
     sides = []
-    for model in (pair.before, pair.after):
-        name = names[model, pair.prompt, pair.max_new_tokens]
-        solutions, _ = folder.read_solutions(folder.solutions_file(name, benchmark))
+    for asked in pair.asked():
+        solutions, _ = folder.read_solutions(folder.solutions_file(names[asked], benchmark))
         sides.append([solution.correct for solution in solutions])
     if not sides[0] or len(sides[0]) != len(sides[1]):
         return None
@@ -307,23 +309,26 @@ def _cells(
             permutations=permutations,
             metrics=TOKEN_METRICS,
         )
-    return [
-        Cell(
-            *where,
-            metric=metric,
-            before=dense.before,
-            after=dense.after,
-            change=dense.change,
-            samples=len(before.scores),
-            paper_direction=metric_named(metric).direction,
-            as_in_paper=None
-            if dense.change is None
-            else dense.change * _SIGNS[metric_named(metric).direction] > 0,
-            real_edges=real,
-            **vars(statistics[metric]),
+    cells = []
+    for metric, (dense, real) in values.items():
+        direction, agrees = metric_named(metric).direction, None
+        if dense.change is not None and direction:
+            agrees = dense.change * _SIGNS[direction] > 0
+        cells.append(
+            Cell(
+                *where,
+                metric=metric,
+                before=dense.before,
+                after=dense.after,
+                change=dense.change,
+                samples=len(before.scores),
+                paper_direction=direction,
+                as_in_paper=agrees,
+                real_edges=real,
+                **vars(statistics[metric]),
+            )
         )
-        for metric, (dense, real) in values.items()
-    ]
+    return cells
 
 
 def _beside_published(row: Row, recipe: Recipe) -> Row:

@@ -10,7 +10,9 @@ finds in the folder what is done already and goes on from there, and ends in the
 """
 
 import gc
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,15 +22,22 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from probe.attribution import METHODS, EdgeScores, Sequence, attribute
 from probe.checkpoints import fetch_checkpoint, fingerprint, weight_files
 from probe.errors import ProbeError
+from probe.extra_passes import measure_states, measure_weights
+from probe.extras import EXTRAS, check_extras
+from probe.hosting import check_host
+from probe.imported import Given, GivenAnswer, imported, match, read_given
 from probe.kernels import Kernels
 from probe.models import (
     Model,
@@ -42,6 +51,7 @@ from probe.plan import check_reach
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
 from probe.record import now, open_record, timed
+from probe.remote import Host, open_host
 from probe.report import Report, build_report
 from probe.run_folder import Damaged, RunFolder, cell_name, edges_key, model_names
 from probe.selection import Selection, Solution, select
@@ -58,7 +68,8 @@ class Side(NamedTuple):
     """The cell's name."""
 
     side: str
-    """`before` or `after`."""
+    """`before` or `after`; with the cross-text control also `before-on-after` and
+    `after-on-before`: which model on whose answers."""
 
     sequences: list[Sequence]
     """What is scored: each prompt with its cut answer."""
@@ -88,26 +99,44 @@ def run_recipe(
         recipe = read_recipe(recipe, overrides)
     console = console or Console(stderr=True, highlight=False)
     problems = check_recipe(recipe)
+    given, answers = _read_given(recipe, problems)
+    host = recipe_host(recipe, console)
     for reference in recipe.models():
-        if not weight_files(reference):
+        if host is None and not weight_files(reference):
             console.print(f"downloading {reference}")
             fetch_checkpoint(reference)
     folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
-    record = open_record(folder, recipe, fresh)
-    devices = resolve_devices(recipe.compute.device)
+    tables = {name: file.table for name, file in given.items()}
+    record = open_record(folder, recipe, fresh, tables)
+    for name, file in given.items():
+        console.print(f"solutions of {name}: {file.account}", soft_wrap=True)
+    devices = resolve_devices(recipe.compute.device_here)
 
-    with progress_bar(console) as progress, cpu_threads(recipe.compute.threads):
+    with (
+        progress_bar(console) as progress,
+        cpu_threads(recipe.compute.threads),
+        told_of_jobs(host, record, progress),
+    ):
         with timed(folder, record, "solutions"):
-            solutions = _solve_all(recipe, problems, folder, devices, progress)
+            solutions = _solve_all(recipe, problems, answers, folder, devices, host, progress)
         with timed(folder, record, "selection"):
             sides = _select_all(recipe, solutions, folder, progress)
         with timed(folder, record, "attribution"):
-            record["residual_error"] = _attribute_all(recipe, sides, folder, devices, progress)
+            record["residual_error"] = _attribute_all(
+                recipe, sides, folder, devices, host, progress
+            )
         if recipe.faithfulness.edges:
             from probe.faithfulness import measure_models  # needs this module in turn
 
             with timed(folder, record, "faithfulness"):
-                measure_models(recipe, sides, folder, devices, progress)
+                measure_models(recipe, sides, folder, devices, progress, host)
+        needs = {EXTRAS[name].needs for name in recipe.report.extra}
+        if "states" in needs:
+            with timed(folder, record, "states"):
+                measure_states(recipe, sides, folder, devices, progress)
+        if "weights" in needs:
+            with timed(folder, record, "weights"):
+                measure_weights(recipe, folder, progress)
         with timed(folder, record, "report"):
             task = progress.add_task("metrics", total=1)
             report = build_report(folder.path)
@@ -129,7 +158,8 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
             broken benchmark file, a device that is not here.
     """
     check_methods(recipe)
-    resolve_devices(recipe.compute.device)
+    check_extras(recipe)
+    resolve_devices(recipe.compute.device_here)
     check_reach(recipe)
     options = recipe.solutions
     questions = None if options.questions == "all" else options.questions
@@ -139,6 +169,7 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
             Path(benchmark.path).expanduser() if benchmark.path else None,
             questions,
             options.seed,
+            benchmark.grading,
         )
         for benchmark in recipe.benchmarks
     }
@@ -148,6 +179,46 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
             if not read_tokenizer(model).chat_template:
                 raise ProbeError(no_template(model))
     return problems
+
+
+def recipe_host(recipe: Recipe, console: Console) -> Host | None:
+    """The server of a recipe, asked whether it can run it; None where it runs here.
+
+    Raises:
+        ProbeError: It cannot be reached, does not take the key, understands other versions only,
+            or does not have a model of the recipe.
+    """
+    options = recipe.compute
+    if not options.remote:
+        return None
+    host = open_host(options.remote, options.jobs, options.timeout, console.print)
+    for line in check_host(host):
+        console.print(line)
+    for reference in recipe.models():
+        load_model(reference, dtype=options.dtype, host=host)
+    return host
+
+
+@contextmanager
+def told_of_jobs(
+    host: Host | None, record: dict[str, object], progress: Progress
+) -> Iterator[None]:
+    """Show how many jobs are queued and running on a server, and record what went over the wire."""
+    if host is None:
+        yield
+        return
+    task = progress.add_task("jobs", total=None)
+
+    def show() -> None:
+        states = host.states
+        line = f"{states['queued']} queued, {states['running']} running"
+        progress.update(task, description=line, completed=states["done"])
+
+    host.watch = show
+    try:
+        yield
+    finally:
+        record["remote"] = host.table
 
 
 def check_methods(recipe: Recipe) -> None:
@@ -165,11 +236,27 @@ def check_methods(recipe: Recipe) -> None:
                 raise ProbeError(f"{key} is {method!r}; known: {', '.join(METHODS)}")
 
 
+def _read_given(
+    recipe: Recipe, problems: Mapping[str, list[Problem]]
+) -> tuple[dict[str, Given], dict[tuple[str, str], dict[str, GivenAnswer]]]:
+    """The files of solutions by the model's name; their answers by name and benchmark."""
+    given: dict[str, Given] = {}
+    answers: dict[tuple[str, str], dict[str, GivenAnswer]] = {}
+    for asked, name in model_names(recipe).items():
+        if asked.given is not None:
+            given[name] = read_given(Path(asked.given).expanduser())
+            for benchmark in problems:
+                answers[name, benchmark] = match(given[name], problems, benchmark)
+    return given, answers
+
+
 def _solve_all(
     recipe: Recipe,
     problems: Mapping[str, list[Problem]],
+    given: Mapping[tuple[str, str], Mapping[str, GivenAnswer]],
     folder: RunFolder,
     devices: list[torch.device],
+    host: Host | None,
     progress: Progress,
 ) -> dict[tuple[str, str], list[Solution]]:
     """Let each model solve each benchmark, once; solutions by file name of model and benchmark."""
@@ -177,7 +264,7 @@ def _solve_all(
     solutions: dict[tuple[str, str], list[Solution]] = {}
     total = len(names) * sum(len(part) for part in problems.values())
     task = progress.add_task("solutions", total=total)
-    for number, ((reference, prompt, max_new_tokens), name) in enumerate(names.items()):
+    for number, (use, name) in enumerate(names.items()):
         model: Model | None = None
         for benchmark, asked in problems.items():
             path = folder.solutions_file(name, benchmark)
@@ -191,20 +278,31 @@ def _solve_all(
             done = {solution.id: solution for solution in sound}
             progress.update(task, advance=len(done))
             if len(done) < len(asked):
-                if model is None:
-                    model = _load(recipe, reference, devices[number % len(devices)])
-                batches = solve(
-                    model,
-                    asked,
-                    prompt,
-                    max_new_tokens=max_new_tokens,
-                    batch_size=recipe.solutions.batch_size,
-                    done=frozenset(done),
-                )
-                for batch in batches:
-                    folder.append_solutions(path, batch)
-                    done |= {solution.id: solution for solution in batch}
-                    progress.update(task, advance=len(batch))
+                if use.given is not None:
+                    tokenizer, answers = read_tokenizer(use.model), given[name, benchmark]
+                    batches = imported(tokenizer, asked, use.prompt, answers, frozenset(done))
+                else:
+                    if model is None:
+                        model = _load(recipe, use.model, devices[number % len(devices)], host)
+                    batches = solve(
+                        model,
+                        asked,
+                        use.prompt,
+                        max_new_tokens=use.max_new_tokens,
+                        stop=use.stop,
+                        batch_size=recipe.solutions.batch_size,
+                        engine=recipe.solutions.engine,
+                        done=frozenset(done),
+                        say=progress.console.print,
+                    )
+                start, tokens = time.monotonic(), 0
+                with closing(batches):
+                    for batch in batches:
+                        folder.append_solutions(path, batch)
+                        done |= {solution.id: solution for solution in batch}
+                        tokens += sum(len(solution.answer) for solution in batch)
+                        speed = f"{tokens / (time.monotonic() - start):,.0f} tokens/s"
+                        progress.update(task, advance=len(batch), speed=speed)
                 folder.write_solutions(path, [done[problem.id] for problem in asked])
             solutions[name, benchmark] = [done[problem.id] for problem in asked]
         del model
@@ -230,10 +328,7 @@ def _select_all(
     left_out: dict[str, ProbeError] = {}
     for pair, benchmark, alpha in cells:
         cell = cell_name(pair, benchmark, alpha)
-        before, after = (
-            solutions[names[model, pair.prompt, pair.max_new_tokens], benchmark]
-            for model in (pair.before, pair.after)
-        )
+        before, after = (solutions[names[asked], benchmark] for asked in pair.asked())
         try:
             selection = select(
                 before,
@@ -251,8 +346,12 @@ def _select_all(
             left_out[f"pair {pair.name}, benchmark {benchmark}: {error}"] = error
             continue
         folder.write_selection(cell, selection)
-        sides.append(Side(pair.before, cell, "before", cut(before, selection)))
-        sides.append(Side(pair.after, cell, "after", cut(after, selection)))
+        old, new = cut(before, selection), cut(after, selection)
+        sides += [Side(pair.before, cell, "before", old), Side(pair.after, cell, "after", new)]
+        if recipe.attribution.control == "cross-text":
+            old, new = cross(old, new)
+            sides.append(Side(pair.before, cell, "before-on-after", old))
+            sides.append(Side(pair.after, cell, "after-on-before", new))
         progress.update(task, advance=1)
     for message, cause in left_out.items():
         if not sides:
@@ -266,6 +365,7 @@ def _attribute_all(
     sides: list[Side],
     folder: RunFolder,
     devices: list[torch.device],
+    host: Host | None,
     progress: Progress,
 ) -> dict[str, float]:
     """Score the edges of every cell, model by model; the largest residual error of each model."""
@@ -288,7 +388,7 @@ def _attribute_all(
             edges = _read_edges(folder, path, key, progress.console)
             if edges is None:
                 device = devices[number % len(devices)]
-                model = model or _load(recipe, reference, device, kernels)
+                model = model or _load(recipe, reference, device, host, kernels)
                 try:
                     edges = _attribute(recipe, model, side, folder, key, progress, task)
                 except ProbeError as error:
@@ -358,9 +458,13 @@ def _read_edges(folder: RunFolder, path: Path, key: str, console: Console) -> Ed
 
 
 def _load(
-    recipe: Recipe, reference: str, device: torch.device, kernels: Kernels = "eager"
+    recipe: Recipe,
+    reference: str,
+    device: torch.device,
+    host: Host | None,
+    kernels: Kernels = "eager",
 ) -> Model:
-    return load_model(reference, str(device), recipe.compute.dtype, kernels)
+    return load_model(reference, str(device), recipe.compute.dtype, kernels, host)
 
 
 def cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:
@@ -372,6 +476,23 @@ def cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:
     ]
 
 
+def cross(before: list[Sequence], after: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
+    """Exchange the answers of two sides; each model keeps the prompt as it tokenises it."""
+    pairs = list(zip(before, after, strict=True))
+    return (
+        [old._replace(answer=new.answer) for old, new in pairs],
+        [new._replace(answer=old.answer) for old, new in pairs],
+    )
+
+
+class Speed(ProgressColumn):
+    """What a task's `speed` says, where it says any."""
+
+    def render(self, task: Task) -> Text:
+        """Give the text."""
+        return Text(task.fields.get("speed", ""))
+
+
 def progress_bar(console: Console) -> Progress:
     """The bar that shows how far each phase is."""
     return Progress(
@@ -380,5 +501,6 @@ def progress_bar(console: Console) -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        Speed(),
         console=console,
     )

@@ -4,7 +4,11 @@
     solutions/MODEL.BENCHMARK.jsonl              a solution a line, added batch by batch
     selection/PAIR.BENCHMARK.alpha-A.json        which questions, which lengths
     edges/PAIR.BENCHMARK.alpha-A.SIDE.safetensors   scores and losses
+                                                 (SIDE: before, after; with the cross-text control
+                                                 also before-on-after, after-on-before)
     faithfulness/MODEL.json, .png                exact effects of some edges, beside their scores
+    extras/PAIR.BENCHMARK.on-SIDE.json           both models' states on the answers of one
+    extras/PAIR.weights.json                     how far each matrix moved
     report.json                                  the cells
     figures/                                     pictures, by `probe plot`
 
@@ -36,11 +40,11 @@ from probe.attribution import EdgeScores
 from probe.attribution import Sequence as TokenSequence
 from probe.errors import ProbeError
 from probe.graph import Graph
-from probe.recipe import Pair, Recipe
+from probe.recipe import Asked, Pair, Recipe
 from probe.selection import Selection, Solution
 
 SCHEMA = 1
-FOLDERS = ("solutions", "selection", "edges", "faithfulness")
+FOLDERS = ("solutions", "selection", "edges", "faithfulness", "extras")
 PARTS = (*FOLDERS, "figures", "run.json", "report.json")
 
 
@@ -275,30 +279,29 @@ def cell_name(pair: Pair, benchmark: str, alpha: float) -> str:
     return f"{pair.name}.{benchmark}.alpha-{alpha:g}"
 
 
-def model_names(recipe: Recipe) -> dict[tuple[str, str, int], str]:
-    """A file name for each model as it is asked: by reference, prompt and longest answer.
+def model_names(recipe: Recipe) -> dict[Asked, str]:
+    """A file name for each model as it is asked.
 
     A model that two pairs ask in the same way has one name, and so is asked once.
     """
-    names: dict[tuple[str, str, int], str] = {}
+    names: dict[Asked, str] = {}
     for pair in recipe.pairs:
-        for model in (pair.before, pair.after):
-            use = (model, pair.prompt, pair.max_new_tokens)
-            if use not in names:
-                parts = model.removeprefix("probe:").rstrip("/").split("/")[-2:]
+        for asked in pair.asked():
+            if asked not in names:
+                parts = asked.model.removeprefix("probe:").rstrip("/").split("/")[-2:]
                 name = plain = "--".join(part.strip(".~ ") for part in parts if part.strip(".~ "))
                 number = 2
                 while name in names.values():
                     name, number = f"{plain}-{number}", number + 1
-                names[use] = name
+                names[asked] = name
     return names
 
 
 def first_names(recipe: Recipe) -> dict[str, str]:
     """The first of the names that `model_names` gives each model."""
     names: dict[str, str] = {}
-    for (reference, _, _), name in model_names(recipe).items():
-        names.setdefault(reference, name)
+    for asked, name in model_names(recipe).items():
+        names.setdefault(asked.model, name)
     return names
 
 

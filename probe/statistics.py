@@ -96,6 +96,56 @@ def compare_sides(
         return {name: _compare(name, before, after, bins, draws) for name in metrics}
 
 
+def resample(
+    name: str,
+    sides: Sequence[torch.Tensor],
+    *,
+    bins: int = BINS,
+    resamples: int = RESAMPLES,
+) -> tuple[Array, Array]:
+    """A metric of several sides of the same questions, and of the same draws of these questions.
+
+    Args:
+        name: A name in `probe.metrics.METRICS` or `TOKEN_METRICS`.
+        sides: Scores [question, source, target] of each side; entropies [question] for the latter.
+        bins: Bins of the histograms.
+        resamples: How many times questions are drawn.
+
+    Returns:
+        The metric [side], and of the drawn questions [side, draw]; NaN where it is not defined.
+    """
+    draws = _Draws(len(sides[0]), resamples, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        metrics = [_weighted(name, scores, bins) for scores in sides]
+        values = np.array([metric(draws.observed)[0] for metric in metrics])
+        return values, np.stack([_evaluate(metric, draws.resampled) for metric in metrics])
+
+
+def resample_means(sides: Array, resamples: int = RESAMPLES) -> Array:
+    """Means [side, draw] of drawn questions, the same ones on every side.
+
+    Args:
+        sides: A value of each question on each side, [side, question].
+        resamples: How many times questions are drawn.
+    """
+    questions = sides.shape[1]
+    return (sides / questions) @ _Draws(questions, resamples, 0).resampled.T
+
+
+def halves(questions: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """The random halves [split, question] of a noise floor; with an odd number, one is left."""
+    return _Draws(questions, 0, 0).halves
+
+
+def interval_of(values: Array) -> tuple[float, float] | None:
+    """95 % of the values of resampled questions (percentiles); None where none is finite."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values for their number by Holm's method; they may depend on each other.
 
@@ -145,11 +195,7 @@ def _compare(
     p_value = float(extreme.mean())
 
     olds, news = (_evaluate(side, draws.resampled) for side in sides)
-    changes = ((news - olds) / np.abs(olds))[np.isfinite(news) & np.isfinite(olds) & (olds != 0)]
-    interval = None
-    if len(changes):
-        low, high = np.percentile(changes, [2.5, 97.5])
-        interval = (float(low), float(high))
+    interval = interval_of((news - olds) / np.abs(olds))
 
     per_sample = metric_named(name).per_sample
     if per_sample:

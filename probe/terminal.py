@@ -7,6 +7,7 @@ unless names are long.
 """
 
 from collections.abc import Sequence
+from textwrap import wrap
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -42,9 +43,18 @@ def view(reports: Sequence[Report]) -> RenderableType:
 def table_view(extra: ExtraTable) -> RenderableType:
     """Lay out any table below its title, and its note below it."""
     table = _table()
-    for title, right in zip(extra.columns, numeric(extra), strict=True):
-        table.add_column(title, justify="right" if right else "left", overflow="fold")
-    for row in extra_texts(extra):
+    rows = extra_texts(extra)
+    for place, (title, right) in enumerate(zip(extra.columns, numeric(extra), strict=True)):
+        # Numbers stay whole; a heading that is longer than they are goes over several lines.
+        width = max([*(len(row[place]) for row in rows), *map(len, title.split())])
+        table.add_column(
+            "\n".join(wrap(title, width)) if right else title,
+            justify="right" if right else "left",
+            no_wrap=right,
+            overflow="fold",
+            vertical="bottom",
+        )
+    for row in rows:
         table.add_row(*map(Text, row))
     note = [Text(extra.note, style="dim")] if extra.note else []
     return Group(Text(extra.title, style="bold"), Text(""), table, *note)

@@ -6,11 +6,13 @@ One forward and one backward pass give all edges of a batch. Two rules keep that
   and value), so the gradient at that clone is the gradient of that one branch, not of the stream.
 - The body of a `with ... trace(...)` uses torch and local variables only, and only edge scores
   and losses leave it: the same body can run on a server that does not have this package, and
-  activations never travel. (That is why a layer's modules lie in a plain namespace, and why the
-  rules of relevance patching are functions inside a function.)
+  activations never travel. (That is why heads and a layer's modules lie in plain namespaces, and
+  why the rules of relevance patching are functions inside a function.) It starts with `settle`,
+  since only the server knows on which device its model is.
 
-`edge_scores` is behind the gradient methods, `ablated_losses` behind the exact one, `source_means`
-behind mean ablation; all are called through `probe.attribution`, which makes the batches.
+`edge_scores` is behind the gradient methods, `ablated_losses` behind the exact one, `source_sums`
+behind mean ablation; all are called through `probe.attribution`, which makes the batches. `states`
+is behind `probe.states`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +20,23 @@ from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import nnsight
 import torch
 import torch.utils.checkpoint
+from nnsight.schema.request import RequestModel
+from nnsight.tracing.backend import Backend
+from nnsight.tracing.tracer import Tracer
+from nnsight.tracing.util import push
 
 from probe.architectures import projection_columns
 from probe.graph import Graph
 from probe.models import Model
+from probe.remote import Deployment
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, StoppingCriteriaList
 
 # Float32 copies, where a product needs them, stay small beside the activations; so do logits.
 SLICE_BYTES = 64 * 2**20
@@ -156,9 +166,9 @@ def edge_scores(
     at_columns = [] if at_inputs else _branch_columns(model, graph)
     scale, transposed = _scale(model), row.transposed
     norms_last = row.head_norms_last
-    logit_rows = max(1, LOGITS_BYTES[model.device.type] // (4 * int(model.config.vocab_size)))
+    logits_width = 4 * int(model.config.vocab_size)
     epsilon = _epsilon(model)
-    tensor_of, _ = _trace_functions(exact)
+    settle, bring, tensor_of, _ = _trace_functions(model, exact)
     own_logits = _own_logits(model)
     hold, straighten, halve = _relevance_rules(row.centred_norms, row.norm_offset)
     n_columns = len(at_columns) or len(row.projections)
@@ -168,11 +178,16 @@ def edge_scores(
     )
 
     with _recomputing(model, thrift.recompute):  # noqa: SIM117 - a trace needs its own statement
-        with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=1):
+        with network.trace(
+            input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=_backend(model)
+        ):
+            points, checked = settle(network.device, points, checked)
+            at_columns = [(number, chosen.to(network.device)) for number, chosen in at_columns]
             # The one line that switches the graph on: parameters are frozen.
             stream = layers[0].module.input.detach()
             if steps > 1:
-                stream = points * stream if left is None else left[0] + points * (stream - left[0])
+                base = 0 if left is None else left[0].to(stream.device)
+                stream = base + points * (stream - base)
             stream.requires_grad_(True)
             layers[0].module.input = stream
             open_product(stream)
@@ -270,7 +285,9 @@ def edge_scores(
 
             # The loss and its gradient at the last hidden states, a few rows of logits at a time.
             # Sequences do not touch each other, so the gradient of the sum holds each one's own.
-            losses = torch.zeros(len(stream), dtype=exact, device=stream.device)
+            rows, positions, labels, shares = settle(hidden.device, rows, positions, labels, shares)
+            logit_rows = max(1, LOGITS_BYTES[hidden.device.type] // logits_width)
+            losses = torch.zeros(len(stream), dtype=exact, device=hidden.device)
             entropies = torch.zeros_like(losses)
             found = torch.zeros_like(hidden)
             for start in range(0, len(rows), logit_rows):
@@ -288,12 +305,12 @@ def edge_scores(
             own = network.output.logits.detach()[:, -1].to(exact)
             ours = own_logits(network.lm_head(hidden.detach()[:, -1])).to(exact)
             scores, residual_error = close_product(end.detach(), checked)
-            scores = nnsight.save(scores)
-            residual_error = nnsight.save(residual_error)
-            logits_error = nnsight.save((own - ours).norm() / own.norm())
+            scores = nnsight.save(bring(scores))
+            residual_error = nnsight.save(bring(residual_error))
+            logits_error = nnsight.save(bring((own - ours).norm() / own.norm()))
             # The last rows hold the inputs as they are.
-            losses = nnsight.save(losses[-n_sequences:])
-            entropies = nnsight.save(entropies[-n_sequences:])
+            losses = nnsight.save(bring(losses[-n_sequences:]))
+            entropies = nnsight.save(bring(entropies[-n_sequences:]))
     return EdgeBatch(scores, losses, entropies, residual_error, logits_error)
 
 
@@ -316,7 +333,7 @@ def ablated_losses(
     Returns:
         [row], in nats, on the CPU, in float32 (float64 for a float64 model).
     """
-    network, row, heads = model.network, model.architecture, model.heads
+    network, row, heads = model.network, model.architecture, _heads(model)
     layers = _layers(model)
     final_norm = attrgetter(row.final_norm)(network)
     input_ids, labels, kept, columns = _inputs(model, batch)
@@ -333,9 +350,13 @@ def ablated_losses(
             rows_of.setdefault(edge[1], []).append(place)
     scale, transposed = _scale(model), row.transposed
     exact = torch.promote_types(model.dtype, torch.float32)
-    tensor_of, mean_losses = _trace_functions(exact)
+    settle, _, tensor_of, mean_losses = _trace_functions(model, exact)
 
-    with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=kept):
+    with network.trace(
+        input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=_backend(model)
+    ):
+        left, columns, labels = settle(network.device, left, columns, labels)
+        branch_columns = [(place, chosen.to(network.device)) for place, chosen in branch_columns]
         outputs = {0: layers[0].module.input.clone()}
         n_sources = 1
 
@@ -405,16 +426,19 @@ def ablated_losses(
 
 def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
     """Sum of each source's output over all positions that are no filling: [source, d_model]."""
-    network, row, heads = model.network, model.architecture, model.heads
+    network, row, heads = model.network, model.architecture, _heads(model)
     layers = _layers(model)
     input_ids, _, kept, _ = _inputs(model, batch)
     valid = (torch.arange(input_ids.shape[1]) < batch.lengths[:, None]).to(model.device)
     by_head = graph.granularity == "head"
     scale, transposed = _scale(model), row.transposed
     exact = torch.promote_types(model.dtype, torch.float32)
-    tensor_of, _ = _trace_functions(exact)
+    settle, _, tensor_of, _ = _trace_functions(model, exact)
 
-    with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=kept[:1]):
+    with network.trace(
+        input_ids=input_ids, use_cache=False, logits_to_keep=kept[:1], backend=_backend(model)
+    ):
+        (valid,) = settle(network.device, valid)
         outputs = [layers[0].module.input[valid].to(exact).sum(0)]
         for layer in layers:
             if by_head:
@@ -436,6 +460,101 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
     return sums
 
 
+class States(NamedTuple):
+    """What a model holds where it predicts each scored token, on its device."""
+
+    residuals: torch.Tensor
+    """[point, sequence, scored, d_model]: the residual stream before each layer, and at the end."""
+
+    log_probabilities: torch.Tensor
+    """[sequence, scored, token]: of the tokens that could come next, in nats."""
+
+
+def states(model: Model, batch: Batch, vocabulary: int) -> States:
+    """Read the residual stream and the next token's probabilities at the scored positions.
+
+    Args:
+        model: The model.
+        batch: The sequences.
+        vocabulary: The probabilities are those among the first so many tokens.
+    """
+    network = model.network
+    layers = _layers(model)
+    final_norm = attrgetter(model.architecture.final_norm)(network)
+    input_ids, _, kept, columns = _inputs(model, batch)
+    places = batch.positions.to(model.device)[..., None].expand(-1, -1, model.d_model)
+    exact = torch.promote_types(model.dtype, torch.float32)
+
+    with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=kept):
+        points = [layer.module.input.gather(1, places) for layer in layers]
+        points.append(final_norm.input.gather(1, places))
+        residuals = nnsight.save(torch.stack(points).to(exact))
+        logits = network.output.logits[..., :vocabulary]
+        scored = logits.gather(1, columns[..., None].expand(-1, -1, vocabulary))
+        log_probabilities = nnsight.save(scored.to(exact).log_softmax(-1))
+    return States(residuals, log_probabilities)
+
+
+def describe(model: Model) -> torch.Tensor:
+    """An empty tensor as deep and wide as the model is where it runs, and of its precision.
+
+    Returns:
+        [layer, d_model, 0]
+    """
+    network, layers = model.network, _layers(model)
+    token = torch.zeros(1, 1, dtype=torch.int64)
+
+    with network.trace(input_ids=token, use_cache=False, backend=_backend(model)):
+        config = network._module.config
+        shape = (config.num_hidden_layers, config.hidden_size, 0)
+        found = nnsight.save(layers[0].module.input.new_zeros(shape).cpu())
+    return found
+
+
+def generate_tokens(
+    model: Model,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    options: "GenerationConfig",
+    stopping: "StoppingCriteriaList",
+) -> torch.Tensor:
+    """Prompts with what the model generates after them: int64 [sequence, position]."""
+    network = model.network
+    settle, *_ = _trace_functions(model, torch.float32)
+
+    with network.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        generation_config=options,
+        stopping_criteria=stopping,
+        backend=_backend(model),
+    ) as tracer:
+        settle(network.device)
+        tokens = nnsight.save(tracer.result.cpu())
+    return tokens
+
+
+class _Job(Backend):
+    """Runs one trace on a server."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment = deployment
+
+    def __call__(self, tracer: Tracer) -> None:
+        """Send the trace, wait, and put what it saved where a local trace would."""
+        # nnsight's own backend would send modules of the working tree along: what runs from a
+        # checkout would then fail once installed.
+        blob = RequestModel.serialize(tracer, compress=True)
+        saved = self.deployment.host.run(self.deployment.key, self.deployment.env, blob)
+        assert tracer.info is not None
+        push(tracer.info.frame, saved)
+
+
+def _backend(model: Model) -> _Job | None:
+    """What runs the next trace of a model; None for nnsight's choice, which is here."""
+    return _Job(model.deployment) if model.deployment else None
+
+
 def _inputs(
     model: Model, batch: Batch, times: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -447,6 +566,11 @@ def _inputs(
         for tensor in (batch.input_ids, batch.labels, columns)
     )
     return tokens, labels, kept.to(model.device), columns
+
+
+def _heads(model: Model) -> SimpleNamespace:
+    """The numbers of heads and their width, in what a server can unpack without this package."""
+    return SimpleNamespace(**model.heads._asdict())
 
 
 def _layers(model: Model) -> list[SimpleNamespace]:
@@ -504,12 +628,35 @@ def _branch_columns(model: Model, graph: Graph) -> list[tuple[int, torch.Tensor]
     return branches
 
 
-def _trace_functions(exact: torch.dtype) -> tuple[Callable[..., torch.Tensor], ...]:
+def _trace_functions(
+    model: Model, exact: torch.dtype
+) -> tuple[
+    Callable[..., list[torch.Tensor]],
+    Callable[..., torch.Tensor],
+    Callable[..., torch.Tensor],
+    Callable[..., torch.Tensor],
+]:
     """What trace bodies have in common, as local functions.
 
     Args:
+        model: The model.
         exact: The precision of losses.
     """
+    away = model.deployment is not None
+
+    def settle(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Tensors where the model is; from here on in the precision that they have.
+
+        A server runs traces of a bfloat16 model under autocast, where even a product of float32
+        tensors is taken in bfloat16.
+        """
+        if away:
+            torch.set_autocast_enabled(device.type, False)
+        return [tensor.to(device) for tensor in tensors]
+
+    def bring(tensor: torch.Tensor) -> torch.Tensor:
+        """What leaves a server: a copy that is no part of something larger."""
+        return tensor.detach().cpu().clone() if away else tensor
 
     def tensor_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
         """What a module gives on, without what some modules give beside it."""
@@ -524,7 +671,7 @@ def _trace_functions(exact: torch.dtype) -> tuple[Callable[..., torch.Tensor], .
             scored.to(exact).transpose(1, 2), labels, reduction="none", ignore_index=-100
         ).sum(1) / (labels != -100).sum(1)
 
-    return tensor_of, mean_losses
+    return settle, bring, tensor_of, mean_losses
 
 
 def _relevance_rules(centred: bool, offset: float) -> tuple[Callable[..., torch.Tensor], ...]:
@@ -573,15 +720,15 @@ def _norm_pull(
         epsilon: What norms add to the mean square.
         held: Whether r counts as a constant.
     """
-    native = getattr(torch.ops.aten, "_fused_rms_norm_backward", None)
-    if centred or offset or held:
-        native = None
+    plain = not (centred or offset or held)
 
     def pull(value: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor], None]:
         def pulled(gradients: torch.Tensor) -> None:
             """Replace gradients [branch, ...], three at a time: their copies stay small."""
             width, exact = value.shape[-1], torch.promote_types(value.dtype, torch.float32)
-            if native is not None and value.device.type == "cuda":
+            # Looked up here: it cannot be sent.
+            native = getattr(torch.ops.aten, "_fused_rms_norm_backward", None)
+            if native is not None and plain and value.device.type == "cuda":
                 # torch's own kernel reads and writes each gradient once; it is for CUDA alone.
                 size = torch.linalg.vector_norm(value, dim=-1, keepdim=True, dtype=exact)
                 rate = (size.square() / width + epsilon).rsqrt()
@@ -759,8 +906,8 @@ def _edge_product(
     def close_product(end: torch.Tensor, checked: torch.Tensor) -> Pair:
         """Give the scores, and how far the outputs' sum is from the end of the stream."""
         multiply()
-        scores = held["scores"].masked_fill(~mask.to(end.device), 0)
-        at = (torch.arange(n_sequences, device=end.device)[:, None], checked)
+        scores = held["scores"].masked_fill(~mask.to(held["scores"].device), 0)
+        at = (torch.arange(n_sequences)[:, None].to(end.device), checked.to(end.device))
         here = tuple(part.to(held["outputs"].device) for part in at)
         total = sum(output[here].to(end.device, scores.dtype) for output in held["outputs"])
         truth = end[-n_sequences:][at].to(scores.dtype)

@@ -102,11 +102,11 @@ def _sentence(benchmark: str, subject: str, cells: Sequence[Cell], tested: bool)
                 counts.append(f"{name} in {count} of {len(of_metric)}{unit}")
         if counts:
             parts.append(f"{verb} {listed(counts)}")
-    agree = sum(bool(cell.as_in_paper) for cell in moved)
+    agree, against = (sum(cell.as_in_paper is way for cell in moved) for way in (True, False))
     verdict = f"{agree} of {_cells(len(known))} moved as the paper reports for online RL"
     return (
         f"On {benchmark}, {subject}{adverb} {', and '.join(parts)}: {verdict}, "
-        f"{len(moved) - agree} against it."
+        f"{against} against it."
     )
 
 

@@ -1,7 +1,10 @@
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -46,6 +49,73 @@ def test_every_command_shows_an_example(command):
     text = call(command, "--help").output
     assert "Example" in text
     assert f"probe {command}" in text
+
+
+PROGRAM = "from probe.cli import main; main(prog_name='probe')"
+
+
+def completed(shell, *words):
+    """What a shell is told to offer for the last of these words."""
+    variables = {
+        "_PROBE_COMPLETE": f"{shell}_complete",
+        # fish names the word itself, the others its place.
+        "COMP_WORDS": " ".join(words),
+        "COMP_CWORD": words[-1] if shell == "fish" else str(len(words) - 1),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{CHECK.format(PROGRAM)}"],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.strip() == "[]"  # nothing heavy, as a person waits
+    return done.stdout
+
+
+CHECK = (
+    "try: exec({0!r})\nexcept SystemExit: pass\n"
+    f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete(shell):
+    assert "faithfulness" in completed(shell, "probe", "fa")
+    assert "--dry-run" in completed(shell, "probe", "recipe", "--dr")
+    assert "tiny-math" in completed(shell, "probe", "recipe", "ti")
+    assert "file" in completed(shell, "probe", "recipe", "my-")
+    assert "markdown" in completed(shell, "probe", "report", "--format", "mark")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_every_shell_gets_a_script(shell):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | {"_PROBE_COMPLETE": f"{shell}_source"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"_PROBE_COMPLETE={shell}_complete" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine")
+def test_bash_takes_the_line_of_the_documentation(tmp_path):
+    page = Path(__file__).parent.parent / "docs" / "quickstart.md"
+    (line,) = (text for text in page.read_text().splitlines() if "bash_source" in text)
+    command = tmp_path / "probe"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{PROGRAM}" "$@"\n')
+    command.chmod(0o755)
+    words = "COMP_WORDS=(probe recipe ti); COMP_CWORD=2; _probe_completion probe"
+    done = subprocess.run(
+        ["bash", "-c", f"{line}\n{words}; echo ${{COMPREPLY[@]}}"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["tiny-math"]
 
 
 def test_the_public_names():

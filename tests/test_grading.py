@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probe.grading import Grader, extract_answer, last_boxed
+from probe.grading import Grader, exact_answer, extract_answer, last_boxed
 from probe.problems import load_problems
 
 
@@ -144,3 +144,22 @@ def test_a_dead_process_is_replaced():
         grader._process.kill()
         grader._process.wait()
         assert grader.grade("2", "2")
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "expected"),
+    [
+        ("Paris", "Paris", ("Paris", True)),
+        ("  New\n York ", "New York", ("New\n York", True)),
+        ("paris", "Paris", ("paris", False)),
+        ("Paris.", "Paris", ("Paris.", False)),
+        (r"It is \boxed{Paris}.", "Paris", ("Paris", True)),
+        ("The answer is: Paris.", "Paris", ("Paris", True)),
+        ("Let me think. #### Lyon", "Paris", ("Lyon", False)),
+        ("a # b", "a # b", ("a # b", True)),  # marks mean nothing in what is right as a whole
+        ("0.50", "1/2", ("0.50", False)),  # no mathematics
+        ("", "Paris", ("", False)),
+    ],
+)
+def test_exact_answers(text, gold, expected):
+    assert exact_answer(text, gold) == expected

@@ -148,10 +148,10 @@ def test_the_whole_of_table_1(tmp_path, tokenizer):
     cells = {(cell["pair"], cell["benchmark"]) for cell in report["cells"]}
     assert len(report["cells"]) == len(cells) * METRIC_COUNT
     # Random answers differ in length; a cell without questions does not stop the others.
-    assert len(cells) >= 9
+    assert len(cells) >= 6
     assert len(cells) + len(report["missing"]) == 12
     for line in report["missing"]:
-        assert "none of the 4 questions that both models solve" in line
+        assert re.search(r"none of the \d questions that both models solve", line)
     table = text.partition("Table 1 of the paper")[2].partition("Published values are below")[0]
     for pair, benchmark in cells:
         assert pair in table

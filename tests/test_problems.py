@@ -157,8 +157,8 @@ ROWS = [
     {"id": 8, "Problem": "Größe\u2028?", "final_answer": ["$3$, $4$"], "unit": None},
 ]
 PROBLEMS = [
-    ("7", 'a, "b"\nc', r"$\frac{1}{2}$ \text{ km}"),
-    ("8", "Größe\u2028?", "$3$, $4$"),
+    Problem("7", 'a, "b"\nc', r"$\frac{1}{2}$ \text{ km}"),
+    Problem("8", "Größe\u2028?", "$3$, $4$"),
 ]
 
 
@@ -306,6 +306,24 @@ def test_what_is_asked_of_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(ProbeError, match=r"cannot load the data set 'math-ai/amc23' \(no route\)"):
         load_problems("amc23")
+
+
+def test_a_file_of_ones_own(tmp_path):
+    path = tmp_path / "capitals.csv"
+    path.write_text("question,answer\nFrance?,Paris\nPeru?,Lima\n")
+    found = load_problems("capitals", path, grading="exact")
+    assert [problem.answer for problem in found] == ["Paris", "Lima"]
+    assert {problem.grading for problem in found} == {"exact"}
+    (one,) = load_problems("capitals", path, 1, grading="math")
+    assert one.grading == "math"
+    assert {p.grading for p in load_problems("tiny-math", questions=3)} == {"math"}
+    assert {p.grading for p in load_problems("tiny-math", questions=3, grading="exact")} == {
+        "exact"
+    }
+    with pytest.raises(ProbeError, match=r"'capitals' is not known; .*say grading = \"exact\""):
+        load_problems("capitals", path)
+    with pytest.raises(ProbeError, match=r"'capitals' is not known; .*amc23$"):
+        load_problems("capitals", grading="exact")
 
 
 WRITABLE = st.characters(exclude_categories=["Cs"])

@@ -226,6 +226,7 @@ SECTIONS = {
     "The recipe": Recipe,
     "`[[pairs]]`": recipes.Pair,
     "`shape` of a pair": recipes.Shape,
+    "`solutions` of a pair": recipes.SolutionFiles,
     "`[[benchmarks]]`": recipes.BenchmarkChoice,
     "`[compute]`": recipes.Compute,
     "`[solutions]`": recipes.SolutionOptions,

@@ -197,6 +197,38 @@ def test_every_way_of_scoring_is_a_recipe(tmp_path, changes, shape):
     assert record["residual_error"].keys() == set(record["models"])
 
 
+def test_the_cross_text_control_comes_to_a_finished_run(copy):
+    old = {p: p.stat().st_mtime_ns for p in (copy / "edges").iterdir()}
+    run(copy, {"attribution.control": "cross-text"})
+    folder, cell = RunFolder(copy), "sft-grpo.tiny-math.alpha-0.5"
+    found = {p: p.stat().st_mtime_ns for p in (copy / "edges").iterdir()}
+    assert len(found) == 2 * len(old)
+    assert old.items() <= found.items()  # nothing is computed twice
+
+    ids = folder.read_selection(cell).ids
+    cut_length = folder.read_selection(cell).cut_length
+    texts = {}
+    for side, model in (("before", "sft"), ("after", "grpo")):
+        path = folder.solutions_file(f"tiny-math--{model}", "tiny-math")
+        solutions = {s.id: s for s in folder.read_solutions(path)[0]}
+        texts[side] = [
+            probe.Sequence(solutions[i].prompt, solutions[i].answer[:cut_length]) for i in ids
+        ]
+    for side, model, text in (
+        ("before-on-after", "sft", "after"),
+        ("after-on-before", "grpo", "before"),
+    ):
+        edges = folder.read_edges(folder.edges_file(cell, side))
+        expected = probe.attribute(probe.load_model(f"probe:tiny-math/{model}"), texts[text])
+        assert torch.allclose(edges.scores, expected.scores, rtol=1e-3, atol=1e-6)
+        assert torch.allclose(edges.losses, expected.losses, rtol=1e-4, atol=1e-6)
+    for path in found.keys() - old.keys():  # a stopped control goes on
+        path.unlink()
+        break
+    run(copy, {"attribution.control": "cross-text"})
+    assert len(list((copy / "edges").iterdir())) == 2 * len(old)
+
+
 def test_edges_of_other_solutions_are_computed_again(copy):
     edges = copy / "edges"
     first = edges / "sft-grpo.tiny-math.alpha-0.5.after.safetensors"

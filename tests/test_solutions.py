@@ -1,9 +1,8 @@
 import pytest
-import torch
 
 from probe.errors import ProbeError
 from probe.problems import Problem, load_problems
-from probe.solutions import CHAT_MESSAGE, chat_message, encode_prompt, generate, solve
+from probe.solutions import CHAT_MESSAGE, chat_message, encode_prompt, solve
 
 
 @pytest.fixture(scope="module")
@@ -17,23 +16,11 @@ def solutions(model, problems, **options):
     return [solution for batch in batches for solution in batch]
 
 
-def test_batched_generation_is_plain_greedy_decoding(tiny, problems):
-    for problem in problems[:6]:
-        tokens = tiny.tokenizer(problem.question)["input_ids"]
-        expected = []
-        while len(expected) < 64 and tiny.tokenizer.eos_token_id not in expected:
-            with torch.no_grad():
-                logits = tiny.network._module(torch.tensor([tokens + expected])).logits
-            expected.append(int(logits[0, -1].argmax()))
-        (found,) = [s for s in solutions(tiny, problems) if s.id == problem.id]
-        assert found.prompt == tokens
-        assert found.answer == expected
-
-
 def test_solutions_are_graded(tiny, problems):
     found = solutions(tiny, problems)
     assert sorted(s.id for s in found) == sorted(p.id for p in problems)
     for solution in found:
+        assert solution.text == tiny.tokenizer.decode(solution.answer, skip_special_tokens=True)
         final = solution.text.rpartition("#")[2]
         assert solution.extracted == final
         assert solution.correct == (final == solution.gold)
@@ -50,18 +37,44 @@ def test_what_is_done_is_left_out_and_moves_nothing(tiny, problems):
 
 
 def test_an_answer_that_does_not_end(tiny, problems):
-    (answer,) = generate(tiny, [tiny.tokenizer(problems[0].question)["input_ids"]], 3)
-    assert len(answer) == 3
+    assert {len(s.answer) for s in solutions(tiny, problems, max_new_tokens=3)} == {3}
 
 
-def test_the_context_bounds_an_answer(tiny):
-    prompt = tiny.tokenizer("12+3=?")["input_ids"]
-    assert tiny.context is not None
-    (answer,) = generate(tiny, [prompt * ((tiny.context - 10) // len(prompt))], 100)
-    assert len(answer) <= tiny.context
+@pytest.mark.parametrize("engine", ["static", "continuous"])
+def test_the_context_bounds_an_answer(tiny, engine):
+    times = (tiny.context - 10) // len(tiny.tokenizer("12+3=?")["input_ids"])
+    (found,) = solutions(tiny, [Problem("7", "12+3=?" * times, "15")], engine=engine)
+    assert len(found.prompt) + len(found.answer) <= tiny.context
     long = Problem("7", "1" * tiny.context, "3")
     with pytest.raises(ProbeError, match=r"question 7: its prompt has \d+ tokens"):
-        list(solve(tiny, [long], "{question}", max_new_tokens=4, batch_size=1))
+        solutions(tiny, [long], engine=engine)
+
+
+def test_engines_give_the_same_solutions(tiny, problems):
+    static, continuous = (
+        {s.id: s for s in solutions(tiny, problems, engine=engine, stop=[";4"])}
+        for engine in ("static", "continuous")
+    )
+    assert static == continuous
+    assert any(s.text.endswith(";4") for s in static.values())
+
+
+def test_answers_are_compared_as_the_problem_says(tiny):
+    gold = "50-7=43;43-67=-24;-24-53=-77#-77"
+    asked = [
+        Problem("whole", "50-7-67-53=?", gold, "exact"),
+        Problem("final", "50-7-67-53=?", "-77", "exact"),
+        Problem("meaning", "50-7-67-53=?", "-77.0"),
+        Problem("text", "50-7-67-53=?", "-77.0", "exact"),
+    ]
+    batches = solve(tiny, asked, "{question}", max_new_tokens=64)
+    found = {s.id: (s.extracted, s.correct) for batch in batches for s in batch}
+    assert found == {
+        "whole": (gold, True),
+        "final": ("-77", True),
+        "meaning": ("-77", True),
+        "text": ("-77", False),
+    }
 
 
 def test_the_prompt_may_hold_braces(tiny):
@@ -78,13 +91,13 @@ def test_an_empty_question(tiny):
 def test_a_chat_prompt_goes_through_the_tokenizers_template(llama, monkeypatch):
     tokenizer = llama.tokenizer
     with pytest.raises(ProbeError, match="has no chat template; give the prompt as text"):
-        encode_prompt(llama, "chat", "2+3")
+        encode_prompt(tokenizer, "chat", "2+3")
     template = "{{ bos_token }}{% for m in messages %}{{ m.role }}|{{ m.content }}{% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", template + "{{ add_generation_prompt }}")
     shown = f"{tokenizer.bos_token}user|7 {{question}}TrueTrue"
     text = shown.replace("{question}", "2+3").removesuffix("True")
     expected = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert encode_prompt(llama, "chat: 7 {question}", "2+3") == expected
+    assert encode_prompt(tokenizer, "chat: 7 {question}", "2+3") == expected
     assert chat_message("chat") == (True, CHAT_MESSAGE)
     assert "{question}" in CHAT_MESSAGE
     assert r"\boxed{}" in CHAT_MESSAGE

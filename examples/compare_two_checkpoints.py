@@ -1,0 +1,50 @@
+"""Two checkpoints, a handful of questions, no recipe: the steps of a run, one by one.
+
+    python examples/compare_two_checkpoints.py
+    python examples/compare_two_checkpoints.py ./before ./after --prompt "Q: {question} A:"
+
+Solve, select, attribute, compare. `probe.run_recipe` does the same, and keeps it all in a folder.
+"""
+
+import argparse
+
+import probe
+from probe.metrics import METRICS
+from probe.problems import load_problems
+from probe.run import cut
+from probe.solutions import solve
+from probe.statistics import compare_sides
+
+parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+parser.add_argument("before", nargs="?", default="probe:tiny-math/sft")
+parser.add_argument("after", nargs="?", default="probe:tiny-math/grpo")
+parser.add_argument("--benchmark", default="tiny-math")
+parser.add_argument("--prompt", default="{question}")
+parser.add_argument("--questions", type=int, default=100)
+arguments = parser.parse_args()
+
+problems = load_problems(arguments.benchmark, questions=arguments.questions)
+models = [probe.load_model(name) for name in (arguments.before, arguments.after)]
+solutions = []
+for model in models:
+    batches = solve(model, problems, arguments.prompt, max_new_tokens=64, batch_size=50)
+    solutions.append([solution for batch in batches for solution in batch])
+    right = sum(solution.correct for solution in solutions[-1])
+    print(f"{model.reference} solves {right} of {len(problems)} questions")
+
+selection = probe.select(*solutions, alpha=0.3)
+edges = [
+    probe.attribute(model, cut(answers, selection))
+    for model, answers in zip(models, solutions, strict=True)
+]
+print(f"{len(selection.ids)} questions, the first {selection.cut_length} tokens of each answer\n")
+
+print(f"{'metric':<24} {'before':>9} {'after':>9} {'change':>8}   {'95 %':<15} p")
+for name, found in compare_sides(edges[0].scores, edges[1].scores).items():
+    before, after = (METRICS[name].function(side.scores) for side in edges)
+    change = (after - before) / abs(before)
+    low, high = found.interval
+    print(
+        f"{name:<24} {before:>9.3g} {after:>9.3g} {change:>+8.1%}   "
+        f"{f'{low:+.0%} .. {high:+.0%}':<15} {found.p_value:.3g}"
+    )

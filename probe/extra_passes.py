@@ -1,0 +1,111 @@
+"""Extra passes: what the tables of `probe.extras` need beyond a run's edges.
+
+`states` lets both models of a pair read the same answers, those of the largest alpha, first the one
+model's and then the other's; `weights` compares the checkpoints' files. What comes out stands in
+the run folder under `extras`, with what it was computed from, and is computed once.
+
+    >>> measure_weights(recipe, RunFolder(Path("runs/tiny-math")), progress)
+"""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from rich.progress import Progress
+
+from probe.checkpoints import fingerprint
+from probe.errors import ProbeError
+from probe.models import Model, load_model
+from probe.recipe import Pair, Recipe
+from probe.run_folder import Damaged, RunFolder, cell_name, edges_key
+from probe.states import compare_states
+from probe.weights import weight_changes
+
+if TYPE_CHECKING:
+    from probe.run import Side
+
+Text = Literal["before", "after"]
+TEXTS: tuple[Text, ...] = ("before", "after")
+
+
+def states_file(pair: Pair, benchmark: str, text: Text) -> str:
+    """Where in the run folder the comparison of both models on one's answers is."""
+    return f"extras/{pair.name}.{benchmark}.on-{text}.json"
+
+
+def weights_file(pair: Pair) -> str:
+    """Where in the run folder the change of each matrix is."""
+    return f"extras/{pair.name}.weights.json"
+
+
+def measure_states(
+    recipe: Recipe,
+    sides: Sequence["Side"],
+    folder: RunFolder,
+    devices: Sequence[torch.device],
+    progress: Progress,
+) -> None:
+    """Compare the states of every pair on every benchmark; what is there already stays."""
+    alpha = max(recipe.selection.alpha)
+    texts = {(side.cell, side.side): side.sequences for side in sides}
+    total = sum(
+        len(texts[cell_name(pair, choice.name, alpha), text])
+        for pair in recipe.pairs
+        for choice in recipe.benchmarks
+        for text in TEXTS
+    )
+    task = progress.add_task("states", total=total)
+    for pair in recipe.pairs:
+        models: tuple[Model, Model] | None = None
+        weights = " ".join(map(fingerprint, (pair.before, pair.after)))
+        for choice in recipe.benchmarks:
+            for text in TEXTS:
+                name = states_file(pair, choice.name, text)
+                sequences = texts[cell_name(pair, choice.name, alpha), text]
+                key = edges_key(weights, ("states", recipe.compute.dtype), sequences)
+                if _is_there(folder, name, key, progress):
+                    progress.update(task, advance=len(sequences))
+                    continue
+                models = models or (
+                    load_model(pair.before, str(devices[0]), recipe.compute.dtype),
+                    load_model(pair.after, str(devices[-1]), recipe.compute.dtype),
+                )
+                found = compare_states(
+                    *models,
+                    sequences,
+                    recipe.attribution.batch_size,
+                    lambda count: progress.update(task, advance=count),
+                )
+                ids = [sequence.id for sequence in sequences]
+                folder.write_json(name, {"key": key, "ids": ids, **asdict(found)})
+        del models
+        gc.collect()
+
+
+def measure_weights(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
+    """Compare the weights of every pair; what is there already stays.
+
+    A pair whose files cannot be compared is said, and left out.
+    """
+    task = progress.add_task("weights", total=len(recipe.pairs))
+    for pair in recipe.pairs:
+        name = weights_file(pair)
+        key = " ".join(map(fingerprint, (pair.before, pair.after)))
+        if not _is_there(folder, name, key, progress):
+            try:
+                changes = weight_changes(pair.before, pair.after)
+                folder.write_json(name, {"key": key, "matrices": [asdict(c) for c in changes]})
+            except ProbeError as error:
+                progress.console.print(f"{name}: {error}")
+        progress.update(task, advance=1)
+
+
+def _is_there(folder: RunFolder, name: str, key: str, progress: Progress) -> bool:
+    try:
+        table = folder.read_json(name)
+    except Damaged as damage:
+        progress.console.print(f"{name}: {damage}; computing it again")
+        return False
+    return table is not None and table.get("key") == key

@@ -1,0 +1,203 @@
+"""Extras: what else users of a model pair expect, one table each.
+
+A recipe chooses them, `report.extra = ["overlap", "mass"]`. Those of a run's edges cost next to
+nothing, and two of them are in every report; the others cost a pass, and are on request. The
+cross-text control has its table where the recipe asks for it (`attribution.control`).
+
+An extra is a row of `EXTRAS`: columns, and a function from a cell to rows.
+
+    >>> extra_tables(RunFolder(Path("runs/tiny-math")), read_recipe("tiny-math"), [])[0].title
+    'Overlap of the circuits'
+"""
+
+import difflib
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from probe import mass
+from probe.errors import ProbeError
+from probe.extra_rows import (
+    Cell,
+    Missing,
+    Row,
+    concentration_rows,
+    control_rows,
+    divergence_rows,
+    mass_rows,
+    overlap_rows,
+    similarity_rows,
+    weight_rows,
+)
+from probe.recipe import Recipe
+from probe.report import ExtraTable
+from probe.run_folder import RunFolder
+
+_CHANGE = ("change %", "low %", "high %")
+
+
+class Extra(NamedTuple):
+    """A table beside the cells."""
+
+    title: str
+    """What it shows."""
+
+    note: str
+    """How to read it."""
+
+    columns: tuple[str, ...]
+    """Its columns, behind those that say where a row belongs."""
+
+    rows: Callable[[Cell], list[Row]]
+    """The rows of one cell."""
+
+    needs: Literal["edges", "states", "weights"] = "edges"
+    """What it is computed from; all but edges cost another pass."""
+
+    where: tuple[Literal["benchmark", "pair", "alpha"], ...] = ("benchmark", "pair", "alpha")
+    """What tells its rows apart. Without alpha, a table is of the largest one."""
+
+
+_MASS = ("edges", "before", "after", *_CHANGE)
+_MASS_NOTE = (
+    "Share of each question's sum of |score| over real edges, averaged over questions; edges: the "
+    "group's share of the edges themselves. Change in percentage points; from low to high: 95 % of "
+    "it with resampled questions."
+)
+
+EXTRAS: dict[str, Extra] = {
+    "overlap": Extra(
+        "Overlap of the circuits",
+        "1 is the same circuit. Edges, nodes: Jaccard index of the strongest tenth of edges (by "
+        "mean |score|) and of their ends; ranks: rank-biased overlap (p = 0.9). Halves: one half "
+        "of the questions before, the other after. Null: 95 % of the halves of one model agree "
+        "better; where halves is below null, the circuits differ by more than noise.",
+        tuple(
+            f"{name}{kind}"
+            for name in ("edges", "ranks", "nodes")
+            for kind in ("", " halves", " null")
+        ),
+        overlap_rows,
+    ),
+    "concentration": Extra(
+        "Concentration of the scores",
+        "Of |score| over real edges, question by question: Gini coefficient (0: all edges alike), "
+        "and how many equal edges would be as spread out, exp(entropy). From low to high: 95 % of "
+        "the change with resampled questions.",
+        ("of", "before", "after", *_CHANGE),
+        concentration_rows,
+    ),
+    "mass": Extra(
+        "Mass by attention and FFN", _MASS_NOTE, ("group", *_MASS), mass_rows(mass.kinds)
+    ),
+    "layers": Extra("Mass by layer", _MASS_NOTE, ("group", *_MASS), mass_rows(mass.layers)),
+    "distances": Extra(
+        "Mass by distance",
+        "Layers from writer to reader; the input counts as layer -1, the logits as the layer "
+        f"behind the last. {_MASS_NOTE}",
+        ("layers", *_MASS),
+        mass_rows(mass.distances),
+    ),
+    "token-kl": Extra(
+        "Divergence of the next token",
+        "KL(after || before) in nats, averaged over scored tokens and then over questions, where "
+        "both models read the answers of the model before, and those of the model after. From low "
+        "to high: 95 % of it with resampled questions.",
+        tuple(f"on {text}{end}" for text in ("before", "after") for end in ("", " low", " high")),
+        divergence_rows,
+        needs="states",
+    ),
+    "residual": Extra(
+        "Similarity of the residual streams",
+        "Before each layer and at the end, where both models read the same answers (those of the "
+        "model before; of the model after), at the positions that predict a scored token of the "
+        "largest alpha. Cosine: mean over positions. CKA: linear, unbiased.",
+        ("before", "cosine on before", "cosine on after", "CKA on before", "CKA on after"),
+        similarity_rows,
+        needs="states",
+        where=("benchmark", "pair"),
+    ),
+    "weights": Extra(
+        "Change of the weights",
+        "Frobenius norm of after - before beside that of before: of all layers as one, of the "
+        "layer that moved least, and of the one that moved most. Unchanged: share of entries with "
+        "the same value. RUN/extras has every matrix.",
+        ("matrix", "layers", "moved", "least", "most", "unchanged"),
+        weight_rows,
+        needs="weights",
+        where=("pair",),
+    ),
+}
+"""Every further table by its name; the one place to add one."""
+
+CONTROL = Extra(
+    "Cross-text control",
+    "Each model is also scored on the other's answers. Model and text sum to the change; all are "
+    "in percent of the value before, from low to high with 95 % of resampled questions. Both: what "
+    "depends on model and text together, shared half and half; where large, the split says little.",
+    (
+        "metric",
+        "change %",
+        *(f"{part}{end} %" for part in ("model", "text") for end in ("", " low", " high")),
+        "both %",
+    ),
+    control_rows,
+)
+
+
+def check_extras(recipe: Recipe) -> None:
+    """Check that the tables that a recipe asks for are known.
+
+    Raises:
+        ProbeError: One is not.
+    """
+    for name in recipe.report.extra:
+        if name not in EXTRAS:
+            close = difflib.get_close_matches(name, EXTRAS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(EXTRAS)}"
+            raise ProbeError(f"report.extra: there is no table {name!r}; {hint}")
+        if recipe.compute.remote and EXTRAS[name].needs != "edges":
+            raise ProbeError(
+                f"report.extra: the table {name!r} needs {EXTRAS[name].needs} of models, which "
+                "do not leave a server; leave it out, or run without --remote"
+            )
+
+
+def extra_tables(folder: RunFolder, recipe: Recipe, missing: list[str]) -> tuple[ExtraTable, ...]:
+    """Compute the tables that a recipe asks for, from what the run folder holds.
+
+    Args:
+        folder: The run.
+        recipe: Its recipe.
+        missing: Gets a line for what is not there though the edges of its cell are.
+    """
+    chosen = {name: EXTRAS[name] for name in recipe.report.extra}
+    if recipe.attribution.control == "cross-text":
+        chosen = {"cross-text control": CONTROL, **chosen}
+    alphas = recipe.selection.alpha
+    tables = []
+    for name, extra in chosen.items():
+        rows: list[Row] = []
+        seen = set()
+        for choice in recipe.benchmarks:
+            for pair in recipe.pairs:
+                for alpha in alphas if "alpha" in extra.where else [max(alphas)]:
+                    cell = Cell(folder, recipe, pair, choice.name, alpha)
+                    values: dict[str, str | float] = {
+                        "benchmark": choice.name,
+                        "pair": pair.name,
+                        "alpha": alpha,
+                    }
+                    place = tuple(values[part] for part in extra.where)
+                    if place in seen or not folder.edges_file(cell.name, "after").exists():
+                        continue
+                    seen.add(place)
+                    try:
+                        rows += [(*place, *row) for row in extra.rows(cell)]
+                    except Missing as error:
+                        # Of the edges that every table needs, the report itself says it.
+                        if extra is CONTROL or extra.needs != "edges":
+                            missing.append(f"{name} of {cell.name}: {error}")
+        if rows:
+            columns = (*extra.where, *extra.columns)
+            tables.append(ExtraTable(extra.title, extra.note, columns, tuple(rows)))
+    return tuple(tables)

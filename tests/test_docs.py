@@ -1,0 +1,105 @@
+"""What the pages say can be done: links lead somewhere, commands parse, Python runs."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from probe.cli import main
+from probe.recipe import read_recipe
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def name_of(page):
+    return page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        place, _, heading = link.partition("#")
+        if place.startswith("http"):
+            continue
+        target = (page.parent / place).resolve() if place else page
+        assert target.exists(), f"{link} in {page.name}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in slugs, f"{link} in {page.name}"
+
+
+def commands(page):
+    """The `probe` commands in a page's code, without comments and redirections."""
+    for line in page.read_text(encoding="utf-8").splitlines():
+        for part in line.split("&&") if line.startswith("    ") else ():
+            if re.match(r"\s*probe [a-z]", part):
+                words = shlex.split(part, comments=True)
+                yield words[1 : words.index(">")] if ">" in words else words[1:]
+
+
+def blocks(page, language):
+    """The code blocks of a language."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def run(folder, *arguments):
+    """Run Python in a folder."""
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_parse(page):
+    for words in commands(page):
+        words = ["NAME" if word == "..." else word for word in words]
+        with main.make_context("probe", list(words)) as context:
+            name, command, rest = main.resolve_command(context, list(words))
+            command.make_context(name, rest, parent=context).close()
+
+
+def test_there_are_commands():
+    assert sum(1 for page in PAGES for _ in commands(page)) > 20
+
+
+@pytest.mark.parametrize("page", ["../README.md", "quickstart.md"])
+def test_python_runs(page, tmp_path):
+    assert blocks(page, "python")
+    run(tmp_path, "-c", "\n".join(blocks(page, "python")))
+
+
+def test_the_own_benchmark(tmp_path):
+    """The task that is not mathematics, from its page alone, with the numbers that stand there."""
+    (code,) = blocks("own-benchmark.md", "python")
+    _, recipe = blocks("own-benchmark.md", "toml")
+    (tmp_path / "copying.toml").write_text(recipe)
+    run(tmp_path, "-c", code)
+    printed = run(tmp_path, "-m", "probe.cli", "recipe", "copying.toml")
+    assert "GRPO significantly lowered token entropy in 2 of 2 cells" in printed
+    report = json.loads((tmp_path / "runs" / "copying" / "report.json").read_text())
+    (accuracy,) = report["accuracy"]
+    assert accuracy["before"] == accuracy["after"] == 1
+    assert {cell["samples"] for cell in report["cells"]} == {50}
+    significant = {cell["metric"] for cell in report["cells"] if cell["significant"]}
+    assert significant == {"token_entropy"}
+    solutions = tmp_path / "runs" / "copying" / "solutions" / "tiny-math--sft.copying.jsonl"
+    for line in solutions.read_text().splitlines():
+        solution = json.loads(line)
+        assert solution["text"] == solution["gold"]
+
+
+def test_the_pair_of_its_page_is_one(tmp_path):
+    """The part of a recipe on the page about models is valid, in place of another pair."""
+    (pair,) = blocks("own-model.md", "toml")
+    whole = (ROOT / "examples" / "own_recipe.toml").read_text()
+    start, end = whole.index("[[pairs]]"), whole.index("[[benchmarks]]")
+    (tmp_path / "r.toml").write_text(whole[:start] + pair + whole[end:])
+    assert read_recipe(str(tmp_path / "r.toml")).pairs[0].name == "mine"

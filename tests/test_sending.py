@@ -1,0 +1,130 @@
+"""Traces as a server gets them: packed, unpacked without this package, run on another model.
+
+`test_ndif` does this with a real server; here every architecture and method passes through.
+"""
+
+import io
+import json
+import linecache
+from importlib.metadata import version
+
+import pytest
+import torch
+import zstandard
+from nnsight.intervention.serialization import CustomCloudUnpickler
+from nnsight.schema.request import RequestModel
+from nnsight.tracing.tracer import _saves, dec, inc
+from small_models import MODELS, save_small_model
+
+import probe
+from probe.attribution import METHODS
+from probe.generation import generate
+from probe.remote import Host
+
+SEQUENCES = [
+    probe.Sequence([3, 14, 15, 92, 6, 5], [35, 8, 9]),
+    probe.Sequence([27, 18, 28], [1, 82, 84, 5, 90]),
+]
+
+
+class WithoutProbe(CustomCloudUnpickler):
+    """What a server unpacks with, where this package is not installed."""
+
+    def find_class(self, module, name):
+        assert module.split(".")[0] not in ("probe", "tests"), f"{module}.{name} was sent"
+        return super().find_class(module, name)
+
+
+class InProcess(Host):
+    """A server that is this process, with one model."""
+
+    def __init__(self, model):
+        """Take the model, with its weights."""
+        super().__init__("http://here", jobs=1)
+        self.model = model
+
+    def ask(self, path, patience=0.0):
+        """Say that nothing is up yet."""
+        packages = {name: version(name) for name in ("nnsight", "torch", "transformers")}
+        return {"python_version": "3.11", "packages": packages, "deployments": {}}
+
+    def run(self, model_key, env, blob):
+        """Run a job as an actor does, under autocast."""
+        assert json.loads(model_key.split(":", 1)[1])["revision"] is None
+        network = self.model.network
+        lines = dict(linecache.cache)  # a job registers its source there
+        try:
+            objects = network._remoteable_persistent_objects()
+            tracer = RequestModel.deserialize(blob, objects, True, WithoutProbe)
+            with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+                inc()
+                try:
+                    tracer.execute(tracer.info.code)
+                    found = tracer.info.frame.f_locals
+                    saved = {name: found[name] for name in found if id(found[name]) in _saves()}
+                finally:
+                    dec()
+        finally:
+            linecache.cache.clear()
+            linecache.cache.update(lines)
+        with io.BytesIO() as file:
+            torch.save(saved, file)
+            data = zstandard.ZstdCompressor().compress(file.getvalue())
+        self.received += len(data)
+        file = io.BytesIO(zstandard.ZstdDecompressor().decompress(data))
+        return torch.load(file, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: save_small_model(tmp_path_factory.mktemp(name), name) for name in MODELS}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture_there_and_here(folders, name):
+    here = probe.load_model(str(folders[name]))
+    there = probe.load_model(str(folders[name]), host=InProcess(here))
+    assert next(there.network._module.parameters()).device.type == "meta"
+    for method in METHODS:
+        one, other = (
+            probe.attribute(model, SEQUENCES, method, "block", 2, ablation="mean")
+            for model in (here, there)
+        )
+        torch.testing.assert_close(one.scores, other.scores, rtol=0, atol=0)
+        torch.testing.assert_close(one.losses, other.losses, rtol=0, atol=0)
+    assert torch.equal(
+        probe.attribute(here, SEQUENCES).scores, probe.attribute(there, SEQUENCES).scores
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_heads_there_and_here(folders, method):
+    here = probe.load_model(str(folders["llama"]))
+    there = probe.load_model(str(folders["llama"]), host=InProcess(here))
+    one, other = (probe.attribute(model, SEQUENCES, method, "head", 2) for model in (here, there))
+    assert torch.equal(one.scores, other.scores)
+    assert torch.equal(one.entropies, other.entropies)
+
+
+@pytest.mark.parametrize("stop", [(), ("9",)])
+def test_generation_there_and_here(stop):
+    here = probe.load_model("probe:tiny-math/sft")
+    there = probe.load_model("probe:tiny-math/sft", host=InProcess(here))
+    prompts = [here.tokenizer(f"{n}-7-53=?")["input_ids"] for n in (3, 41, 12)]
+    one, other = (
+        list(generate(model, prompts, [30, 20, 10], stop=stop, batch_size=2))
+        for model in (here, there)
+    )
+    assert one == other
+    assert sum(map(len, one)) == 3
+
+
+def test_what_comes_home_is_small(tmp_path):
+    """At 32 layers, 64 KiB a sequence at most."""
+    folder = save_small_model(tmp_path / "deep", "llama", num_hidden_layers=32)
+    host = InProcess(probe.load_model(str(folder)))
+    model = probe.load_model(str(folder), host=host)
+    before = host.received
+    edges = probe.attribute(model, SEQUENCES * 4, batch_size=8)
+    assert edges.scores.shape[1:] == (65, 129)
+    assert (host.received - before) / 8 <= 64 * 1024
