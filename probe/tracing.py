@@ -880,7 +880,7 @@ def _edge_product(
         outputs = held["outputs"][:reach].flatten(1).unflatten(1, (-1, state["piece"]))
         for step in range(steps):
             read = gradients[:, step].flatten(1).unflatten(1, (-1, state["piece"]))
-            found = product(outputs.transpose(0, 1), read.permute(1, 2, 0))
+            found = product(outputs, read.permute(1, 2, 0))
             found = found.unflatten(0, (n_sequences, -1)).sum(1)[..., : stop - start]
             held["scores"][:, :reach, start:stop] -= found / steps
         if left is not None:
@@ -889,22 +889,24 @@ def _edge_product(
             held["scores"][:, :reach, start:stop] += kept
 
     def product(outputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-        """The batched matrix product, summed in float32 or better, in parts if it needs copies."""
+        """[source, piece, ...] times [piece, ..., target], summed in float32 or better."""
         exact = held["scores"].dtype
-        if gradients.device == outputs.device:
-            if gradients.dtype == exact:
-                return torch.bmm(outputs, gradients)
-            if gradients.device.type == "cuda":
-                # Products of 16-bit numbers are exact in float32, and are summed there.
-                return torch.bmm(outputs, gradients, out_dtype=exact)
+        if gradients.device != outputs.device:
+            here = (row.to(gradients.device, non_blocking=True) for row in outputs.split(1))
+            return torch.cat([product(row, gradients) for row in here], 1)
+        outputs = outputs.transpose(0, 1)
+        if gradients.dtype == exact:
+            return torch.bmm(outputs, gradients)
+        if gradients.device.type == "cuda":
+            # Products of 16-bit numbers are exact in float32, and are summed there.
+            return torch.bmm(outputs, gradients, out_dtype=exact)
         shape = len(outputs), outputs.shape[1], gradients.shape[2]
         found = gradients.new_empty(shape, dtype=exact)
         width = exact.itemsize * outputs.shape[2] * (shape[1] + shape[2])
         step = max(1, slice_bytes // width)
         for start in range(0, len(outputs), step):
             part = slice(start, start + step)
-            here = outputs[part].to(gradients.device, non_blocking=True).to(exact)
-            torch.bmm(here, gradients[part].to(exact), out=found[part])
+            torch.bmm(outputs[part].to(exact), gradients[part].to(exact), out=found[part])
         return found
 
     def close_product(end: torch.Tensor, checked: torch.Tensor) -> Pair:
