@@ -116,7 +116,7 @@ def by_kind(changes: Sequence[WeightChange]) -> list[KindChange]:
 def _places(reference: str) -> dict[str, Path]:
     """In which file each matrix of a checkpoint is."""
     files = weight_files(reference)
-    if not files:
+    if not files or any(path.suffix != ".safetensors" for path in files):
         raise ProbeError(f"the weights of {reference!r} are not on this machine as safetensors")
     places = {}
     for path in files:
