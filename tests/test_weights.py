@@ -6,8 +6,8 @@ from safetensors.torch import load_file, save_file
 from small_models import save_small_model
 
 import probe.weights
+from probe.checkpoints import weight_files
 from probe.errors import ProbeError
-from probe.models import weight_files
 from probe.weights import by_kind, weight_changes
 
 PAIR = ("probe:tiny-math/sft", "probe:tiny-math/grpo")
