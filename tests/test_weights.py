@@ -63,7 +63,7 @@ def test_shards_and_dtypes_do_not_matter(tmp_path):
     names = sorted(tensors)
     for number, part in enumerate((names[::2], names[1::2])):
         save_file(
-            {name: tensors[name].double() for name in part}, sharded / f"m-{number}.safetensors"
+            {name: tensors[name].double() for name in part}, sharded / f"model-{number}.safetensors"
         )
     found = weight_changes(str(whole), str(sharded))
     assert any("experts" in change.name for change in found)
