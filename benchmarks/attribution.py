@@ -94,7 +94,7 @@ def random_model(
     config = AutoConfig.for_model(**settings)
     torch.manual_seed(0)
     place = torch.device(device)
-    if place.type == "cuda":
+    if place.index is not None:
         torch.cuda.set_device(place)
     with place:
         module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")

@@ -213,6 +213,7 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    allowed = total * torch.cuda.get_per_process_memory_fraction(device)
+    number = torch.cuda.current_device() if device.index is None else device.index
+    allowed = total * torch.cuda.get_per_process_memory_fraction(number)
     reserved = torch.cuda.memory_reserved(device)
     return min(free + reserved, int(allowed)) - torch.cuda.memory_allocated(device)
