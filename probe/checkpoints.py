@@ -203,8 +203,8 @@ def _weights_in(folder: Path) -> list[Path]:
     for pattern in ADAPTER_WEIGHTS if adapter else WEIGHTS:
         files = sorted(folder.glob(pattern))
         index = next(iter(folder.glob(f"{pattern.replace('*', '')}.index.json")), None)
-        if index and files:
-            files = _shards(index)
+        if index:
+            files = _shards(index)  # which may have any names
         if files:
             return files
     return []

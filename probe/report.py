@@ -229,7 +229,7 @@ def build_report(path: Path) -> Report:
                     missing.append(f"{name}: {error}")
                     continue
                 if before is None or after is None:
-                    missing.append(f"{name}: not computed yet")
+                    missing.append(f"{name}: {folder.left_out(name) or 'not computed yet'}")
                     continue
                 if here[0] != here[1]:
                     missing.append(f"{name}: before and after are of different questions")

@@ -257,13 +257,18 @@ def _select_all(
     folder: RunFolder,
     progress: Progress,
 ) -> list[Side]:
-    """Select the questions of each cell, and cut the answers."""
+    """Select the questions of each cell, and cut the answers.
+
+    A cell without any question is left out; where all are, that is an error.
+    """
     names = model_names(recipe)
     options = recipe.selection
     cells = [(p, b.name, a) for p in recipe.pairs for b in recipe.benchmarks for a in options.alpha]
     task = progress.add_task("selection", total=len(cells))
     sides = []
+    left_out: dict[str, ProbeError] = {}
     for pair, benchmark, alpha in cells:
+        cell = cell_name(pair, benchmark, alpha)
         before, after = (solutions[names[asked], benchmark] for asked in pair.asked())
         try:
             selection = select(
@@ -278,8 +283,9 @@ def _select_all(
                 options.convention,
             )
         except ProbeError as error:
-            raise ProbeError(f"pair {pair.name}, benchmark {benchmark}: {error}") from error
-        cell = cell_name(pair, benchmark, alpha)
+            folder.leave_out(cell, str(error))
+            left_out[f"pair {pair.name}, benchmark {benchmark}: {error}"] = error
+            continue
         folder.write_selection(cell, selection)
         old, new = cut(before, selection), cut(after, selection)
         sides += [Side(pair.before, cell, "before", old), Side(pair.after, cell, "after", new)]
@@ -288,6 +294,10 @@ def _select_all(
             sides.append(Side(pair.before, cell, "before-on-after", old))
             sides.append(Side(pair.after, cell, "after-on-before", new))
         progress.update(task, advance=1)
+    for message, cause in left_out.items():
+        if not sides:
+            raise ProbeError(message) from cause
+        progress.console.print(f"left out: {message}", soft_wrap=True)
     return sides
 
 

@@ -186,6 +186,18 @@ class RunFolder:
         except (Damaged, ValidationError):
             return None
 
+    def leave_out(self, cell: str, reason: str) -> None:
+        """Write down why a cell cannot be computed."""
+        self.write_json(f"selection/{cell}.json", {"left_out": reason})
+
+    def left_out(self, cell: str) -> str | None:
+        """Why a cell cannot be computed; None where it can, as far as is known."""
+        try:
+            reason = (self.read_json(f"selection/{cell}.json") or {}).get("left_out")
+        except Damaged:
+            return None
+        return None if reason is None else str(reason)
+
     def edges_file(self, cell: str, side: str) -> Path:
         """Where the edges of one side of a cell are."""
         return self.path / "edges" / f"{cell}.{side}.safetensors"

@@ -1,6 +1,7 @@
 """The paper's recipes, whole, with random models of the same architecture on the real questions."""
 
 import json
+import re
 from pathlib import Path
 from statistics import fmean
 
@@ -12,12 +13,17 @@ from transformers import PreTrainedTokenizerFast
 
 from probe.cli import main
 from probe.grading import Grader
-from probe.metrics import METRICS
+from probe.metrics import METRICS, TOKEN_METRICS
 from probe.problems import load_problems
 from probe.recipe import read_recipe
 
 REAL = Path(__file__).parents[2] / "shared" / "benchmarks"
 FILES = ("gsm8k", "math", "college_math", "minerva_math", "olympiadbench", "aime24", "amc23")
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen2")
+"""Those of the paper's four pairs."""
+
+METRIC_COUNT = len(METRICS) + len(TOKEN_METRICS)
 
 needs_files = pytest.mark.skipif(
     not REAL.is_dir(), reason="needs the real benchmark files, not in this repository"
@@ -93,10 +99,15 @@ def test_the_whole_of_a_pair(tmp_path, tokenizer):
     text, report = run(recipe, tmp_path, 6, *options, "--set", "selection.samples=3")
     assert report["complete"] is True
     for benchmark in FILES[:3]:
-        assert f"{benchmark} · mistral (PPO) · accuracy " in text
+        assert f"{benchmark} · mistral (PPO) · 3 samples" in text
+    # What the paper prints stands below the cells that it prints.
+    published = [cell for cell in report["cells"] if cell["published"]]
+    assert len(published) == 7
+    assert len(re.findall(r"^ {6,}published  ", text, re.MULTILINE)) == 7
+    assert "(published: 41, +7.6 %, 95.1 %)" in text
     asked = expected_problems(recipe, 6)
     cells = {(c["benchmark"], c["alpha"], c["metric"]): c for c in report["cells"]}
-    assert len(cells) == len(report["cells"]) == 3 * 4 * len(METRICS)
+    assert len(cells) == len(report["cells"]) == 3 * 4 * METRIC_COUNT
     assert {cell["samples"] for cell in report["cells"]} == {3}
     for row in report["accuracy"]:
         right = [is_right(problem.answer) for problem in asked[row["benchmark"]]]
@@ -128,11 +139,30 @@ def test_the_whole_of_a_pair(tmp_path, tokenizer):
 
 
 @needs_files
+def test_the_whole_of_table_1(tmp_path, tokenizer):
+    """The four pairs in one report, at one alpha."""
+    recipe = read_recipe("paper")
+    options = models_for(recipe, ARCHITECTURES, tmp_path, tokenizer)
+    options += ["--set", "selection.samples=2", "--set", "selection.alpha=[0.3]"]
+    text, report = run(recipe, tmp_path, 4, *options, "--set", "report.resamples=0")
+    cells = {(cell["pair"], cell["benchmark"]) for cell in report["cells"]}
+    assert len(report["cells"]) == len(cells) * METRIC_COUNT
+    # Random answers differ in length; a cell without questions does not stop the others.
+    assert len(cells) >= 6
+    assert len(cells) + len(report["missing"]) == 12
+    for line in report["missing"]:
+        assert re.search(r"none of the \d questions that both models solve", line)
+    table = text.partition("Table 1 of the paper")[2].partition("Published values are below")[0]
+    for pair, benchmark in cells:
+        assert pair in table
+        assert benchmark in table
+
+
+@needs_files
 def test_the_whole_of_table_4(tmp_path, tokenizer):
     """Eight models on the seven files, without any attribution."""
     recipe = read_recipe("paper-accuracy")
-    architectures = ["llama", "mistral", "qwen2", "qwen2"]
-    options = models_for(recipe, architectures, tmp_path, tokenizer)
+    options = models_for(recipe, ARCHITECTURES, tmp_path, tokenizer)
     _, report = run(recipe, tmp_path, 3, *options, "--set", "solutions.batch_size=3")
     assert report["complete"] is True
     assert report["cells"] == []

@@ -108,6 +108,9 @@ def test_the_cells_are_the_metrics_of_the_attributed_sequences(finished):
     for cell in report_of(finished)["cells"]:
         if (cell["pair"], cell["alpha"]) == ("sft-grpo", 0.5):
             function = getattr(probe.metrics, cell["metric"])
+            if cell["metric"] in TOKEN_METRICS:
+                assert function(edges.entropies) == pytest.approx(cell["after"], rel=1e-3)
+                continue
             assert function(edges.scores) == pytest.approx(cell["after"], rel=1e-3)
             real = function(edges.scores, edges.graph.mask)
             assert real == pytest.approx(cell["real_edges"]["after"], rel=1e-3)
@@ -322,11 +325,19 @@ def test_no_question_that_both_models_solve(tmp_path):
     shape = {key: config[key] for key in keys} | {"num_key_value_heads": 4}
     random = save_random_model(tmp_path / "random", tie_word_embeddings=True, **shape)
     shutil.copy(random / "model.safetensors", dull / "model.safetensors")
-    with pytest.raises(
-        ProbeError, match=r"pair sft-grpo, benchmark tiny-math: no question that both"
-    ):
-        run(tmp_path / "run", {"pairs.0.after": str(dull)})
-    assert len(list((tmp_path / "run" / "solutions").iterdir())) == 3  # nothing lost
+    report, said = run(tmp_path / "run", {"pairs.0.after": str(dull)})
+    reason = "no question that both models solve (before "
+    assert f"left out: pair sft-grpo, benchmark tiny-math: {reason}" in said
+    assert said.count(reason) == 1
+    assert {cell.pair for cell in report.cells} == {"sft-dpo"}
+    assert [line[:32] for line in report.missing] == [
+        "sft-grpo.tiny-math.alpha-0.1: no",
+        "sft-grpo.tiny-math.alpha-0.5: no",
+    ]
+    assert reason in report.missing[0]
+    with pytest.raises(ProbeError, match=r"pair sft-grpo, benchmark tiny-math: no question that"):
+        run(tmp_path / "none", {"pairs.0.after": str(dull), "pairs.1.after": str(dull)})
+    assert len(list((tmp_path / "none" / "solutions").iterdir())) == 2  # nothing lost
 
 
 def start(folder):
