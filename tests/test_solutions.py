@@ -91,13 +91,13 @@ def test_an_empty_question(tiny):
 def test_a_chat_prompt_goes_through_the_tokenizers_template(llama, monkeypatch):
     tokenizer = llama.tokenizer
     with pytest.raises(ProbeError, match="has no chat template; give the prompt as text"):
-        encode_prompt(llama, "chat", "2+3")
+        encode_prompt(tokenizer, "chat", "2+3")
     template = "{{ bos_token }}{% for m in messages %}{{ m.role }}|{{ m.content }}{% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", template + "{{ add_generation_prompt }}")
     shown = f"{tokenizer.bos_token}user|7 {{question}}TrueTrue"
     text = shown.replace("{question}", "2+3").removesuffix("True")
     expected = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert encode_prompt(llama, "chat: 7 {question}", "2+3") == expected
+    assert encode_prompt(tokenizer, "chat: 7 {question}", "2+3") == expected
     assert chat_message("chat") == (True, CHAT_MESSAGE)
     assert "{question}" in CHAT_MESSAGE
     assert r"\boxed{}" in CHAT_MESSAGE
