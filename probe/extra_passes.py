@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from rich.progress import Progress
 
 from probe.checkpoints import fingerprint
@@ -24,7 +23,7 @@ from probe.states import compare_states
 from probe.weights import weight_changes
 
 if TYPE_CHECKING:
-    from probe.run import Side
+    from probe.phases import Side
 
 Text = Literal["before", "after"]
 TEXTS: tuple[Text, ...] = ("before", "after")
@@ -44,7 +43,7 @@ def measure_states(
     recipe: Recipe,
     sides: Sequence["Side"],
     folder: RunFolder,
-    devices: Sequence[torch.device],
+    places: Sequence[str],
     progress: Progress,
 ) -> None:
     """Compare the states of every pair on every benchmark; what is there already stays."""
@@ -69,8 +68,8 @@ def measure_states(
                     progress.update(task, advance=len(sequences))
                     continue
                 models = models or (
-                    load_model(pair.before, str(devices[0]), recipe.compute.dtype),
-                    load_model(pair.after, str(devices[-1]), recipe.compute.dtype),
+                    load_model(pair.before, places[0], recipe.compute.dtype),
+                    load_model(pair.after, places[-1], recipe.compute.dtype),
                 )
                 found = compare_states(
                     *models,

@@ -28,6 +28,8 @@ from probe.attribution import Edge, Sequence, attribute, exact_effects
 from probe.checkpoints import fingerprint
 from probe.errors import ProbeError
 from probe.models import Model, cpu_threads, load_model, resolve_devices
+from probe.parallel import places_for
+from probe.phases import Side
 from probe.recipe import (
     AttributionOptions,
     Recipe,
@@ -40,7 +42,6 @@ from probe.record import timed
 from probe.remote import Host, in_flight
 from probe.report import build_report
 from probe.run import (
-    Side,
     check_methods,
     cut,
     progress_bar,
@@ -241,7 +242,7 @@ def run_faithfulness(
             f"the weights of a model have changed since {folder.path} was made; start over: "
             f"probe recipe ... --output {folder.path} --fresh"
         )
-    devices = resolve_devices(recipe.compute.device_here)
+    places = places_for(recipe.models(), resolve_devices(recipe.compute.device_here))
     sides = _read_sides(recipe, folder)
     host = recipe_host(recipe, console)
     folder.open()
@@ -251,7 +252,7 @@ def run_faithfulness(
         cpu_threads(recipe.compute.threads),
         told_of_jobs(host, record, progress),
     ):
-        measure_models(recipe, sides, folder, devices, progress, host)
+        measure_models(recipe, sides, folder, places, progress, host)
     report = build_report(folder.path)
     folder.write_json("report.json", report.table)
     return report.faithfulness
@@ -261,7 +262,7 @@ def measure_models(
     recipe: Recipe,
     sides: SequenceOf[Side],
     folder: RunFolder,
-    devices: SequenceOf[torch.device],
+    places: SequenceOf[str],
     progress: Progress,
     host: Host | None = None,
 ) -> None:
@@ -280,7 +281,7 @@ def measure_models(
             side,
             name,
             folder,
-            devices[number % len(devices)],
+            places[number % len(places)],
             host,
             lambda new: progress.update(task, advance=new),
             progress.console.print,
@@ -339,7 +340,7 @@ def _measure_side(
     side: Side,
     name: str,
     folder: RunFolder,
-    device: torch.device,
+    place: str,
     host: Host | None,
     advance: Callable[[int], None],
     say: Callable[[str], None],
@@ -377,7 +378,7 @@ def _measure_side(
         advance(new)
 
     known = {(r.sequence, r.source, r.target): r.exact for r in rows if r.exact is not None}
-    model = load_model(side.model, str(device), precision, host=host)
+    model = load_model(side.model, place, precision, host=host)
     try:
         rows = measure(
             model,

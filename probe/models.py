@@ -156,7 +156,8 @@ def load_model(
 
     Args:
         reference: A folder, a hub id, or the `probe:` name of a model that ships with the package.
-        device: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one.
+        device: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one. Several, as in
+            `cuda:0,cuda:1`, share its layers.
         dtype: `float32`, `bfloat16`, `float16` or `float64`.
         kernels: `eager`, as transformers has it; `liger`, fused kernels, which the method `relp`
             cannot use; or `auto` for these where they run.
@@ -175,7 +176,9 @@ def load_model(
 
     if dtype not in get_args(DType):
         raise ProbeError(f"dtype {dtype!r} is not known; one of: {', '.join(get_args(DType))}")
-    (place,) = resolve_devices(device, most=1)
+    place, *more = resolve_devices(device)
+    if more and any(part.type != "cuda" for part in (place, *more)):
+        raise ProbeError(f"device {device!r}: only CUDA devices can share a model")
     config = read_config(reference)
     architecture = architecture_of(config.model_type)
     chosen = resolve_kernels(kernels, place, config.model_type)
@@ -186,12 +189,14 @@ def load_model(
     experts = (
         {"experts_implementation": "eager"} if architecture.experts and dtype == "float64" else {}
     )
+    # Over several devices a model's layers are laid out evenly.
+    layout = {"device_map": "balanced", "max_memory": _room(place, *more)} if more else {}
     checkpoint = fetch_checkpoint(reference)
     # An adapter's change is small: it would be lost in sums of a short dtype.
     exact = "float32" if checkpoint.adapter and dtype in ("bfloat16", "float16") else dtype
     try:
         module = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=getattr(torch, exact), **experts
+            checkpoint.folder, dtype=getattr(torch, exact), **experts, **layout
         )
         if checkpoint.adapter:
             module = _merged(module, checkpoint.adapter).to(getattr(torch, dtype))
@@ -200,12 +205,22 @@ def load_model(
         if isinstance(error, OSError | ValueError) or "safetensor" in type(error).__name__.lower():
             raise ProbeError(_cannot_read("the weights", reference, error)) from error
         raise
-    module.requires_grad_(False).eval().to(place)
+    module.requires_grad_(False).eval()
+    if not more:
+        module.to(place)  # type: ignore[arg-type]
     if chosen == "liger":
         fuse(module)
     # Without a device the pipeline inside would move the model to the first GPU there is.
-    network = TransformersModel(module, task="text-generation", tokenizer=tokenizer, device=place)
+    own = {} if more else {"device": place}
+    network = TransformersModel(module, task="text-generation", tokenizer=tokenizer, **own)
     return Model(reference, network, tokenizer, config, architecture, place, module.dtype, chosen)
+
+
+def _room(*devices: "torch.device") -> dict[int | str, int]:
+    """What a model may take of each device, in bytes; nothing of the others."""
+    import torch
+
+    return {device.index or 0: torch.cuda.mem_get_info(device)[0] for device in devices}
 
 
 def _model_there(
@@ -253,12 +268,11 @@ def _merged(module: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     return merged
 
 
-def resolve_devices(device: str, most: int | None = None) -> "list[torch.device]":
+def resolve_devices(device: str) -> "list[torch.device]":
     """Turn `auto`, `cpu`, `cuda` or `cuda:0,cuda:1` into devices that exist.
 
     Args:
         device: The devices, by commas.
-        most: How many may be named; None for any number.
 
     Raises:
         ProbeError: A name is not a device, or the device is not on this machine.
@@ -268,8 +282,6 @@ def resolve_devices(device: str, most: int | None = None) -> "list[torch.device]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     names = device.split(",")
-    if most is not None and len(names) > most:
-        raise ProbeError(f"device {device!r}: one device is needed here")
     devices = []
     for name in names:
         try:

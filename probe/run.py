@@ -9,14 +9,11 @@ finds in the folder what is done already and goes on from there, and ends in the
     'activation_intensity'
 """
 
-import gc
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,55 +21,37 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
 
-from probe.attribution import METHODS, EdgeScores, Sequence, attribute
-from probe.checkpoints import fetch_checkpoint, fingerprint, weight_files
+from probe.attribution import METHODS, Sequence
+from probe.checkpoints import fetch_checkpoint, weight_files
 from probe.errors import ProbeError
 from probe.extra_passes import measure_states, measure_weights
 from probe.extras import EXTRAS, check_extras
 from probe.hosting import check_host
-from probe.imported import Given, GivenAnswer, imported, match, read_given
-from probe.kernels import Kernels
+from probe.imported import Given, GivenAnswer, match, read_given
 from probe.models import (
-    Model,
     check_pair,
     cpu_threads,
     load_model,
     read_tokenizer,
     resolve_devices,
 )
+from probe.parallel import Tell, Told, on_each, places_for
+from probe.phases import Side, attribute_with, solve_with
 from probe.plan import check_reach
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
 from probe.record import now, open_record, timed
 from probe.remote import Host, open_host
 from probe.report import Report, build_report
-from probe.run_folder import Damaged, RunFolder, cell_name, edges_key, model_names
+from probe.run_folder import RunFolder, cell_name, model_names
 from probe.selection import Selection, Solution, select
-from probe.solutions import chat_message, no_template, solve
-
-
-class Side(NamedTuple):
-    """One model of one cell, to be attributed."""
-
-    model: str
-    """Its reference."""
-
-    cell: str
-    """The cell's name."""
-
-    side: str
-    """`before` or `after`; with the cross-text control also `before-on-after` and
-    `after-on-before`: which model on whose answers."""
-
-    sequences: list[Sequence]
-    """What is scored: each prompt with its cut answer."""
+from probe.solutions import chat_message, no_template
 
 
 def run_recipe(
@@ -110,7 +89,7 @@ def run_recipe(
     record = open_record(folder, recipe, fresh, tables)
     for name, file in given.items():
         console.print(f"solutions of {name}: {file.account}", soft_wrap=True)
-    devices = resolve_devices(recipe.compute.device_here)
+    places = places_for(recipe.models(), resolve_devices(recipe.compute.device_here))
 
     with (
         progress_bar(console) as progress,
@@ -118,22 +97,20 @@ def run_recipe(
         told_of_jobs(host, record, progress),
     ):
         with timed(folder, record, "solutions"):
-            solutions = _solve_all(recipe, problems, answers, folder, devices, host, progress)
+            solutions = _solve_all(recipe, problems, answers, folder, places, host, progress)
         with timed(folder, record, "selection"):
             sides = _select_all(recipe, solutions, folder, progress)
         with timed(folder, record, "attribution"):
-            record["residual_error"] = _attribute_all(
-                recipe, sides, folder, devices, host, progress
-            )
+            record["residual_error"] = _attribute_all(recipe, sides, folder, places, host, progress)
         if recipe.faithfulness.edges:
             from probe.faithfulness import measure_models  # needs this module in turn
 
             with timed(folder, record, "faithfulness"):
-                measure_models(recipe, sides, folder, devices, progress, host)
+                measure_models(recipe, sides, folder, places, progress, host)
         needs = {EXTRAS[name].needs for name in recipe.report.extra}
         if "states" in needs:
             with timed(folder, record, "states"):
-                measure_states(recipe, sides, folder, devices, progress)
+                measure_states(recipe, sides, folder, places, progress)
         if "weights" in needs:
             with timed(folder, record, "weights"):
                 measure_weights(recipe, folder, progress)
@@ -259,59 +236,23 @@ def _solve_all(
     problems: Mapping[str, list[Problem]],
     given: Mapping[tuple[str, str], Mapping[str, GivenAnswer]],
     folder: RunFolder,
-    devices: list[torch.device],
+    places: list[str],
     host: Host | None,
     progress: Progress,
 ) -> dict[tuple[str, str], list[Solution]]:
     """Let each model solve each benchmark, once; solutions by file name of model and benchmark."""
     names = model_names(recipe)
-    solutions: dict[tuple[str, str], list[Solution]] = {}
     total = len(names) * sum(len(part) for part in problems.values())
-    task = progress.add_task("solutions", total=total)
-    for number, (use, name) in enumerate(names.items()):
-        model: Model | None = None
-        for benchmark, asked in problems.items():
-            path = folder.solutions_file(name, benchmark)
-            gold = {problem.id: problem.answer for problem in asked}
-            found, damaged = folder.read_solutions(path)
-            sound = [s for s in found if gold.get(s.id) == s.gold]
-            damaged += len(found) - len(sound)
-            if damaged:
-                progress.console.print(f"{path}: {damaged} damaged lines; solving these again")
-                folder.write_solutions(path, sound)
-            done = {solution.id: solution for solution in sound}
-            progress.update(task, advance=len(done))
-            if len(done) < len(asked):
-                if use.given is not None:
-                    tokenizer, answers = read_tokenizer(use.model), given[name, benchmark]
-                    batches = imported(tokenizer, asked, use.prompt, answers, frozenset(done))
-                else:
-                    if model is None:
-                        model = _load(recipe, use.model, devices[number % len(devices)], host)
-                    batches = solve(
-                        model,
-                        asked,
-                        use.prompt,
-                        max_new_tokens=use.max_new_tokens,
-                        stop=use.stop,
-                        batch_size=recipe.solutions.batch_size,
-                        engine=recipe.solutions.engine,
-                        done=frozenset(done),
-                        say=progress.console.print,
-                    )
-                start, tokens = time.monotonic(), 0
-                with closing(batches):
-                    for batch in batches:
-                        folder.append_solutions(path, batch)
-                        done |= {solution.id: solution for solution in batch}
-                        tokens += sum(len(solution.answer) for solution in batch)
-                        speed = f"{tokens / (time.monotonic() - start):,.0f} tokens/s"
-                        progress.update(task, advance=len(batch), speed=speed)
-                folder.write_solutions(path, [done[problem.id] for problem in asked])
-            solutions[name, benchmark] = [done[problem.id] for problem in asked]
-        del model
-        gc.collect()
-    return solutions
+    work = [
+        partial(solve_with, recipe, asked, name, problems, given, folder.path, host=host)
+        for asked, name in names.items()
+    ]
+    found = on_each(work, places, teller(progress, "solutions", total))
+    return {
+        (name, benchmark): solutions
+        for name, of_model in zip(names.values(), found, strict=True)
+        for benchmark, solutions in of_model.items()
+    }
 
 
 def _select_all(
@@ -358,107 +299,39 @@ def _attribute_all(
     recipe: Recipe,
     sides: list[Side],
     folder: RunFolder,
-    devices: list[torch.device],
+    places: list[str],
     host: Host | None,
     progress: Progress,
 ) -> dict[str, float]:
     """Score the edges of every cell, model by model; the largest residual error of each model."""
-    options = recipe.attribution
-    steps = options.ig_steps if options.method == "eap-ig" else 1
-    settings = (options.method, options.granularity, options.ablation, str(steps))
-    kernels = recipe.compute.kernels
-    if options.method == "relp" and kernels == "auto":
-        kernels = "eager"
-    task = progress.add_task("attribution", total=sum(len(side.sequences) for side in sides))
-    errors: dict[str, float] = {}
-    for number, reference in enumerate(recipe.models()):
-        model: Model | None = None
-        weights = fingerprint(reference)
-        for side in sides:
-            if side.model != reference:
-                continue
-            path = folder.edges_file(side.cell, side.side)
-            key = edges_key(weights, (*settings, recipe.compute.dtype), side.sequences)
-            edges = _read_edges(folder, path, key, progress.console)
-            if edges is None:
-                device = devices[number % len(devices)]
-                model = model or _load(recipe, reference, device, host, kernels)
-                try:
-                    edges = _attribute(recipe, model, side, folder, key, progress, task)
-                except ProbeError as error:
-                    raise ProbeError(f"{side.cell}, {side.side}: {error}") from error
-            else:
-                progress.update(task, advance=len(side.sequences))
-            errors[reference] = max(errors.get(reference, 0), edges.residual_error)
-        del model
-        gc.collect()
-    return errors
+    references = list(dict.fromkeys(side.model for side in sides))
+    work = [
+        partial(
+            attribute_with,
+            recipe,
+            reference,
+            [side for side in sides if side.model == reference],
+            folder.path,
+            host=host,
+        )
+        for reference in references
+    ]
+    total = sum(len(side.sequences) for side in sides)
+    errors = on_each(work, places, teller(progress, "attribution", total))
+    return dict(zip(references, errors, strict=True))
 
 
-def _attribute(
-    recipe: Recipe,
-    model: Model,
-    side: Side,
-    folder: RunFolder,
-    key: str,
-    progress: Progress,
-    task: TaskID,
-) -> EdgeScores:
-    """Score one side of a cell, from where an earlier run has got to, keeping each batch."""
-    options = recipe.attribution
-    path = folder.edges_file(side.cell, side.side)
-    kept: dict[int, tuple[int, EdgeScores]] = {}
-    for file in folder.parts(path):
-        edges = _read_edges(folder, file, key, progress.console)
-        if edges is not None:
-            for row, name in enumerate(folder.sequence_ids(file)):
-                kept[int(name)] = row, edges
-    progress.update(task, advance=len(kept))
+def teller(progress: Progress, phase: str, total: int) -> Tell:
+    """What shows what a phase tells."""
+    task = progress.add_task(phase, total=total)
 
-    def keep(places: list[int], edges: EdgeScores) -> None:
-        folder.write_part(path, edges, places, key)
-        progress.update(task, advance=len(places))
+    def tell(told: Told) -> None:
+        if told.text:
+            progress.console.print(told.text)
+        if told.advance:
+            progress.update(task, advance=told.advance, speed=told.speed)
 
-    edges = attribute(
-        model,
-        side.sequences,
-        options.method,
-        options.granularity,
-        options.batch_size,
-        ablation=options.ablation,
-        ig_steps=options.ig_steps,
-        done=kept,
-        finished=keep,
-    )
-    error = edges.residual_error
-    for place, (row, part) in kept.items():
-        edges.scores[place], edges.losses[place] = part.scores[row], part.losses[row]
-        edges.entropies[place] = part.entropies[row]
-        error = max(error, part.residual_error)
-    edges = edges._replace(residual_error=error)
-    folder.write_edges(path, edges, [s.id for s in side.sequences], key)
-    for file in folder.parts(path):
-        file.unlink()
-    return edges
-
-
-def _read_edges(folder: RunFolder, path: Path, key: str, console: Console) -> EdgeScores | None:
-    """Edges that an earlier run has left, or None; says so where they are of no use."""
-    try:
-        return folder.read_edges(path, key)
-    except Damaged as damage:
-        console.print(f"{path}: {damage}; computing it again")
-        return None
-
-
-def _load(
-    recipe: Recipe,
-    reference: str,
-    device: torch.device,
-    host: Host | None,
-    kernels: Kernels = "eager",
-) -> Model:
-    return load_model(reference, str(device), recipe.compute.dtype, kernels, host)
+    return tell
 
 
 def cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:

@@ -149,15 +149,16 @@ def edge_scores(
     layers = _layers(model)
     final_norm = attrgetter(row.final_norm)(network)
     exact = torch.promote_types(model.dtype, torch.float32)
-    input_ids = batch.input_ids.repeat(steps, 1).to(model.device)
+    # What is copied without waiting lets one batch begin while the one before is computed.
+    input_ids = batch.input_ids.repeat(steps, 1).to(model.device, non_blocking=True)
     rows, positions, labels, shares = (
-        part.to(model.device) for part in _scored(batch, steps, exact)
+        part.to(model.device, non_blocking=True) for part in _scored(batch, steps, exact)
     )
     n_sequences = len(batch.input_ids)
     points = torch.arange(1, steps + 1).repeat_interleave(n_sequences).to(exact) / steps
-    points = points[:, None, None].to(model.device, model.dtype)
+    points = points[:, None, None].to(model.device, model.dtype, non_blocking=True)
     checked = torch.linspace(0, 1, CHECKED_POSITIONS)[None] * (batch.lengths[:, None] - 1)
-    checked = checked.long().to(model.device)
+    checked = checked.long().to(model.device, non_blocking=True)
     left = None if means is None else means.to(model.device, model.dtype)
     by_head = graph.granularity == "head"
     # Query, key and value part at the inputs of their projections where they have their own;
@@ -624,7 +625,7 @@ def _branch_columns(model: Model, graph: Graph) -> list[tuple[int, torch.Tensor]
             width = count if layout == "split" else sum(counts)
             chosen = torch.zeros(width * heads.width, dtype=torch.bool)
             chosen[columns] = True
-            branches.append((place, chosen.to(model.device)))
+            branches.append((place, chosen.to(model.device, non_blocking=True)))
     return branches
 
 
@@ -652,7 +653,7 @@ def _trace_functions(
         """
         if away:
             torch.set_autocast_enabled(device.type, False)
-        return [tensor.to(device) for tensor in tensors]
+        return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
     def bring(tensor: torch.Tensor) -> torch.Tensor:
         """What leaves a server: a copy that is no part of something larger."""
@@ -725,6 +726,9 @@ def _norm_pull(
     def pull(value: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor], None]:
         def pulled(gradients: torch.Tensor) -> None:
             """Replace gradients [branch, ...], three at a time: their copies stay small."""
+            nonlocal value, weight
+            # A model may lie on several devices.
+            value, weight = value.to(gradients.device), weight.to(gradients.device)
             width, exact = value.shape[-1], torch.promote_types(value.dtype, torch.float32)
             # Looked up here: it cannot be sent.
             native = getattr(torch.ops.aten, "_fused_rms_norm_backward", None)
@@ -906,8 +910,8 @@ def _edge_product(
     def close_product(end: torch.Tensor, checked: torch.Tensor) -> Pair:
         """Give the scores, and how far the outputs' sum is from the end of the stream."""
         multiply()
-        scores = held["scores"].masked_fill(~mask.to(held["scores"].device), 0)
-        at = (torch.arange(n_sequences)[:, None].to(end.device), checked.to(end.device))
+        scores = held["scores"].masked_fill(~mask.to(held["scores"].device, non_blocking=True), 0)
+        at = (torch.arange(n_sequences, device=end.device)[:, None], checked.to(end.device))
         here = tuple(part.to(held["outputs"].device) for part in at)
         total = sum(output[here].to(end.device, scores.dtype) for output in held["outputs"])
         truth = end[-n_sequences:][at].to(scores.dtype)
@@ -956,7 +960,8 @@ def _scored(batch: Batch, steps: int, exact: torch.dtype) -> tuple[torch.Tensor,
 @contextmanager
 def _recomputing(model: Model, wanted: bool) -> Iterator[None]:
     """Let decoder layers drop their activations and compute them again, for a while."""
-    layers = attrgetter(model.architecture.layers)(model.network._module) if wanted else ()
+    # Not the first: its input is replaced, which a second pass through it would not know of.
+    layers = attrgetter(model.architecture.layers)(model.network._module)[1:] if wanted else ()
     again = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     for layer in layers:
         # Only the layer itself is in training mode, which is its switch: no dropout comes on.

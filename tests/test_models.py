@@ -50,7 +50,7 @@ def test_bad_device_and_dtype():
         probe.load_model(SFT, dtype="int8")
     with pytest.raises(ProbeError, match="device 'gpu' is not known"):
         probe.load_model(SFT, device="gpu")
-    with pytest.raises(ProbeError, match="one device"):
+    with pytest.raises(ProbeError, match="only CUDA devices can share a model"):
         probe.load_model(SFT, device="cpu,cpu")
     with pytest.raises(ProbeError, match="not on this machine"):
         resolve_devices("cpu,cuda:99")

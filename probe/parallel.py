@@ -1,0 +1,133 @@
+"""Several devices: each works through its share of the models in a process of its own.
+
+Two checkpoints of a pair know nothing of each other, so a machine with two GPUs runs both at once.
+It takes processes, since Python gives the launches of one GPU no time beside those of another. What
+a process has to say travels to the one that shows it; what it computes is in the run folder, batch
+by batch, and a result that is small comes back. With one device all is done in this process.
+
+    >>> on_each([partial(attribute_with, ...)], ["cuda:0", "cuda:1"], print)
+"""
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+
+from probe.checkpoints import weight_files
+
+Result = TypeVar("Result", covariant=True)
+_R = TypeVar("_R")
+
+
+class Told(NamedTuple):
+    """What a piece of work says while it runs."""
+
+    advance: int = 0
+    """How many more things are done."""
+
+    text: str = ""
+    """A line for the reader."""
+
+    speed: str = ""
+    """How fast it goes."""
+
+
+Tell = Callable[[Told], None]
+
+
+class Work(Protocol[Result]):
+    """A piece of work on one model."""
+
+    def __call__(self, *, place: str, tell: Tell) -> Result:
+        """Do it on a device, or on several joined by commas."""
+        ...
+
+
+def places_for(references: Sequence[str], devices: Sequence[torch.device]) -> list[str]:
+    """Where models run: each device on its own, or all as one where a model does not fit on one."""
+    names = [str(device) for device in devices]
+    cards = [device for device in devices if device.type == "cuda"]
+    if len(cards) < 2:
+        return names
+    largest = max(sum(f.stat().st_size for f in weight_files(r)) for r in references)
+    smallest = min(torch.cuda.get_device_properties(card).total_memory for card in cards)
+    return [",".join(names)] if largest > 0.9 * smallest else names
+
+
+def on_each(work: Sequence[Work[_R]], places: Sequence[str], tell: Tell) -> list[_R]:
+    """Do all work: in turn in one place, or at once in several.
+
+    Args:
+        work: What is to be done; the places take it in turn, so that the two models of a pair are
+            apart. To be sent to a process, it must be made of functions of modules and plain data.
+        places: Devices, as `places_for` gives them.
+        tell: Called with what the work says, in this process.
+
+    Raises:
+        RuntimeError: A process ended without a word. What work raises is raised here, and ends the
+            other processes.
+    """
+    if len(places) == 1 or len(work) == 1:
+        return [part(place=places[0], tell=tell) for part in work]
+    context = multiprocessing.get_context("spawn")
+    said: multiprocessing.Queue[Told | tuple[int, object] | BaseException] = context.Queue()
+    shares = [list(enumerate(work))[start :: len(places)] for start in range(len(places))]
+    processes = [
+        context.Process(target=_serve, args=(share, place, said), daemon=True)
+        for share, place in zip(shares, places, strict=True)
+        if share
+    ]
+    results: dict[int, object] = {}
+    try:
+        for process in processes:
+            process.start()
+        while len(results) < len(work):
+            try:
+                message = said.get(timeout=0.2)
+            except queue.Empty:
+                for process in processes:
+                    if process.exitcode:
+                        raise RuntimeError(
+                            f"a process of this run ended with code {process.exitcode}"
+                        ) from None
+                continue
+            if isinstance(message, Told):
+                tell(message)
+            elif isinstance(message, BaseException):
+                raise message
+            else:
+                results[message[0]] = message[1]
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.terminate()
+                process.join()
+    return [results[number] for number in range(len(work))]  # type: ignore[misc]
+
+
+def _serve(
+    share: Sequence[tuple[int, Work[object]]],
+    place: str,
+    said: "multiprocessing.Queue[Told | tuple[int, object] | BaseException]",
+) -> None:
+    """Do one place's share of the work; this is the main function of its process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        for number, part in share:
+            said.put((number, part(place=place, tell=said.put)))
+    except Exception as error:
+        said.put(error)
