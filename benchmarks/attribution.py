@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import nnsight
@@ -35,6 +36,7 @@ import probe
 from probe.architectures import architecture_of
 from probe.kernels import fuse
 from probe.models import read_tokenizer
+from probe.parallel import Told, on_each
 
 SHAPES: dict[str, dict[str, object]] = {
     "mistral-7b": {
@@ -92,6 +94,8 @@ def random_model(
     config = AutoConfig.for_model(**settings)
     torch.manual_seed(0)
     place = torch.device(device)
+    if place.index is not None:
+        torch.cuda.set_device(place)
     with place:
         module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     module.requires_grad_(False).eval()
@@ -346,6 +350,8 @@ def equality(results: Results) -> None:
                 found[dtype, kernels] = probe.attribute(model, sequences, batch_size=8).scores
                 if kernels == "eager" and dtype == torch.float32:
                     need = peak(lambda m=model, s=sequences: probe.attribute(m, s, batch_size=8))
+                    gc.collect()
+                    torch.cuda.empty_cache()
                     held = torch.cuda.memory_allocated()
                     total = torch.cuda.get_device_properties(0).total_memory
                     torch.cuda.set_per_process_memory_fraction((held + need * GIB / 3) / total)
@@ -401,12 +407,42 @@ def cpu(results: Results, threads: int) -> None:
         )
 
 
+def work_on(number: int, *, place: str, tell: Callable[[Told], None]) -> tuple[float, float]:
+    """Attribute on one card; when the work began and ended, the model being there."""
+    model = random_model("mistral-7b", place, torch.bfloat16, "liger")
+    sequences = random_sequences(model, [256] * 32 * 20)
+    probe.attribute(model, sequences[:64])
+    start = time.time()
+    probe.attribute(model, sequences)
+    return start, time.time()
+
+
+def two_cards(results: Results) -> None:
+    """A pair of models, one after the other on one card, and at once on two."""
+    work = [partial(work_on, number) for number in range(2)]
+    alone = on_each(work, ["cuda:0"], print)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = time.time()
+    together = on_each(work, ["cuda:0", "cuda:1"], print)
+    one = sum(end - start for start, end in alone)
+    two = max(end for _, end in together) - min(start for start, _ in together)
+    results.add(
+        "a pair, 2 x 640 sequences of 256 tokens, liger, two cards against one",
+        ms=1000 * two,
+        one_card_ms=1000 * one,
+        times_faster=one / two,
+        seconds_until_both_work=max(start for start, _ in together) - before,
+    )
+
+
 CASES = {
     "speed": speed,
     "mixed": mixed,
     "memory": memory,
     "long": long,
     "equality": equality,
+    "two-cards": two_cards,
 }
 
 
@@ -424,7 +460,10 @@ def main() -> None:
         cpu(results, options.threads)
     else:
         machine = torch.cuda.get_device_name()
-        for name in options.only or CASES:
+        names = options.only or list(CASES)
+        if torch.cuda.device_count() < 2 and not options.only:
+            names.remove("two-cards")
+        for name in names:
             CASES[name](results)
     Console(width=160).print(results.view())
     about = {

@@ -212,5 +212,8 @@ def free_bytes(device: torch.device) -> int | None:
     """What can be allocated on a device; None where memory is not planned (on a CPU)."""
     if device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    number = torch.cuda.current_device() if device.index is None else device.index
+    allowed = total * torch.cuda.get_per_process_memory_fraction(number)
+    reserved = torch.cuda.memory_reserved(device)
+    return min(free + reserved, int(allowed)) - torch.cuda.memory_allocated(device)

@@ -44,7 +44,7 @@ LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 # Gradients of so many groups of layers are multiplied one after the other: the more groups, the
 # less memory, and the more often the outputs are read.
-GRADIENT_GROUPS = 8
+GRADIENT_GROUPS = 16
 
 # At so many positions of each sequence the sources' sum is compared with the residual stream.
 CHECKED_POSITIONS = 16
@@ -223,6 +223,7 @@ def edge_scores(
                         projection.output = projected
                         weight = projection.weight.T if transposed else projection.weight
                         for chosen in here:
+                            chosen = chosen.to(weight.device)
                             receive(projected, place, chosen, weight[chosen])
                             place += 1
                     if relevance and not norms_last and number < len(layer.head_norms):
@@ -295,7 +296,8 @@ def edge_scores(
                 part = slice(start, start + logit_rows)
                 at = rows[part], positions[part]
                 last = hidden.detach()[at].requires_grad_(True)
-                logs = own_logits(network.lm_head(last)).to(exact).log_softmax(-1)
+                logits = network.lm_head(last).to(last.device)
+                logs = own_logits(logits).to(exact).log_softmax(-1)
                 each = -logs.gather(1, labels[part, None])[:, 0] * shares[part]
                 found[at] = torch.autograd.grad(each.sum(), last)[0]
                 losses.index_add_(0, at[0], each.detach())
@@ -304,7 +306,7 @@ def edge_scores(
             torch.autograd.grad(hidden, stream, found)
 
             own = network.output.logits.detach()[:, -1].to(exact)
-            ours = own_logits(network.lm_head(hidden.detach()[:, -1])).to(exact)
+            ours = own_logits(network.lm_head(hidden.detach()[:, -1])).to(own.device, exact)
             scores, residual_error = close_product(end.detach(), checked)
             scores = nnsight.save(bring(scores))
             residual_error = nnsight.save(bring(residual_error))
@@ -363,7 +365,12 @@ def ablated_losses(
 
         def without(value: torch.Tensor, rows: list[int]) -> torch.Tensor:
             """The input of a branch in these rows, without the source that each row removes."""
-            gone = [outputs[source_of[r]][r] - left[source_of[r]] for r in rows]
+            gone = [
+                (outputs[source_of[r]][r] - left[source_of[r]].to(outputs[source_of[r]].device)).to(
+                    value.device
+                )
+                for r in rows
+            ]
             return value[rows] - torch.stack(gone)
 
         for number, layer in enumerate(layers):
@@ -386,7 +393,8 @@ def ablated_losses(
                         changed = without(stream, rows)
                         if layer.attention_norm:
                             changed = layer.attention_norm(changed)
-                        output[rows] = torch.where(chosen, projection(changed), output[rows])
+                        here = chosen.to(output.device)
+                        output[rows] = torch.where(here, projection(changed), output[rows])
                     projection.output = output
             if by_head:
                 beside = layer.attention_projection.input
@@ -440,10 +448,15 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
         input_ids=input_ids, use_cache=False, logits_to_keep=kept[:1], backend=_backend(model)
     ):
         (valid,) = settle(network.device, valid)
-        outputs = [layers[0].module.input[valid].to(exact).sum(0)]
+
+        def inside(value: torch.Tensor) -> torch.Tensor:
+            """What is no filling, in the precision of sums."""
+            return value[valid.to(value.device)].to(exact)
+
+        outputs = [inside(layers[0].module.input).sum(0)]
         for layer in layers:
             if by_head:
-                beside = layer.attention_projection.input[valid].to(exact).sum(0)
+                beside = inside(layer.attention_projection.input).sum(0)
                 weight = layer.attention_projection.weight.to(exact) * scale
                 weight = weight if transposed else weight.T
                 for head in range(heads.query):
@@ -454,10 +467,10 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
                     outputs.append(bias * valid.sum())
             else:
                 written = tensor_of(layer.attention_output.output)
-                outputs.append(written[valid].to(exact).sum(0) * scale)
+                outputs.append(inside(written).sum(0) * scale)
             written = tensor_of(layer.ffn_output.output)
-            outputs.append(written[valid].to(exact).sum(0) * scale)
-        sums = nnsight.save(torch.stack(outputs).cpu())
+            outputs.append(inside(written).sum(0) * scale)
+        sums = nnsight.save(torch.stack([output.cpu() for output in outputs]))
     return sums
 
 
@@ -667,6 +680,7 @@ def _trace_functions(
         logits: torch.Tensor, columns: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
         """Mean negative log-likelihood of the scored tokens of each sequence: [sequence]."""
+        columns, labels = columns.to(logits.device), labels.to(logits.device)
         scored = logits.gather(1, columns[..., None].expand(-1, -1, logits.shape[-1]))
         return torch.nn.functional.cross_entropy(
             scored.to(exact).transpose(1, 2), labels, reduction="none", ignore_index=-100
@@ -808,7 +822,7 @@ def _edge_product(
             n_sources, *shape, dtype=stream.dtype, device=place, pin_memory=on_host
         )
         # A multiple of 8, for which matrix products have their fast kernels.
-        held["gradients"] = stream.new_zeros(-(-(group + 1) // 8) * 8, steps, *shape)
+        held["gradients"] = stream.new_zeros(-(-group // 8) * 8, steps, *shape)
         exact = torch.promote_types(stream.dtype, torch.float32)
         held["scores"] = stream.new_zeros(n_sequences, n_sources, n_targets, dtype=exact)
 
@@ -840,9 +854,9 @@ def _edge_product(
         def take(gradient: torch.Tensor) -> None:
             if target < state["start"]:
                 multiply()
-                last = int(state["start"] == n_targets)  # the final norm goes with the last group
+                size = 1 if state["start"] == n_targets else group  # the final norm comes alone
                 state["stop"] = state["start"]
-                state["start"] = max(0, state["stop"] - last - group)
+                state["start"] = max(0, state["stop"] - size)
                 missing.update(range(state["start"], state["stop"]))
             gradient = gradient.detach()
             if chosen is not None and weight is not None:
@@ -880,7 +894,7 @@ def _edge_product(
         outputs = held["outputs"][:reach].flatten(1).unflatten(1, (-1, state["piece"]))
         for step in range(steps):
             read = gradients[:, step].flatten(1).unflatten(1, (-1, state["piece"]))
-            found = product(outputs.transpose(0, 1), read.permute(1, 2, 0))
+            found = product(outputs, read.permute(1, 2, 0))
             found = found.unflatten(0, (n_sequences, -1)).sum(1)[..., : stop - start]
             held["scores"][:, :reach, start:stop] -= found / steps
         if left is not None:
@@ -889,22 +903,24 @@ def _edge_product(
             held["scores"][:, :reach, start:stop] += kept
 
     def product(outputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-        """The batched matrix product, summed in float32 or better, in parts if it needs copies."""
+        """[source, piece, ...] times [piece, ..., target], summed in float32 or better."""
         exact = held["scores"].dtype
-        if gradients.device == outputs.device:
-            if gradients.dtype == exact:
-                return torch.bmm(outputs, gradients)
-            if gradients.device.type == "cuda":
-                # Products of 16-bit numbers are exact in float32, and are summed there.
-                return torch.bmm(outputs, gradients, out_dtype=exact)
+        if gradients.device != outputs.device:
+            here = (row.to(gradients.device, non_blocking=True) for row in outputs.split(1))
+            return torch.cat([product(row, gradients) for row in here], 1)
+        outputs = outputs.transpose(0, 1)
+        if gradients.dtype == exact:
+            return torch.bmm(outputs, gradients)
+        if gradients.device.type == "cuda":
+            # Products of 16-bit numbers are exact in float32, and are summed there.
+            return torch.bmm(outputs, gradients, out_dtype=exact)
         shape = len(outputs), outputs.shape[1], gradients.shape[2]
         found = gradients.new_empty(shape, dtype=exact)
         width = exact.itemsize * outputs.shape[2] * (shape[1] + shape[2])
         step = max(1, slice_bytes // width)
         for start in range(0, len(outputs), step):
             part = slice(start, start + step)
-            here = outputs[part].to(gradients.device, non_blocking=True).to(exact)
-            torch.bmm(here, gradients[part].to(exact), out=found[part])
+            torch.bmm(outputs[part].to(exact), gradients[part].to(exact), out=found[part])
         return found
 
     def close_product(end: torch.Tensor, checked: torch.Tensor) -> Pair:

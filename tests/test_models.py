@@ -116,3 +116,19 @@ def test_the_fingerprint_sees_training(tmp_path):
     same = save_random_model(tmp_path / "b", seed=0)
     other = save_random_model(tmp_path / "c", seed=1)
     assert fingerprint(str(first)) == fingerprint(str(same)) != fingerprint(str(other))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("method", ["eap", "eap-ig", "exact"])
+def test_a_model_on_two_cards_is_the_model_on_one(tmp_path, name, method):
+    from small_models import save_small_model
+
+    folder = str(save_small_model(tmp_path / "m", name))
+    sequences = [probe.Sequence([3, 4, 5], [6, 7, 8]), probe.Sequence([9, 10], [11])]
+    one, two = (
+        probe.attribute(probe.load_model(folder, device), sequences, method)
+        for device in ("cuda:0", "cuda:0,cuda:1")
+    )
+    assert (one.scores - two.scores).abs().max() <= 1e-5 * one.scores.abs().max()
