@@ -328,8 +328,11 @@ class Host:
 
     def _failure(self, text: str) -> Exception:
         """What the server's word on a failed job means."""
-        last = text.strip().splitlines()[-1] if text.strip() else "it does not say why"
+        lines = text.strip().splitlines() or ["it does not say why"]
+        last = lines[-1]
         smaller = "take smaller batches (solutions.batch_size, attribution.batch_size)"
+        if text.startswith("Could not deploy"):  # its reason may be a whole traceback
+            return ProbeError(f"{self.url}: {lines[0]}")
         if "try again later" in text and "cancelled" not in text:
             return PassingError(last.partition(" Please try again later")[0])
         if "exceeded the execution timeout" in text:

@@ -168,9 +168,13 @@ def recipe_host(recipe: Recipe, console: Console) -> Host | None:
     options = recipe.compute
     if not options.remote:
         return None
-    host = open_host(options.remote, options.jobs, options.timeout, console.print)
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False)
+
+    host = open_host(options.remote, options.jobs, options.timeout, say)
     for line in check_host(host):
-        console.print(line)
+        say(line)
     for reference in recipe.models():
         load_model(reference, dtype=options.dtype, host=host)
     return host

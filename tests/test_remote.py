@@ -91,7 +91,11 @@ def test_refusals(status, detail, kind, message):
             "Error submitting request to model deployment.",
         ),
         ("Your job exceeded the execution timeout of 5s.", ProbeError, "take smaller batches"),
-        ("Could not deploy this model. No such repository", ProbeError, "No such repository"),
+        (
+            "Could not deploy this model. No such repository\nTraceback ...\nand more",
+            ProbeError,
+            "No such repository",
+        ),
         ("Request cancelled by operator.", ProbeError, "cancelled by operator"),
         ("Traceback ...\ntorch.OutOfMemoryError: CUDA", torch.OutOfMemoryError, "ran out of mem"),
         ("Traceback ...\nEndpointConnectionError: no", ProbeError, "without an object store"),
