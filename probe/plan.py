@@ -10,9 +10,12 @@ Times are rough and say what they assume.
 """
 
 import math
+import resource
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -36,14 +39,14 @@ PROMPT_TOKENS = 200
 ANSWER_SHARE = 0.1
 """What the estimates assume: tokens of a prompt, and of an answer as a share of the longest."""
 
-STEP_SECONDS = 0.021 / 32
-"""A layer's share of the time in which one H100 makes a token for each question of a batch, while
-the batch is small: measured at 7B Mistral shape in bfloat16."""
+TOKEN_SECONDS = {"continuous": 1 / 3286 / 32, "static": 1 / 418 / 32}
+"""A layer's share of the time in which one H200 writes a token with each engine, while there are
+many answers to write: measured at 7B Mistral shape in bfloat16 (docs/generation.md)."""
 
-OPERATIONS_PER_SECOND = 2.2e14
-PASS_SECONDS = 0.172 / 32
-"""What scoring reaches on one H200 at that shape, of 4 operations per parameter and token; and the
-least time that a batch takes, for each layer."""
+OPERATIONS_PER_SECOND = 5e14
+PASS_SECONDS = 0.1 / 32
+"""What scoring reaches on one H200 at that shape with fused kernels, of 4 operations per parameter
+and token; and the least time that a batch takes, for each layer (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +117,15 @@ class Plan:
 
     @property
     def solving_seconds(self) -> float | None:
-        """At least how long one GPU generates; None where a size is not known."""
-        batch = self.recipe.solutions.batch_size
+        """About how long one GPU generates; None where a size is not known."""
+        engine = "static" if self.recipe.solutions.engine == "static" else "continuous"
         questions = [need.questions for need in self.benchmarks]
         total = 0.0
         for shape, pair in self._askings():
             if shape is None or None in questions:
                 return None
-            batches = sum(math.ceil((count or 0) / batch) for count in questions)
-            total += batches * answer_tokens(pair) * shape.n_layers * STEP_SECONDS
+            tokens = sum(count or 0 for count in questions) * answer_tokens(pair)
+            total += tokens * shape.n_layers * TOKEN_SECONDS[engine]
         return total
 
     @property
@@ -276,6 +279,30 @@ def recipes_view(plans: list[Plan]) -> RenderableType:
     return table
 
 
+def plan_lines(plan: Plan) -> list[str]:
+    """What a run says before it starts: its work, and what that needs on a GPU."""
+    return [_work(plan.recipe), *_needs(plan)]
+
+
+def lengths_line(lengths: Sequence[int], recipe: Recipe) -> str:
+    """What a run says before it scores edges, once the lengths of its sequences are known."""
+    rows = sequences_per_batch(recipe, max(lengths))
+    batches = math.ceil(len(lengths) / rows)
+    return (
+        f"attribution: {len(lengths)} sequences, {sum(lengths):,} tokens, at most {max(lengths)} "
+        f"each; about {batches} batches"
+    )
+
+
+def took_line(seconds: Mapping[str, float]) -> str:
+    """What a run says after it, from the seconds of its phases."""
+    phases = [f"{phase} {_duration(took)}" for phase, took in seconds.items()]
+    memory = f"{_size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)} of memory here"
+    if torch.cuda.is_available():
+        memory += f", {_size(torch.cuda.max_memory_allocated())} on the GPU"
+    return f"took: {', '.join(phases)}; at most {memory}"
+
+
 def _work(recipe: Recipe) -> str:
     options, alphas = recipe.attribution, recipe.selection.alpha
     text = "Each model solves every question once"
@@ -313,7 +340,7 @@ def _needs(plan: Plan) -> list[str]:
     times = [
         f"{what} {_duration(seconds)}"
         for what, seconds in (
-            ("solving at least", plan.solving_seconds),
+            ("solving about", plan.solving_seconds),
             ("scoring about", plan.scoring_seconds if recipe.selection.alpha else None),
         )
         if seconds is not None

@@ -101,13 +101,19 @@ def open_record(
 def timed(folder: RunFolder, record: dict[str, object], phase: str) -> Iterator[None]:
     """Add a phase's seconds to the record, also those of a phase that was broken off."""
     start = time.monotonic()
-    seconds = record["seconds"]
-    assert isinstance(seconds, dict)
+    seconds = phase_seconds(record)
     try:
         yield
     finally:
         seconds[phase] = round(seconds.get(phase, 0) + time.monotonic() - start, 3)
         folder.write_json("run.json", record)
+
+
+def phase_seconds(record: dict[str, object]) -> dict[str, float]:
+    """How long each phase has taken, in a run's record."""
+    seconds = record["seconds"]
+    assert isinstance(seconds, dict)
+    return seconds
 
 
 def _fixed(table: object) -> object:

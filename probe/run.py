@@ -43,10 +43,10 @@ from probe.models import (
 )
 from probe.parallel import Tell, Told, on_each, places_for
 from probe.phases import Side, attribute_with, solve_with
-from probe.plan import check_reach
+from probe.plan import check_reach, lengths_line, make_plan, plan_lines, took_line
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
-from probe.record import now, open_record, timed
+from probe.record import now, open_record, phase_seconds, timed
 from probe.remote import Host, open_host
 from probe.report import Report, build_report
 from probe.run_folder import RunFolder, cell_name, model_names
@@ -89,6 +89,8 @@ def run_recipe(
     record = open_record(folder, recipe, fresh, tables)
     for name, file in given.items():
         console.print(f"solutions of {name}: {file.account}", soft_wrap=True)
+    for line in plan_lines(make_plan(recipe)):
+        console.print(line, soft_wrap=True)
     places = places_for(recipe.models(), resolve_devices(recipe.compute.device_here))
 
     with (
@@ -100,6 +102,9 @@ def run_recipe(
             solutions = _solve_all(recipe, problems, answers, folder, places, host, progress)
         with timed(folder, record, "selection"):
             sides = _select_all(recipe, solutions, folder, progress)
+        lengths = [len(s.prompt) + len(s.answer) - 1 for side in sides for s in side.sequences]
+        if lengths:
+            console.print(lengths_line(lengths, recipe), soft_wrap=True)
         with timed(folder, record, "attribution"):
             record["residual_error"] = _attribute_all(recipe, sides, folder, places, host, progress)
         if recipe.faithfulness.edges:
@@ -119,6 +124,7 @@ def run_recipe(
             report = build_report(folder.path)
             folder.write_json("report.json", report.table)
             progress.update(task, advance=1)
+    console.print(took_line(phase_seconds(record)), soft_wrap=True)
     record["finished"] = now()
     folder.write_json("run.json", record)
     return report

@@ -140,19 +140,6 @@ def test_entropy_says_what_was_published_where_the_recipe_does(half_run):
         assert [label.get_text() for label in axes.get_xticklabels()] == labels
 
 
-def test_entropy_says_what_was_published_for_an_alpha(half_run):
-    report = build_report(half_run.path)
-    value = PublishedChange("output_entropy", 12.46, pair="sft-grpo", alpha=0.5)
-    recipe = replace(report.recipe, published_changes=(value,))
-    figure = draw_entropy([replace(report, recipe=recipe)])
-    figure.canvas.draw()
-    assert figure.axes[0].get_xlabel() == "alpha, and published change (%)"
-    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
-    assert labels == ["0.5\n+1246"]
-    plain = draw_entropy([replace(report, recipe=recipe)], "token_entropy")
-    assert plain.axes[0].get_xlabel() == "alpha"
-
-
 def test_entropy_with_a_value_that_is_not_defined(half_run):
     report = build_report(half_run.path)
     cells = [cell for cell in report.cells if cell.metric == "output_entropy"]
