@@ -75,8 +75,8 @@ class EdgeScores(NamedTuple):
     """Which row and column is which node."""
 
     residual_error: float = 0.0
-    """How far the sources' sum was from the final norm's input in the first batch, relative to
-    it: rounding, if the row of the architecture table is right for this checkpoint."""
+    """How far the sources' sum was from the final norm's input, relative to it, in the worst batch:
+    rounding, if the row of the architecture table is right for this checkpoint."""
 
 
 @dataclass(frozen=True)
