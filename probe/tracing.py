@@ -12,14 +12,14 @@ One forward and one backward pass give all edges of a batch. Two rules keep that
 
 `edge_scores` is behind the gradient methods, `ablated_losses` behind the exact one, `source_sums`
 behind mean ablation; all are called through `probe.attribution`, which makes the batches. `states`
-is behind `probe.states`.
+is behind `probe.states`. What the bodies call is in `probe.trace_functions` and
+`probe.edge_product`, and where a model's modules are in `probe.layers`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
 import nnsight
@@ -30,21 +30,18 @@ from nnsight.tracing.backend import Backend
 from nnsight.tracing.tracer import Tracer
 from nnsight.tracing.util import push
 
-from probe.architectures import projection_columns
+from probe.edge_product import edge_product
 from probe.graph import Graph
+from probe.layers import branch_columns_of, heads_of, layers_of, norm_epsilon, output_scale
 from probe.models import Model
 from probe.remote import Deployment
+from probe.trace_functions import norm_pull, own_logits_of, relevance_rules, trace_functions
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, StoppingCriteriaList
 
-# Float32 copies, where a product needs them, stay small beside the activations; so do logits.
-SLICE_BYTES = 64 * 2**20
+# Logits stay small beside the activations.
 LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
-
-# Gradients of so many groups of layers are multiplied one after the other: the more groups, the
-# less memory, and the more often the outputs are read.
-GRADIENT_GROUPS = 16
 
 # At so many positions of each sequence the sources' sum is compared with the residual stream.
 CHECKED_POSITIONS = 16
@@ -68,9 +65,6 @@ class Batch(NamedTuple):
 
     labels: torch.Tensor
     """int64 [sequence, scored]: the answer tokens, -100 past an answer's end."""
-
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class EdgeBatch(NamedTuple):
@@ -146,7 +140,7 @@ def edge_scores(
     """
     network, row = model.network, model.architecture
     n_heads, head_width = model.heads.query, model.heads.width
-    layers = _layers(model)
+    layers = layers_of(model)
     final_norm = attrgetter(row.final_norm)(network)
     exact = torch.promote_types(model.dtype, torch.float32)
     # What is copied without waiting lets one batch begin while the one before is computed.
@@ -164,17 +158,17 @@ def edge_scores(
     # Query, key and value part at the inputs of their projections where they have their own;
     # otherwise, and head by head, at columns of the projections' outputs.
     at_inputs = graph.granularity == "qkv" and row.layout == "split"
-    at_columns = [] if at_inputs else _branch_columns(model, graph)
-    scale, transposed = _scale(model), row.transposed
+    at_columns = [] if at_inputs else branch_columns_of(model, graph)
+    scale, transposed = output_scale(model), row.transposed
     norms_last = row.head_norms_last
     logits_width = 4 * int(model.config.vocab_size)
-    epsilon = _epsilon(model)
-    settle, bring, tensor_of, _ = _trace_functions(model, exact)
-    own_logits = _own_logits(model)
-    hold, straighten, halve = _relevance_rules(row.centred_norms, row.norm_offset)
+    epsilon = norm_epsilon(model)
+    settle, bring, tensor_of, _ = trace_functions(model, exact)
+    own_logits = own_logits_of(model)
+    hold, straighten, halve = relevance_rules(row.centred_norms, row.norm_offset)
     n_columns = len(at_columns) or len(row.projections)
-    pull = _norm_pull(row.centred_norms, row.norm_offset, epsilon, relevance)
-    open_product, write, expect, receive, close_product = _edge_product(
+    pull = norm_pull(row.centred_norms, row.norm_offset, epsilon, relevance)
+    open_product, write, expect, receive, close_product = edge_product(
         graph, len(layers), n_sequences, steps, left, thrift.sources_on_host
     )
 
@@ -336,14 +330,14 @@ def ablated_losses(
     Returns:
         [row], in nats, on the CPU, in float32 (float64 for a float64 model).
     """
-    network, row, heads = model.network, model.architecture, _heads(model)
-    layers = _layers(model)
+    network, row, heads = model.network, model.architecture, heads_of(model)
+    layers = layers_of(model)
     final_norm = attrgetter(row.final_norm)(network)
     input_ids, labels, kept, columns = _inputs(model, batch)
     left = torch.zeros(len(graph.sources), model.d_model) if means is None else means
     left = left.to(model.device, model.dtype)
     by_head = graph.granularity == "head"
-    branch_columns = _branch_columns(model, graph)
+    branch_columns = branch_columns_of(model, graph)
     per_layer = (len(branch_columns) or 1) + 1
     source_of = {place: edge[0] for place, edge in enumerate(edges) if edge}
     needed = set(source_of.values())
@@ -351,9 +345,9 @@ def ablated_losses(
     for place, edge in enumerate(edges):
         if edge:
             rows_of.setdefault(edge[1], []).append(place)
-    scale, transposed = _scale(model), row.transposed
+    scale, transposed = output_scale(model), row.transposed
     exact = torch.promote_types(model.dtype, torch.float32)
-    settle, _, tensor_of, mean_losses = _trace_functions(model, exact)
+    settle, _, tensor_of, mean_losses = trace_functions(model, exact)
 
     with network.trace(
         input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=_backend(model)
@@ -435,14 +429,14 @@ def ablated_losses(
 
 def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
     """Sum of each source's output over all positions that are no filling: [source, d_model]."""
-    network, row, heads = model.network, model.architecture, _heads(model)
-    layers = _layers(model)
+    network, row, heads = model.network, model.architecture, heads_of(model)
+    layers = layers_of(model)
     input_ids, _, kept, _ = _inputs(model, batch)
     valid = (torch.arange(input_ids.shape[1]) < batch.lengths[:, None]).to(model.device)
     by_head = graph.granularity == "head"
-    scale, transposed = _scale(model), row.transposed
+    scale, transposed = output_scale(model), row.transposed
     exact = torch.promote_types(model.dtype, torch.float32)
-    settle, _, tensor_of, _ = _trace_functions(model, exact)
+    settle, _, tensor_of, _ = trace_functions(model, exact)
 
     with network.trace(
         input_ids=input_ids, use_cache=False, logits_to_keep=kept[:1], backend=_backend(model)
@@ -493,7 +487,7 @@ def states(model: Model, batch: Batch, vocabulary: int) -> States:
         vocabulary: The probabilities are those among the first so many tokens.
     """
     network = model.network
-    layers = _layers(model)
+    layers = layers_of(model)
     final_norm = attrgetter(model.architecture.final_norm)(network)
     input_ids, _, kept, columns = _inputs(model, batch)
     places = batch.positions.to(model.device)[..., None].expand(-1, -1, model.d_model)
@@ -515,7 +509,7 @@ def describe(model: Model) -> torch.Tensor:
     Returns:
         [layer, d_model, 0]
     """
-    network, layers = model.network, _layers(model)
+    network, layers = model.network, layers_of(model)
     token = torch.zeros(1, 1, dtype=torch.int64)
 
     with network.trace(input_ids=token, use_cache=False, backend=_backend(model)):
@@ -534,7 +528,7 @@ def generate_tokens(
 ) -> torch.Tensor:
     """Prompts with what the model generates after them: int64 [sequence, position]."""
     network = model.network
-    settle, *_ = _trace_functions(model, torch.float32)
+    settle, *_ = trace_functions(model, torch.float32)
 
     with network.generate(
         input_ids=input_ids,
@@ -581,384 +575,6 @@ def _inputs(
     )
     # The positions stay here: a model that lies on several devices may need them on any.
     return tokens, labels, kept, columns
-
-
-def _heads(model: Model) -> SimpleNamespace:
-    """The numbers of heads and their width, in what a server can unpack without this package."""
-    return SimpleNamespace(**model.heads._asdict())
-
-
-def _layers(model: Model) -> list[SimpleNamespace]:
-    """The modules of each decoder layer, by the names of the architecture's row."""
-    row = model.architecture
-
-    def module(layer: object, path: str | None) -> object:
-        found = path and attrgetter(path)(layer)
-        # A norm may have been taken out of a model: then there is none.
-        return None if isinstance(getattr(found, "_module", None), torch.nn.Identity) else found
-
-    return [
-        SimpleNamespace(
-            module=layer,
-            attention_norm=module(layer, row.attention_norm),
-            attention=module(layer, row.attention),
-            projections=[module(layer, path) for path in row.projections],
-            head_norms=[module(layer, path) for path in row.head_norms],
-            attention_projection=module(layer, row.attention_projection),
-            attention_output=module(layer, row.attention_output),
-            ffn_norm=module(layer, row.ffn_norm),
-            ffn=module(layer, row.ffn),
-            activation=None if row.experts else module(layer, row.ffn_activation),
-            product=None if row.experts else module(layer, row.ffn_product),
-            experts=module(layer, row.experts),
-            ffn_output=module(layer, row.ffn_output),
-        )
-        for layer in attrgetter(row.layers)(model.network)
-    ]
-
-
-def _scale(model: Model) -> float:
-    """By what every output is multiplied before it is added to the stream."""
-    key = model.architecture.residual_scale
-    return float(getattr(model.config, key)) if key else 1.0
-
-
-def _branch_columns(model: Model, graph: Graph) -> list[tuple[int, torch.Tensor]]:
-    """For each branch of an attention its projection and, as bool [column], its columns.
-
-    Empty where an attention is one branch.
-    """
-    if graph.granularity == "block":
-        return []
-    heads, layout = model.heads, model.architecture.layout
-    branches = []
-    counts = (heads.query, heads.key_value, heads.key_value)
-    for branch, count in enumerate(counts):
-        for head in range(count) if graph.granularity == "head" else (None,):
-            place, columns = projection_columns(layout, heads, branch, head)
-            width = count if layout == "split" else sum(counts)
-            chosen = torch.zeros(width * heads.width, dtype=torch.bool)
-            chosen[columns] = True
-            branches.append((place, chosen.to(model.device, non_blocking=True)))
-    return branches
-
-
-def _trace_functions(
-    model: Model, exact: torch.dtype
-) -> tuple[
-    Callable[..., list[torch.Tensor]],
-    Callable[..., torch.Tensor],
-    Callable[..., torch.Tensor],
-    Callable[..., torch.Tensor],
-]:
-    """What trace bodies have in common, as local functions.
-
-    Args:
-        model: The model.
-        exact: The precision of losses.
-    """
-    away = model.deployment is not None
-
-    def settle(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Tensors where the model is; from here on in the precision that they have.
-
-        A server runs traces of a bfloat16 model under autocast, where even a product of float32
-        tensors is taken in bfloat16.
-        """
-        if away:
-            torch.set_autocast_enabled(device.type, False)
-        return [tensor.to(device, non_blocking=True) for tensor in tensors]
-
-    def bring(tensor: torch.Tensor) -> torch.Tensor:
-        """What leaves a server: a copy that is no part of something larger."""
-        return tensor.detach().cpu().clone() if away else tensor
-
-    def tensor_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """What a module gives on, without what some modules give beside it."""
-        return output[0] if isinstance(output, tuple) else output
-
-    def mean_losses(
-        logits: torch.Tensor, columns: torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
-        """Mean negative log-likelihood of the scored tokens of each sequence: [sequence]."""
-        columns, labels = columns.to(logits.device), labels.to(logits.device)
-        scored = logits.gather(1, columns[..., None].expand(-1, -1, logits.shape[-1]))
-        return torch.nn.functional.cross_entropy(
-            scored.to(exact).transpose(1, 2), labels, reduction="none", ignore_index=-100
-        ).sum(1) / (labels != -100).sum(1)
-
-    return settle, bring, tensor_of, mean_losses
-
-
-def _relevance_rules(centred: bool, offset: float) -> tuple[Callable[..., torch.Tensor], ...]:
-    """The rules of relevance patching (Jafari et al. 2025, arXiv 2508.21258), as local functions.
-
-    Args:
-        centred: Whether norms subtract the mean.
-        offset: What is added to norms' weights.
-    """
-
-    def hold(norm: SimpleNamespace, value: torch.Tensor, epsilon: float) -> torch.Tensor:
-        """A norm's output as a linear function of its input, the denominator held."""
-        line = value.to(torch.promote_types(value.dtype, torch.float32))
-        if centred:
-            line = line - line.mean(-1, keepdim=True)
-        size = line.detach().square().mean(-1, keepdim=True)
-        output = line * (size + epsilon).rsqrt() * (offset + norm.weight)
-        if centred:
-            output = output + norm.bias
-        return output.to(value.dtype)
-
-    def straighten(output: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """An activation's output as the line through the origin at this input."""
-        slope = torch.where(value == 0, torch.zeros_like(value), output / value)
-        return value * slope.detach()
-
-    def halve(product: torch.Tensor) -> torch.Tensor:
-        """A product each factor of which gets half of its gradient."""
-        return (product + product.detach()) / 2
-
-    return hold, straighten, halve
-
-
-def _norm_pull(
-    centred: bool, offset: float, epsilon: float, held: bool
-) -> Callable[[torch.Tensor, torch.Tensor], Callable[[torch.Tensor], None]]:
-    """How gradients are pulled from a norm's output to its input, as a local function.
-
-    Query, key and value each need their own gradient at the residual stream. With x the (centred)
-    input, r = 1 / sqrt(mean(x^2) + epsilon) and a = weight * gradient, it is
-    r a - r^3 <a, x> x / d (a centred too), in closed form: no second walk through autograd.
-
-    Args:
-        centred: Whether norms subtract the mean.
-        offset: What is added to norms' weights.
-        epsilon: What norms add to the mean square.
-        held: Whether r counts as a constant.
-    """
-    plain = not (centred or offset or held)
-
-    def pull(value: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor], None]:
-        def pulled(gradients: torch.Tensor) -> None:
-            """Replace gradients [branch, ...], three at a time: their copies stay small."""
-            nonlocal value, weight
-            # A model may lie on several devices.
-            value, weight = value.to(gradients.device), weight.to(gradients.device)
-            width, exact = value.shape[-1], torch.promote_types(value.dtype, torch.float32)
-            # Looked up here: it cannot be sent.
-            native = getattr(torch.ops.aten, "_fused_rms_norm_backward", None)
-            if native is not None and plain and value.device.type == "cuda":
-                # torch's own kernel reads and writes each gradient once; it is for CUDA alone.
-                size = torch.linalg.vector_norm(value, dim=-1, keepdim=True, dtype=exact)
-                rate = (size.square() / width + epsilon).rsqrt()
-                for room in gradients:
-                    room.copy_(native(room, value, [width], rate, weight, [True, False])[0])
-                return
-            wide = value.to(exact)
-            if centred:
-                wide = wide - wide.mean(-1, keepdim=True)
-            rate = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-            gain = weight.to(exact) + offset
-            for room in gradients.split(3):
-                result = room * (rate * gain)
-                if not held:
-                    radial = (room * (wide * gain)).sum(-1, keepdim=True)
-                    radial *= rate**3 / -width
-                    result = torch.addcmul(result, wide, radial, out=result)
-                if centred:
-                    result -= result.mean(-1, keepdim=True)
-                room.copy_(result)
-
-        return pulled
-
-    return pull
-
-
-def _edge_product(
-    graph: Graph,
-    n_layers: int,
-    n_sequences: int,
-    steps: int,
-    left: torch.Tensor | None,
-    on_host: bool,
-) -> tuple[
-    Callable[..., None],
-    Callable[..., None],
-    Callable[..., None],
-    Callable[..., None],
-    Callable[..., Pair],
-]:
-    """What multiplies outputs with gradients as they come, as local functions.
-
-    Args:
-        graph: The graph.
-        n_layers: How many layers it is of.
-        n_sequences: How many of the rows hold sequences as they are: the last ones.
-        steps: How many rows each sequence has.
-        left: What an ablation leaves of each source, [source, d_model].
-        on_host: Whether outputs wait in the host's memory.
-    """
-    mask = graph.mask
-    n_sources, n_targets = mask.shape
-    per_layer = (n_targets - 1) // n_layers
-    # Gradients of a group of layers are multiplied at once, from the last group to the first.
-    group = per_layer * -(-n_layers // GRADIENT_GROUPS)
-    slice_bytes = SLICE_BYTES
-    held: dict[str, torch.Tensor] = {}
-    state = {"written": 0, "start": n_targets, "stop": n_targets, "piece": 1}
-    missing: set[int] = set()
-    pulls: dict[int, tuple[range, Callable[[torch.Tensor], None]]] = {}
-
-    def open_product(stream: torch.Tensor) -> None:
-        """Make room for all outputs and for the gradients of one group."""
-        _, length, width = stream.shape
-        # The sum over positions falls into equal pieces, about enough of them for a whole GPU.
-        wanted = max(1, n_sequences * length // 1024)
-        divisors = (p for p in range(1, length + 1) if length % p == 0)
-        piece = min(divisors, key=lambda p: max(p / wanted, wanted / p))
-        state["piece"] = (length if stream.device.type == "cpu" else piece) * width
-        shape = (n_sequences, length, width)
-        place = "cpu" if on_host else stream.device
-        held["outputs"] = torch.empty(
-            n_sources, *shape, dtype=stream.dtype, device=place, pin_memory=on_host
-        )
-        # A multiple of 8, for which matrix products have their fast kernels.
-        held["gradients"] = stream.new_zeros(-(-group // 8) * 8, steps, *shape)
-        exact = torch.promote_types(stream.dtype, torch.float32)
-        held["scores"] = stream.new_zeros(n_sequences, n_sources, n_targets, dtype=exact)
-
-    def write(output: torch.Tensor, scale: float) -> None:
-        """Keep the output of the next source."""
-        room = held["outputs"][state["written"]]
-        state["written"] += 1
-        output = output.detach()[-n_sequences:]
-        room.copy_(output if scale == 1 else output * scale, non_blocking=True)
-
-    def expect(first: int, count: int, pulled: Callable[[torch.Tensor], None]) -> None:
-        """Pull the gradients of these branches back to the stream once all of them are there."""
-        branches = range(first, first + count)
-        for target in branches:
-            pulls[target] = branches, pulled
-
-    def receive(
-        branch: torch.Tensor,
-        target: int,
-        chosen: torch.Tensor | None = None,
-        weight: torch.Tensor | None = None,
-    ) -> None:
-        """Take a branch's gradient when it comes.
-
-        `chosen` are the columns of a projection's output that are this branch, and `weight` what
-        they are computed with.
-        """
-
-        def take(gradient: torch.Tensor) -> None:
-            if target < state["start"]:
-                multiply()
-                size = 1 if state["start"] == n_targets else group  # the final norm comes alone
-                state["stop"] = state["start"]
-                state["start"] = max(0, state["stop"] - size)
-                missing.update(range(state["start"], state["stop"]))
-            gradient = gradient.detach()
-            if chosen is not None and weight is not None:
-                gradient = gradient[..., chosen] @ weight
-            room = held["gradients"][target - state["start"]]
-            room.copy_(gradient.view_as(room))
-            missing.discard(target)
-            if target in pulls and missing.isdisjoint(pulls[target][0]):
-                pull(target)
-
-        branch.register_hook(take)
-
-    def pull(target: int) -> None:
-        """Pull back the gradients of the branches that belong together with this one."""
-        branches, pulled = pulls[target]
-        first = branches.start - state["start"]
-        pulled(held["gradients"][first : first + len(branches)].flatten(1, 2))
-        for branch in branches:
-            del pulls[branch]
-
-    def multiply() -> None:
-        """Multiply the gradients that are there with the outputs that they can have an edge to."""
-        start, stop = state["start"], state["stop"]
-        if start == stop:
-            return
-        for target in missing:  # a branch without influence
-            held["gradients"][target - start] = 0
-        missing.clear()
-        for target in [target for target in pulls if target >= start]:
-            if target in pulls:
-                pull(target)
-        full = -(-(stop - start) // 8) * 8
-        gradients = held["gradients"][:full]
-        reach = int(mask[:, start:stop].any(1).nonzero().max()) + 1
-        outputs = held["outputs"][:reach].flatten(1).unflatten(1, (-1, state["piece"]))
-        for step in range(steps):
-            read = gradients[:, step].flatten(1).unflatten(1, (-1, state["piece"]))
-            found = product(outputs, read.permute(1, 2, 0))
-            found = found.unflatten(0, (n_sequences, -1)).sum(1)[..., : stop - start]
-            held["scores"][:, :reach, start:stop] -= found / steps
-        if left is not None:
-            total = gradients[: stop - start].sum((1, 3), dtype=held["scores"].dtype) / steps
-            kept = torch.einsum("sd,tnd->nst", left[:reach].to(total.dtype), total)
-            held["scores"][:, :reach, start:stop] += kept
-
-    def product(outputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-        """[source, piece, ...] times [piece, ..., target], summed in float32 or better."""
-        exact = held["scores"].dtype
-        if gradients.device != outputs.device:
-            here = (row.to(gradients.device, non_blocking=True) for row in outputs.split(1))
-            return torch.cat([product(row, gradients) for row in here], 1)
-        outputs = outputs.transpose(0, 1)
-        if gradients.dtype == exact:
-            return torch.bmm(outputs, gradients)
-        if gradients.device.type == "cuda":
-            # Products of 16-bit numbers are exact in float32, and are summed there.
-            return torch.bmm(outputs, gradients, out_dtype=exact)
-        shape = len(outputs), outputs.shape[1], gradients.shape[2]
-        found = gradients.new_empty(shape, dtype=exact)
-        width = exact.itemsize * outputs.shape[2] * (shape[1] + shape[2])
-        step = max(1, slice_bytes // width)
-        for start in range(0, len(outputs), step):
-            part = slice(start, start + step)
-            torch.bmm(outputs[part].to(exact), gradients[part].to(exact), out=found[part])
-        return found
-
-    def close_product(end: torch.Tensor, checked: torch.Tensor) -> Pair:
-        """Give the scores, and how far the outputs' sum is from the end of the stream."""
-        multiply()
-        scores = held["scores"].masked_fill(~mask.to(held["scores"].device, non_blocking=True), 0)
-        at = (torch.arange(n_sequences, device=end.device)[:, None], checked.to(end.device))
-        here = tuple(part.to(held["outputs"].device) for part in at)
-        total = sum(output[here].to(end.device, scores.dtype) for output in held["outputs"])
-        truth = end[-n_sequences:][at].to(scores.dtype)
-        error = (total - truth).norm() / truth.norm()
-        held.clear()
-        return scores, error
-
-    return open_product, write, expect, receive, close_product
-
-
-def _own_logits(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What the model does to its unembedding's output, as a local function."""
-    row = model.architecture
-    divisor = float(getattr(model.config, row.logits_divisor)) if row.logits_divisor else 1.0
-    cap = getattr(model.config, row.logits_cap) if row.logits_cap else None
-
-    def own_logits(logits: torch.Tensor) -> torch.Tensor:
-        if divisor != 1:
-            logits = logits / divisor
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    return own_logits
-
-
-def _epsilon(model: Model) -> float:
-    """What norms add to the mean square."""
-    norm = attrgetter(model.architecture.final_norm)(model.network._module)
-    if isinstance(norm, torch.nn.Identity):
-        return 0.0
-    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
 def _scored(batch: Batch, steps: int, exact: torch.dtype) -> tuple[torch.Tensor, ...]:

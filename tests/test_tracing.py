@@ -6,7 +6,8 @@ from small_models import MODELS, save_small_model
 
 import probe
 from probe.attribution import make_batch
-from probe.tracing import Thrift, _norm_pull, edge_scores
+from probe.trace_functions import norm_pull
+from probe.tracing import Thrift, edge_scores
 
 DEVICES = [
     "cpu",
@@ -46,7 +47,7 @@ def test_a_pull_through_a_norm_is_its_derivative(device, shape, dtype, centred, 
     truth = torch.stack(
         [torch.autograd.grad(normed, wide, g.double(), retain_graph=True)[0] for g in gradients]
     )
-    _norm_pull(centred, offset, 1e-5, held)(value, weight)(gradients)
+    norm_pull(centred, offset, 1e-5, held)(value, weight)(gradients)
     largest = 1e-5 if dtype == torch.float32 else 5e-3
     assert (gradients.double() - truth).abs().max() <= largest * truth.abs().max()
 

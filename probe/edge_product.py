@@ -1,0 +1,189 @@
+"""The edge product: outputs times gradients, as both come, inside a trace.
+
+Outputs are kept from the forward pass. A gradient is kept only until the few layers around it have
+theirs, and is then multiplied with all outputs at once: one thin matrix product for many edges,
+and no gradient waits for the end. All of it is functions inside a function, so that a trace can be
+sent to a server that does not have this package.
+
+    >>> open_product, write, expect, receive, close_product = edge_product(graph, 32, 8, 1, None)
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from probe.graph import Graph
+
+# Float32 copies, where a product needs them, stay small beside the activations.
+SLICE_BYTES = 64 * 2**20
+
+# Gradients of so many groups of layers are multiplied one after the other: the more groups, the
+# less memory, and the more often the outputs are read.
+GRADIENT_GROUPS = 16
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def edge_product(
+    graph: Graph,
+    n_layers: int,
+    n_sequences: int,
+    steps: int,
+    left: torch.Tensor | None,
+    on_host: bool,
+) -> tuple[
+    Callable[..., None],
+    Callable[..., None],
+    Callable[..., None],
+    Callable[..., None],
+    Callable[..., Pair],
+]:
+    """What multiplies outputs with gradients as they come, as local functions.
+
+    Args:
+        graph: The graph.
+        n_layers: How many layers it is of.
+        n_sequences: How many of the rows hold sequences as they are: the last ones.
+        steps: How many rows each sequence has.
+        left: What an ablation leaves of each source, [source, d_model].
+        on_host: Whether outputs wait in the host's memory.
+    """
+    mask = graph.mask
+    n_sources, n_targets = mask.shape
+    per_layer = (n_targets - 1) // n_layers
+    # Gradients of a group of layers are multiplied at once, from the last group to the first.
+    group = per_layer * -(-n_layers // GRADIENT_GROUPS)
+    slice_bytes = SLICE_BYTES
+    held: dict[str, torch.Tensor] = {}
+    state = {"written": 0, "start": n_targets, "stop": n_targets, "piece": 1}
+    missing: set[int] = set()
+    pulls: dict[int, tuple[range, Callable[[torch.Tensor], None]]] = {}
+
+    def open_product(stream: torch.Tensor) -> None:
+        """Make room for all outputs and for the gradients of one group."""
+        _, length, width = stream.shape
+        # The sum over positions falls into equal pieces, about enough of them for a whole GPU.
+        wanted = max(1, n_sequences * length // 1024)
+        divisors = (p for p in range(1, length + 1) if length % p == 0)
+        piece = min(divisors, key=lambda p: max(p / wanted, wanted / p))
+        state["piece"] = (length if stream.device.type == "cpu" else piece) * width
+        shape = (n_sequences, length, width)
+        place = "cpu" if on_host else stream.device
+        held["outputs"] = torch.empty(
+            n_sources, *shape, dtype=stream.dtype, device=place, pin_memory=on_host
+        )
+        # A multiple of 8, for which matrix products have their fast kernels.
+        held["gradients"] = stream.new_zeros(-(-group // 8) * 8, steps, *shape)
+        exact = torch.promote_types(stream.dtype, torch.float32)
+        held["scores"] = stream.new_zeros(n_sequences, n_sources, n_targets, dtype=exact)
+
+    def write(output: torch.Tensor, scale: float) -> None:
+        """Keep the output of the next source."""
+        room = held["outputs"][state["written"]]
+        state["written"] += 1
+        output = output.detach()[-n_sequences:]
+        room.copy_(output if scale == 1 else output * scale, non_blocking=True)
+
+    def expect(first: int, count: int, pulled: Callable[[torch.Tensor], None]) -> None:
+        """Pull the gradients of these branches back to the stream once all of them are there."""
+        branches = range(first, first + count)
+        for target in branches:
+            pulls[target] = branches, pulled
+
+    def receive(
+        branch: torch.Tensor,
+        target: int,
+        chosen: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
+    ) -> None:
+        """Take a branch's gradient when it comes.
+
+        `chosen` are the columns of a projection's output that are this branch, and `weight` what
+        they are computed with.
+        """
+
+        def take(gradient: torch.Tensor) -> None:
+            if target < state["start"]:
+                multiply()
+                size = 1 if state["start"] == n_targets else group  # the final norm comes alone
+                state["stop"] = state["start"]
+                state["start"] = max(0, state["stop"] - size)
+                missing.update(range(state["start"], state["stop"]))
+            gradient = gradient.detach()
+            if chosen is not None and weight is not None:
+                gradient = gradient[..., chosen] @ weight
+            room = held["gradients"][target - state["start"]]
+            room.copy_(gradient.view_as(room))
+            missing.discard(target)
+            if target in pulls and missing.isdisjoint(pulls[target][0]):
+                pull(target)
+
+        branch.register_hook(take)
+
+    def pull(target: int) -> None:
+        """Pull back the gradients of the branches that belong together with this one."""
+        branches, pulled = pulls[target]
+        first = branches.start - state["start"]
+        pulled(held["gradients"][first : first + len(branches)].flatten(1, 2))
+        for branch in branches:
+            del pulls[branch]
+
+    def multiply() -> None:
+        """Multiply the gradients that are there with the outputs that they can have an edge to."""
+        start, stop = state["start"], state["stop"]
+        if start == stop:
+            return
+        for target in missing:  # a branch without influence
+            held["gradients"][target - start] = 0
+        missing.clear()
+        for target in [target for target in pulls if target >= start]:
+            if target in pulls:
+                pull(target)
+        full = -(-(stop - start) // 8) * 8
+        gradients = held["gradients"][:full]
+        reach = int(mask[:, start:stop].any(1).nonzero().max()) + 1
+        outputs = held["outputs"][:reach].flatten(1).unflatten(1, (-1, state["piece"]))
+        for step in range(steps):
+            read = gradients[:, step].flatten(1).unflatten(1, (-1, state["piece"]))
+            found = product(outputs, read.permute(1, 2, 0))
+            found = found.unflatten(0, (n_sequences, -1)).sum(1)[..., : stop - start]
+            held["scores"][:, :reach, start:stop] -= found / steps
+        if left is not None:
+            total = gradients[: stop - start].sum((1, 3), dtype=held["scores"].dtype) / steps
+            kept = torch.einsum("sd,tnd->nst", left[:reach].to(total.dtype), total)
+            held["scores"][:, :reach, start:stop] += kept
+
+    def product(outputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+        """[source, piece, ...] times [piece, ..., target], summed in float32 or better."""
+        exact = held["scores"].dtype
+        if gradients.device != outputs.device:
+            here = (row.to(gradients.device, non_blocking=True) for row in outputs.split(1))
+            return torch.cat([product(row, gradients) for row in here], 1)
+        outputs = outputs.transpose(0, 1)
+        if gradients.dtype == exact:
+            return torch.bmm(outputs, gradients)
+        if gradients.device.type == "cuda":
+            # Products of 16-bit numbers are exact in float32, and are summed there.
+            return torch.bmm(outputs, gradients, out_dtype=exact)
+        shape = len(outputs), outputs.shape[1], gradients.shape[2]
+        found = gradients.new_empty(shape, dtype=exact)
+        width = exact.itemsize * outputs.shape[2] * (shape[1] + shape[2])
+        step = max(1, slice_bytes // width)
+        for start in range(0, len(outputs), step):
+            part = slice(start, start + step)
+            torch.bmm(outputs[part].to(exact), gradients[part].to(exact), out=found[part])
+        return found
+
+    def close_product(end: torch.Tensor, checked: torch.Tensor) -> Pair:
+        """Give the scores, and how far the outputs' sum is from the end of the stream."""
+        multiply()
+        scores = held["scores"].masked_fill(~mask.to(held["scores"].device, non_blocking=True), 0)
+        at = (torch.arange(n_sequences, device=end.device)[:, None], checked.to(end.device))
+        here = tuple(part.to(held["outputs"].device) for part in at)
+        total = sum(output[here].to(end.device, scores.dtype) for output in held["outputs"])
+        truth = end[-n_sequences:][at].to(scores.dtype)
+        error = (total - truth).norm() / truth.norm()
+        held.clear()
+        return scores, error
+
+    return open_product, write, expect, receive, close_product

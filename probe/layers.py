@@ -1,0 +1,82 @@
+"""Where the parts of a model are that its row of the architecture table names.
+
+>>> layers_of(model)[0].attention_norm
+LlamaRMSNorm((160,), eps=1e-05)
+"""
+
+from operator import attrgetter
+from types import SimpleNamespace
+
+import torch
+
+from probe.architectures import projection_columns
+from probe.graph import Graph
+from probe.models import Model
+
+
+def heads_of(model: Model) -> SimpleNamespace:
+    """The numbers of heads and their width, in what a server can unpack without this package."""
+    return SimpleNamespace(**model.heads._asdict())
+
+
+def layers_of(model: Model) -> list[SimpleNamespace]:
+    """The modules of each decoder layer, by the names of the architecture's row."""
+    row = model.architecture
+
+    def module(layer: object, path: str | None) -> object:
+        found = path and attrgetter(path)(layer)
+        # A norm may have been taken out of a model: then there is none.
+        return None if isinstance(getattr(found, "_module", None), torch.nn.Identity) else found
+
+    return [
+        SimpleNamespace(
+            module=layer,
+            attention_norm=module(layer, row.attention_norm),
+            attention=module(layer, row.attention),
+            projections=[module(layer, path) for path in row.projections],
+            head_norms=[module(layer, path) for path in row.head_norms],
+            attention_projection=module(layer, row.attention_projection),
+            attention_output=module(layer, row.attention_output),
+            ffn_norm=module(layer, row.ffn_norm),
+            ffn=module(layer, row.ffn),
+            activation=None if row.experts else module(layer, row.ffn_activation),
+            product=None if row.experts else module(layer, row.ffn_product),
+            experts=module(layer, row.experts),
+            ffn_output=module(layer, row.ffn_output),
+        )
+        for layer in attrgetter(row.layers)(model.network)
+    ]
+
+
+def output_scale(model: Model) -> float:
+    """By what every output is multiplied before it is added to the stream."""
+    key = model.architecture.residual_scale
+    return float(getattr(model.config, key)) if key else 1.0
+
+
+def branch_columns_of(model: Model, graph: Graph) -> list[tuple[int, torch.Tensor]]:
+    """For each branch of an attention its projection and, as bool [column], its columns.
+
+    Empty where an attention is one branch.
+    """
+    if graph.granularity == "block":
+        return []
+    heads, layout = model.heads, model.architecture.layout
+    branches = []
+    counts = (heads.query, heads.key_value, heads.key_value)
+    for branch, count in enumerate(counts):
+        for head in range(count) if graph.granularity == "head" else (None,):
+            place, columns = projection_columns(layout, heads, branch, head)
+            width = count if layout == "split" else sum(counts)
+            chosen = torch.zeros(width * heads.width, dtype=torch.bool)
+            chosen[columns] = True
+            branches.append((place, chosen.to(model.device, non_blocking=True)))
+    return branches
+
+
+def norm_epsilon(model: Model) -> float:
+    """What norms add to the mean square."""
+    norm = attrgetter(model.architecture.final_norm)(model.network._module)
+    if isinstance(norm, torch.nn.Identity):
+        return 0.0
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)

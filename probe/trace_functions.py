@@ -1,0 +1,159 @@
+"""What trace bodies call, as functions inside functions.
+
+A trace may run on a server that does not have this package. A function of a module would be looked
+up there by its name, and not be found; one that was made inside another travels with the trace.
+
+    >>> settle, bring, tensor_of, mean_losses = trace_functions(model, torch.float32)
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+
+from probe.models import Model
+
+
+def trace_functions(
+    model: Model, exact: torch.dtype
+) -> tuple[
+    Callable[..., list[torch.Tensor]],
+    Callable[..., torch.Tensor],
+    Callable[..., torch.Tensor],
+    Callable[..., torch.Tensor],
+]:
+    """What trace bodies have in common, as local functions.
+
+    Args:
+        model: The model.
+        exact: The precision of losses.
+    """
+    away = model.deployment is not None
+
+    def settle(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Tensors where the model is; from here on in the precision that they have.
+
+        A server runs traces of a bfloat16 model under autocast, where even a product of float32
+        tensors is taken in bfloat16.
+        """
+        if away:
+            torch.set_autocast_enabled(device.type, False)
+        return [tensor.to(device, non_blocking=True) for tensor in tensors]
+
+    def bring(tensor: torch.Tensor) -> torch.Tensor:
+        """What leaves a server: a copy that is no part of something larger."""
+        return tensor.detach().cpu().clone() if away else tensor
+
+    def tensor_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """What a module gives on, without what some modules give beside it."""
+        return output[0] if isinstance(output, tuple) else output
+
+    def mean_losses(
+        logits: torch.Tensor, columns: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean negative log-likelihood of the scored tokens of each sequence: [sequence]."""
+        columns, labels = columns.to(logits.device), labels.to(logits.device)
+        scored = logits.gather(1, columns[..., None].expand(-1, -1, logits.shape[-1]))
+        return torch.nn.functional.cross_entropy(
+            scored.to(exact).transpose(1, 2), labels, reduction="none", ignore_index=-100
+        ).sum(1) / (labels != -100).sum(1)
+
+    return settle, bring, tensor_of, mean_losses
+
+
+def relevance_rules(centred: bool, offset: float) -> tuple[Callable[..., torch.Tensor], ...]:
+    """The rules of relevance patching (Jafari et al. 2025, arXiv 2508.21258), as local functions.
+
+    Args:
+        centred: Whether norms subtract the mean.
+        offset: What is added to norms' weights.
+    """
+
+    def hold(norm: SimpleNamespace, value: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """A norm's output as a linear function of its input, the denominator held."""
+        line = value.to(torch.promote_types(value.dtype, torch.float32))
+        if centred:
+            line = line - line.mean(-1, keepdim=True)
+        size = line.detach().square().mean(-1, keepdim=True)
+        output = line * (size + epsilon).rsqrt() * (offset + norm.weight)
+        if centred:
+            output = output + norm.bias
+        return output.to(value.dtype)
+
+    def straighten(output: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """An activation's output as the line through the origin at this input."""
+        slope = torch.where(value == 0, torch.zeros_like(value), output / value)
+        return value * slope.detach()
+
+    def halve(product: torch.Tensor) -> torch.Tensor:
+        """A product each factor of which gets half of its gradient."""
+        return (product + product.detach()) / 2
+
+    return hold, straighten, halve
+
+
+def norm_pull(
+    centred: bool, offset: float, epsilon: float, held: bool
+) -> Callable[[torch.Tensor, torch.Tensor], Callable[[torch.Tensor], None]]:
+    """How gradients are pulled from a norm's output to its input, as a local function.
+
+    Query, key and value each need their own gradient at the residual stream. With x the (centred)
+    input, r = 1 / sqrt(mean(x^2) + epsilon) and a = weight * gradient, it is
+    r a - r^3 <a, x> x / d (a centred too), in closed form: no second walk through autograd.
+
+    Args:
+        centred: Whether norms subtract the mean.
+        offset: What is added to norms' weights.
+        epsilon: What norms add to the mean square.
+        held: Whether r counts as a constant.
+    """
+    plain = not (centred or offset or held)
+
+    def pull(value: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        def pulled(gradients: torch.Tensor) -> None:
+            """Replace gradients [branch, ...], three at a time: their copies stay small."""
+            nonlocal value, weight
+            # A model may lie on several devices.
+            value, weight = value.to(gradients.device), weight.to(gradients.device)
+            width, exact = value.shape[-1], torch.promote_types(value.dtype, torch.float32)
+            # Looked up here: it cannot be sent.
+            native = getattr(torch.ops.aten, "_fused_rms_norm_backward", None)
+            if native is not None and plain and value.device.type == "cuda":
+                # torch's own kernel reads and writes each gradient once; it is for CUDA alone.
+                size = torch.linalg.vector_norm(value, dim=-1, keepdim=True, dtype=exact)
+                rate = (size.square() / width + epsilon).rsqrt()
+                for room in gradients:
+                    room.copy_(native(room, value, [width], rate, weight, [True, False])[0])
+                return
+            wide = value.to(exact)
+            if centred:
+                wide = wide - wide.mean(-1, keepdim=True)
+            rate = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+            gain = weight.to(exact) + offset
+            for room in gradients.split(3):
+                result = room * (rate * gain)
+                if not held:
+                    radial = (room * (wide * gain)).sum(-1, keepdim=True)
+                    radial *= rate**3 / -width
+                    result = torch.addcmul(result, wide, radial, out=result)
+                if centred:
+                    result -= result.mean(-1, keepdim=True)
+                room.copy_(result)
+
+        return pulled
+
+    return pull
+
+
+def own_logits_of(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the model does to its unembedding's output, as a local function."""
+    row = model.architecture
+    divisor = float(getattr(model.config, row.logits_divisor)) if row.logits_divisor else 1.0
+    cap = getattr(model.config, row.logits_cap) if row.logits_cap else None
+
+    def own_logits(logits: torch.Tensor) -> torch.Tensor:
+        if divisor != 1:
+            logits = logits / divisor
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return own_logits
