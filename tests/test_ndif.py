@@ -171,7 +171,7 @@ def test_another_precision(client, folder):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("key", [str(uuid.uuid4()), "my-secret-word"])
+@pytest.mark.parametrize("key", [str(uuid.uuid4()), "my-secret-word"], ids=["unknown", "malformed"])
 def test_a_wrong_key(client, folder, key):
     line, seconds = client.refused(*there(folder), NDIF_API_KEY=key)
     assert line == f"probe: {URL} does not take the key in NDIF_API_KEY"
