@@ -27,7 +27,7 @@ from probe.run_folder import SCHEMA, RunFolder
 # Keys of a recipe that do not change what comes out, only how fast or how it is shown.
 _FREE_KEYS = {
     "description": None,
-    "compute": ("device", "threads", "remote", "jobs", "timeout"),
+    "compute": ("device", "threads", "kernels", "remote", "jobs", "timeout"),
     "solutions": ("batch_size", "engine"),
     "attribution": ("batch_size", "control"),
     "faithfulness": None,
