@@ -10,6 +10,7 @@ rules need it, runs without.
     'eager'
 """
 
+import logging
 import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
@@ -59,6 +60,8 @@ def fuse(module: "PreTrainedModel") -> None:
     """
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
+    # It tells of every backend that it could use and that is not installed.
+    logging.getLogger("liger_kernel.backends").setLevel(logging.ERROR)
     names = vars(sys.modules[type(module).__module__])
     before = dict(names)
     own_forward = module.forward
