@@ -1,4 +1,7 @@
-"""Score sequences of a model; print how many bytes came home for each, and for how many edges."""
+"""Score sequences of a model; print bytes received per sequence, overhead per job, how many edges.
+
+The overhead of a job is the time beyond what the server says it computed, one job at a time.
+"""
 
 import sys
 
@@ -6,9 +9,16 @@ import probe
 from probe.remote import open_host
 
 url, reference = sys.argv[1:3]
-host = open_host(url)
+host = open_host(url, jobs=1)
 model = probe.load_model(reference, host=host)
-sequences = [probe.Sequence([3, 4, 5, 6], [7 + n, 8, 9]) for n in range(16)]
-before = host.received
+sequences = [probe.Sequence([3, 4, 5, 6], [7 + n % 16, 8, 9]) for n in range(64)]
+
+
+def overhead():
+    return host.seconds - host.seconds_there
+
+
+received, waited, jobs = host.received, overhead(), host.states["done"]
 edges = probe.attribute(model, sequences, batch_size=8)
-print((host.received - before) / len(sequences), *edges.scores.shape[1:])
+received, waited, jobs = host.received - received, overhead() - waited, host.states["done"] - jobs
+print(received / len(sequences), waited / jobs, *edges.scores.shape[1:])
