@@ -2,8 +2,8 @@
 
 One forward and one backward pass give all edges of a batch. Two rules keep that right:
 
-- Each branch reads its own clone of the residual stream (or of the norm's output, for query, key
-  and value), so the gradient at that clone is the gradient of that one branch, not of the stream.
+- Each branch reads its own view of the residual stream (or of the norm's output, for query, key
+  and value), so the gradient at that view is the gradient of that one branch, not of the stream.
 - The body of a `with ... trace(...)` uses torch and local variables only, and only edge scores
   and losses leave it: the same body can run on a server that does not have this package, and
   activations never travel. (That is why heads and a layer's modules lie in plain namespaces, and
@@ -564,14 +564,13 @@ def _backend(model: Model) -> _Job | None:
 
 
 def _inputs(
-    model: Model, batch: Batch, times: int = 1
+    model: Model, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A batch as a model takes it: tokens, labels, which positions get logits, which of these."""
     kept = batch.positions.unique()
     columns = torch.searchsorted(kept, batch.positions)
     tokens, labels, columns = (
-        tensor.repeat(times, 1).to(model.device)
-        for tensor in (batch.input_ids, batch.labels, columns)
+        tensor.to(model.device) for tensor in (batch.input_ids, batch.labels, columns)
     )
     # The positions stay here: a model that lies on several devices may need them on any.
     return tokens, labels, kept, columns

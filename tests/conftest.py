@@ -1,6 +1,7 @@
 """What several tests use: the data folder, small models, the oracle's sequences."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -95,3 +96,9 @@ def save_random_model(folder, model_type="llama", seed=0, **changes):
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(DATA / "oracle" / "llama" / "model").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the run that a module has finished, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))

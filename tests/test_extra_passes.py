@@ -40,11 +40,6 @@ def finished(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def copy(finished, tmp_path):
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
-
-
 def texts(folder, model, alpha):
     """The answers of one model of the first pair, cut as that alpha cuts them."""
     folder = RunFolder(folder)

@@ -49,11 +49,6 @@ def finished(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def copy(finished, tmp_path):
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
-
-
 def report_of(folder):
     return json.loads((folder / "report.json").read_text())
 
