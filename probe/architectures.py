@@ -45,9 +45,6 @@ class Architecture:
     head_norms: tuple[str, ...] = ()
     """Norms of query and key inside the attention."""
 
-    head_norms_last: bool = False
-    """Whether they run after all projections, not each after its own."""
-
     attention_projection: str = "self_attn.o_proj"
     """The output projection of the attention; its input holds the heads side by side."""
 
@@ -113,7 +110,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": _LLAMA,
     "qwen3": replace(_LLAMA, head_norms=_QK_NORMS),
     "gemma2": _GEMMA2,
-    "gemma3_text": replace(_GEMMA2, head_norms=_QK_NORMS, head_norms_last=True),
+    "gemma3_text": replace(_GEMMA2, head_norms=_QK_NORMS),
     "gpt2": Architecture(
         layers="transformer.h",
         final_norm="transformer.ln_f",

@@ -5,7 +5,9 @@ theirs, and is then multiplied with all outputs at once: one thin matrix product
 and no gradient waits for the end. All of it is functions inside a function, so that a trace can be
 sent to a server that does not have this package.
 
-    >>> open_product, write, expect, receive, close_product = edge_product(graph, 32, 8, 1, None)
+    >>> open_product, write, receive, receive_part, join_parts, close_product = edge_product(
+    ...     graph, 32, 8, 1, None, False
+    ... )
 """
 
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from probe.graph import Graph
+from probe.trace_functions import Pull
 
 # Float32 copies, where a product needs them, stay small beside the activations.
 SLICE_BYTES = 64 * 2**20
@@ -21,7 +24,7 @@ SLICE_BYTES = 64 * 2**20
 # less memory, and the more often the outputs are read.
 GRADIENT_GROUPS = 16
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Gradients = tuple[torch.Tensor, ...]
 
 
 def edge_product(
@@ -32,11 +35,12 @@ def edge_product(
     left: torch.Tensor | None,
     on_host: bool,
 ) -> tuple[
-    Callable[..., None],
-    Callable[..., None],
-    Callable[..., None],
-    Callable[..., None],
-    Callable[..., Pair],
+    Callable[[torch.Tensor], None],
+    Callable[[int, torch.Tensor], None],
+    Callable[[int, Pull, Gradients], torch.Tensor],
+    Callable[[int, torch.Tensor], None],
+    Callable[[int, int, Pull, Gradients], torch.Tensor],
+    Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
 ]:
     """What multiplies outputs with gradients as they come, as local functions.
 
@@ -55,9 +59,9 @@ def edge_product(
     group = per_layer * -(-n_layers // GRADIENT_GROUPS)
     slice_bytes = SLICE_BYTES
     held: dict[str, torch.Tensor] = {}
-    state = {"written": 0, "start": n_targets, "stop": n_targets, "piece": 1}
+    state = {"start": n_targets, "stop": n_targets, "piece": 1}
+    written: set[int] = set()
     missing: set[int] = set()
-    pulls: dict[int, tuple[range, Callable[[torch.Tensor], None]]] = {}
 
     def open_product(stream: torch.Tensor) -> None:
         """Make room for all outputs and for the gradients of one group."""
@@ -77,56 +81,45 @@ def edge_product(
         exact = torch.promote_types(stream.dtype, torch.float32)
         held["scores"] = stream.new_zeros(n_sequences, n_sources, n_targets, dtype=exact)
 
-    def write(output: torch.Tensor, scale: float) -> None:
-        """Keep the output of the next source."""
-        room = held["outputs"][state["written"]]
-        state["written"] += 1
-        output = output.detach()[-n_sequences:]
-        room.copy_(output if scale == 1 else output * scale, non_blocking=True)
+    def write(source: int, output: torch.Tensor) -> None:
+        """Keep the output of a source, when it comes for the first time."""
+        if source not in written:
+            written.add(source)
+            held["outputs"][source].copy_(output.detach()[-n_sequences:], non_blocking=True)
 
-    def expect(first: int, count: int, pulled: Callable[[torch.Tensor], None]) -> None:
-        """Pull the gradients of these branches back to the stream once all of them are there."""
-        branches = range(first, first + count)
-        for target in branches:
-            pulls[target] = branches, pulled
+    def room(target: int) -> torch.Tensor:
+        """Where the gradient of a target waits."""
+        if target < state["start"]:
+            multiply()
+            size = 1 if state["start"] == n_targets else group  # the final norm comes alone
+            state["stop"] = state["start"]
+            state["start"] = max(0, state["stop"] - size)
+            missing.update(range(state["start"], state["stop"]))
+        return held["gradients"][target - state["start"]]
 
-    def receive(
-        branch: torch.Tensor,
-        target: int,
-        chosen: torch.Tensor | None = None,
-        weight: torch.Tensor | None = None,
-    ) -> None:
-        """Take a branch's gradient when it comes.
+    def receive(first: int, pull: Pull, gradients: Gradients) -> torch.Tensor:
+        """Take gradients of some branches to before their norm; give the sum of them there."""
+        for target, gradient in enumerate(gradients, first):
+            gradient = pull(gradient)
+            receive_part(target, gradient)
+        if len(gradients) == 1:
+            return gradient
+        start = first - state["start"]
+        return held["gradients"][start : start + len(gradients)].sum(0).view_as(gradient)
 
-        `chosen` are the columns of a projection's output that are this branch, and `weight` what
-        they are computed with.
-        """
+    def receive_part(target: int, gradient: torch.Tensor) -> None:
+        """Take the gradient of a branch as it is."""
+        here = room(target)
+        here.copy_(gradient.view_as(here))
+        missing.discard(target)
 
-        def take(gradient: torch.Tensor) -> None:
-            if target < state["start"]:
-                multiply()
-                size = 1 if state["start"] == n_targets else group  # the final norm comes alone
-                state["stop"] = state["start"]
-                state["start"] = max(0, state["stop"] - size)
-                missing.update(range(state["start"], state["stop"]))
-            gradient = gradient.detach()
-            if chosen is not None and weight is not None:
-                gradient = gradient[..., chosen] @ weight
-            room = held["gradients"][target - state["start"]]
-            room.copy_(gradient.view_as(room))
-            missing.discard(target)
-            if target in pulls and missing.isdisjoint(pulls[target][0]):
-                pull(target)
-
-        branch.register_hook(take)
-
-    def pull(target: int) -> None:
-        """Pull back the gradients of the branches that belong together with this one."""
-        branches, pulled = pulls[target]
-        first = branches.start - state["start"]
-        pulled(held["gradients"][first : first + len(branches)].flatten(1, 2))
-        for branch in branches:
-            del pulls[branch]
+    def join_parts(first: int, count: int, pull: Pull, gradients: Gradients) -> torch.Tensor:
+        """Take gradients that came as parts to before their norm, and the whole one too."""
+        for target in range(first, first + count):
+            here = room(target)
+            if target not in missing:
+                here.copy_(pull(here.flatten(0, 1)).view_as(here))
+        return pull(gradients[0])
 
     def multiply() -> None:
         """Multiply the gradients that are there with the outputs that they can have an edge to."""
@@ -136,9 +129,6 @@ def edge_product(
         for target in missing:  # a branch without influence
             held["gradients"][target - start] = 0
         missing.clear()
-        for target in [target for target in pulls if target >= start]:
-            if target in pulls:
-                pull(target)
         full = -(-(stop - start) // 8) * 8
         gradients = held["gradients"][:full]
         reach = int(mask[:, start:stop].any(1).nonzero().max()) + 1
@@ -174,7 +164,9 @@ def edge_product(
             torch.bmm(outputs[part].to(exact), gradients[part].to(exact), out=found[part])
         return found
 
-    def close_product(end: torch.Tensor, checked: torch.Tensor) -> Pair:
+    def close_product(
+        end: torch.Tensor, checked: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Give the scores, and how far the outputs' sum is from the end of the stream."""
         multiply()
         scores = held["scores"].masked_fill(~mask.to(held["scores"].device, non_blocking=True), 0)
@@ -186,4 +178,4 @@ def edge_product(
         held.clear()
         return scores, error
 
-    return open_product, write, expect, receive, close_product
+    return open_product, write, receive, receive_part, join_parts, close_product

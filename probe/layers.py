@@ -24,17 +24,18 @@ def layers_of(model: Model) -> list[SimpleNamespace]:
     row = model.architecture
 
     def module(layer: object, path: str | None) -> object:
-        found = path and attrgetter(path)(layer)
-        # A norm may have been taken out of a model: then there is none.
-        return None if isinstance(getattr(found, "_module", None), torch.nn.Identity) else found
+        return path and there(attrgetter(path)(layer))
 
+    norms = [*row.head_norms]
+    norms += [row.attention_output] if row.attention_output != row.attention else []
+    norms += [row.ffn_output] if row.ffn_output != row.ffn else []
     return [
         SimpleNamespace(
             module=layer,
             attention_norm=module(layer, row.attention_norm),
             attention=module(layer, row.attention),
             projections=[module(layer, path) for path in row.projections],
-            head_norms=[module(layer, path) for path in row.head_norms],
+            other_norms=[norm for path in norms if (norm := module(layer, path))],
             attention_projection=module(layer, row.attention_projection),
             attention_output=module(layer, row.attention_output),
             ffn_norm=module(layer, row.ffn_norm),
@@ -46,6 +47,11 @@ def layers_of(model: Model) -> list[SimpleNamespace]:
         )
         for layer in attrgetter(row.layers)(model.network)
     ]
+
+
+def there(module: SimpleNamespace) -> SimpleNamespace | None:
+    """A module, or None where it was taken out of the model."""
+    return None if isinstance(module._module, torch.nn.Identity) else module
 
 
 def output_scale(model: Model) -> float:
@@ -70,7 +76,7 @@ def branch_columns_of(model: Model, graph: Graph) -> list[tuple[int, torch.Tenso
             width = count if layout == "split" else sum(counts)
             chosen = torch.zeros(width * heads.width, dtype=torch.bool)
             chosen[columns] = True
-            branches.append((place, chosen.to(model.device, non_blocking=True)))
+            branches.append((place, chosen))
     return branches
 
 

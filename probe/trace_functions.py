@@ -7,11 +7,13 @@ up there by its name, and not be found; one that was made inside another travels
 """
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import torch
 
 from probe.models import Model
+
+Pull = Callable[[torch.Tensor], torch.Tensor]
+"""From a gradient behind a norm to the gradient before it."""
 
 
 def trace_functions(
@@ -61,24 +63,8 @@ def trace_functions(
     return settle, bring, tensor_of, mean_losses
 
 
-def relevance_rules(centred: bool, offset: float) -> tuple[Callable[..., torch.Tensor], ...]:
-    """The rules of relevance patching (Jafari et al. 2025, arXiv 2508.21258), as local functions.
-
-    Args:
-        centred: Whether norms subtract the mean.
-        offset: What is added to norms' weights.
-    """
-
-    def hold(norm: SimpleNamespace, value: torch.Tensor, epsilon: float) -> torch.Tensor:
-        """A norm's output as a linear function of its input, the denominator held."""
-        line = value.to(torch.promote_types(value.dtype, torch.float32))
-        if centred:
-            line = line - line.mean(-1, keepdim=True)
-        size = line.detach().square().mean(-1, keepdim=True)
-        output = line * (size + epsilon).rsqrt() * (offset + norm.weight)
-        if centred:
-            output = output + norm.bias
-        return output.to(value.dtype)
+def relevance_rules() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    """Rules of relevance patching (Jafari et al. 2025, arXiv 2508.21258), as local functions."""
 
     def straighten(output: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """An activation's output as the line through the origin at this input."""
@@ -89,17 +75,17 @@ def relevance_rules(centred: bool, offset: float) -> tuple[Callable[..., torch.T
         """A product each factor of which gets half of its gradient."""
         return (product + product.detach()) / 2
 
-    return hold, straighten, halve
+    return straighten, halve
 
 
 def norm_pull(
     centred: bool, offset: float, epsilon: float, held: bool
-) -> Callable[[torch.Tensor, torch.Tensor], Callable[[torch.Tensor], None]]:
+) -> Callable[[torch.Tensor, torch.Tensor], Pull]:
     """How gradients are pulled from a norm's output to its input, as a local function.
 
-    Query, key and value each need their own gradient at the residual stream. With x the (centred)
-    input, r = 1 / sqrt(mean(x^2) + epsilon) and a = weight * gradient, it is
-    r a - r^3 <a, x> x / d (a centred too), in closed form: no second walk through autograd.
+    With x the (centred) input, r = 1 / sqrt(mean(x^2) + epsilon) and a = weight * gradient, it is
+    r a - r^3 <a, x> x / d (a centred too), in closed form: no walk through autograd. What does not
+    depend on the gradient is computed once for the query, key and value that read one norm.
 
     Args:
         centred: Whether norms subtract the mean.
@@ -109,40 +95,35 @@ def norm_pull(
     """
     plain = not (centred or offset or held)
 
-    def pull(value: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor], None]:
-        def pulled(gradients: torch.Tensor) -> None:
-            """Replace gradients [branch, ...], three at a time: their copies stay small."""
-            nonlocal value, weight
-            # A model may lie on several devices.
-            value, weight = value.to(gradients.device), weight.to(gradients.device)
-            width, exact = value.shape[-1], torch.promote_types(value.dtype, torch.float32)
-            # Looked up here: it cannot be sent.
-            native = getattr(torch.ops.aten, "_fused_rms_norm_backward", None)
-            if native is not None and plain and value.device.type == "cuda":
-                # torch's own kernel reads and writes each gradient once; it is for CUDA alone.
-                size = torch.linalg.vector_norm(value, dim=-1, keepdim=True, dtype=exact)
-                rate = (size.square() / width + epsilon).rsqrt()
-                for room in gradients:
-                    room.copy_(native(room, value, [width], rate, weight, [True, False])[0])
-                return
-            wide = value.to(exact)
+    def through(value: torch.Tensor, weight: torch.Tensor) -> Pull:
+        width, exact = value.shape[-1], torch.promote_types(value.dtype, torch.float32)
+        # Looked up here: it cannot be sent.
+        native = getattr(torch.ops.aten, "_fused_rms_norm_backward", None)
+        if native is not None and plain and value.device.type == "cuda":
+            # torch's own kernels read and write each gradient once; they are for CUDA alone.
+            _, rate = torch.ops.aten._fused_rms_norm(value, [width], weight, epsilon)
+            wanted = [True, False]
+            return lambda gradient: native(gradient, value, [width], rate, weight, wanted)[0]
+        wide = value.to(exact)
+        if centred:
+            wide = wide - wide.mean(-1, keepdim=True)
+        rate = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+        gain = weight.to(exact) + offset
+        straight, along = rate * gain, wide * gain
+        shrink = rate**3 / -width
+
+        def pull(gradient: torch.Tensor) -> torch.Tensor:
+            result = gradient * straight
+            if not held:
+                radial = (gradient * along).sum(-1, keepdim=True)
+                result = torch.addcmul(result, wide, radial * shrink, out=result)
             if centred:
-                wide = wide - wide.mean(-1, keepdim=True)
-            rate = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-            gain = weight.to(exact) + offset
-            for room in gradients.split(3):
-                result = room * (rate * gain)
-                if not held:
-                    radial = (room * (wide * gain)).sum(-1, keepdim=True)
-                    radial *= rate**3 / -width
-                    result = torch.addcmul(result, wide, radial, out=result)
-                if centred:
-                    result -= result.mean(-1, keepdim=True)
-                room.copy_(result)
+                result -= result.mean(-1, keepdim=True)
+            return result.to(value.dtype)
 
-        return pulled
+        return pull
 
-    return pull
+    return through
 
 
 def own_logits_of(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:

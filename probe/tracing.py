@@ -30,12 +30,13 @@ from nnsight.tracing.backend import Backend
 from nnsight.tracing.tracer import Tracer
 from nnsight.tracing.util import push
 
+from probe.branches import watchers
 from probe.edge_product import edge_product
 from probe.graph import Graph
-from probe.layers import branch_columns_of, heads_of, layers_of, norm_epsilon, output_scale
+from probe.layers import branch_columns_of, heads_of, layers_of, output_scale, there
 from probe.models import Model
 from probe.remote import Deployment
-from probe.trace_functions import norm_pull, own_logits_of, relevance_rules, trace_functions
+from probe.trace_functions import own_logits_of, trace_functions
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, StoppingCriteriaList
@@ -85,7 +86,7 @@ class EdgeBatch(NamedTuple):
 
     logits_error: torch.Tensor
     """[]: how far the logits that the loss is computed from are from the model's own, relative to
-    those, at each sequence's last position."""
+    those, at the last position of the longest sequence."""
 
 
 class Thrift(NamedTuple):
@@ -138,38 +139,32 @@ def edge_scores(
         means: B of each source, [source, d_model]; zero if not given.
         thrift: What to do for the sake of memory.
     """
-    network, row = model.network, model.architecture
-    n_heads, head_width = model.heads.query, model.heads.width
+    network = model.network
     layers = layers_of(model)
-    final_norm = attrgetter(row.final_norm)(network)
+    final = attrgetter(model.architecture.final_norm)(network)
+    final_norm = there(final)
     exact = torch.promote_types(model.dtype, torch.float32)
     # What is copied without waiting lets one batch begin while the one before is computed.
     input_ids = batch.input_ids.repeat(steps, 1).to(model.device, non_blocking=True)
-    rows, positions, labels, shares = (
-        part.to(model.device, non_blocking=True) for part in _scored(batch, steps, exact)
-    )
+    scored = _scored(batch, steps, exact)
+    # The model itself gives logits at the last position, where the longest sequence is scored.
+    compared = int((scored.positions == batch.input_ids.shape[1] - 1).nonzero()[0])
+    compared_row = int(scored.rows[compared])
+    rows, positions, labels, shares = (part.to(model.device, non_blocking=True) for part in scored)
     n_sequences = len(batch.input_ids)
     points = torch.arange(1, steps + 1).repeat_interleave(n_sequences).to(exact) / steps
     points = points[:, None, None].to(model.device, model.dtype, non_blocking=True)
     checked = torch.linspace(0, 1, CHECKED_POSITIONS)[None] * (batch.lengths[:, None] - 1)
     checked = checked.long().to(model.device, non_blocking=True)
     left = None if means is None else means.to(model.device, model.dtype)
-    by_head = graph.granularity == "head"
-    # Query, key and value part at the inputs of their projections where they have their own;
-    # otherwise, and head by head, at columns of the projections' outputs.
-    at_inputs = graph.granularity == "qkv" and row.layout == "split"
-    at_columns = [] if at_inputs else branch_columns_of(model, graph)
-    scale, transposed = output_scale(model), row.transposed
-    norms_last = row.head_norms_last
     logits_width = 4 * int(model.config.vocab_size)
-    epsilon = norm_epsilon(model)
-    settle, bring, tensor_of, _ = trace_functions(model, exact)
+    settle, bring, _, _ = trace_functions(model, exact)
     own_logits = own_logits_of(model)
-    hold, straighten, halve = relevance_rules(row.centred_norms, row.norm_offset)
-    n_columns = len(at_columns) or len(row.projections)
-    pull = norm_pull(row.centred_norms, row.norm_offset, epsilon, relevance)
-    open_product, write, expect, receive, close_product = edge_product(
+    open_product, write, receive, receive_part, join_parts, close_product = edge_product(
         graph, len(layers), n_sequences, steps, left, thrift.sources_on_host
+    )
+    watch, watch_end, release = watchers(
+        model, graph, relevance, write, receive, receive_part, join_parts
     )
 
     with _recomputing(model, thrift.recompute):  # noqa: SIM117 - a trace needs its own statement
@@ -177,7 +172,6 @@ def edge_scores(
             input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=_backend(model)
         ):
             points, checked = settle(network.device, points, checked)
-            at_columns = [(number, chosen.to(network.device)) for number, chosen in at_columns]
             # The one line that switches the graph on: parameters are frozen.
             stream = layers[0].module.input.detach()
             if steps > 1:
@@ -186,122 +180,44 @@ def edge_scores(
             stream.requires_grad_(True)
             layers[0].module.input = stream
             open_product(stream)
-            write(stream, 1.0)
-            place = 0
-            for layer in layers:
-                reader = layer.attention_norm or layer.attention
-                branch = reader.input
-                if not (at_inputs or at_columns):
-                    # A view has a gradient of its own, and costs nothing.
-                    branch = branch.view_as(branch)
-                    reader.input = branch
-                    receive(branch, place)
-                    place += 1
-                normed = branch
-                if layer.attention_norm and (at_inputs or relevance):
-                    normed = layer.attention_norm.output
-                    if relevance:
-                        normed = hold(layer.attention_norm, branch, epsilon)
-                        layer.attention_norm.output = normed
-                if layer.attention_norm and (at_inputs or at_columns):
-                    expect(place, n_columns, pull(branch.detach(), layer.attention_norm.weight))
-                for number, projection in enumerate(layer.projections):
-                    if at_inputs:
-                        read = normed.view_as(normed)
-                        projection.input = read
-                        receive(read, place)
-                        place += 1
-                    here = [chosen for at, chosen in at_columns if at == number]
-                    if here:
-                        projected = projection.output.view_as(projection.output)
-                        projection.output = projected
-                        weight = projection.weight.T if transposed else projection.weight
-                        for chosen in here:
-                            chosen = chosen.to(weight.device)
-                            receive(projected, place, chosen, weight[chosen])
-                            place += 1
-                    if relevance and not norms_last and number < len(layer.head_norms):
-                        norm = layer.head_norms[number]
-                        norm.output = hold(norm, norm.input, epsilon)
-                if relevance and norms_last:
-                    for norm in layer.head_norms:
-                        norm.output = hold(norm, norm.input, epsilon)
-                if by_head:
-                    beside = layer.attention_projection.input.detach()
-                    weight = layer.attention_projection.weight
-                    weight = weight if transposed else weight.T
-                    for head in range(n_heads):
-                        part = slice(head * head_width, (head + 1) * head_width)
-                        write(beside[..., part] @ weight[part], scale)
-                    if layer.attention_projection.bias is not None:
-                        write(layer.attention_projection.bias.expand_as(stream), scale)
-                else:
-                    if relevance and layer.attention_output is not layer.attention:
-                        norm = layer.attention_output
-                        norm.output = hold(norm, norm.input, epsilon)
-                    write(tensor_of(layer.attention_output.output), scale)
+            write(0, stream)
+            try:
+                for number, layer in enumerate(layers):
+                    watch(number, layer)
+                end = watch_end(final, final_norm)
+                own = network.output.logits.detach()[compared_row, -1].to(exact)
+                hidden = end["output"]
 
-                reader = layer.ffn_norm or layer.ffn
-                branch = reader.input
-                branch = branch.view_as(branch)
-                reader.input = branch
-                receive(branch, place)
-                place += 1
-                if relevance:
-                    if layer.ffn_norm:
-                        layer.ffn_norm.output = hold(layer.ffn_norm, branch, epsilon)
-                    if layer.experts:
-                        tokens, chosen, share = layer.experts.inputs[0]
-                        mixed = torch.zeros_like(tokens)
-                        for expert in range(layer.experts.num_experts):
-                            at, rank = (chosen == expert).nonzero(as_tuple=True)
-                            both = tokens[at] @ layer.experts.gate_up_proj[expert].T
-                            gate, up = both.chunk(2, dim=-1)
-                            opened = halve(straighten(layer.experts.act_fn(gate), gate) * up)
-                            answer = opened @ layer.experts.down_proj[expert].T
-                            answer = halve(answer * share[at, rank, None])
-                            mixed = mixed.index_add(0, at, answer.to(mixed.dtype))
-                        layer.experts.output = mixed
-                    else:
-                        value = layer.activation.input
-                        layer.activation.output = straighten(layer.activation.output, value)
-                        if layer.product:
-                            layer.product.input = halve(layer.product.input)
-                if relevance and layer.ffn_output is not layer.ffn:
-                    norm = layer.ffn_output
-                    norm.output = hold(norm, norm.input, epsilon)
-                write(tensor_of(layer.ffn_output.output), scale)
-            end = final_norm.input
-            end = end.view_as(end)
-            final_norm.input = end
-            receive(end, place)
-            hidden = final_norm.output
-            if relevance:
-                hidden = hold(final_norm, end, epsilon)
-
-            # The loss and its gradient at the last hidden states, a few rows of logits at a time.
-            # Sequences do not touch each other, so the gradient of the sum holds each one's own.
-            rows, positions, labels, shares = settle(hidden.device, rows, positions, labels, shares)
-            logit_rows = max(1, LOGITS_BYTES[hidden.device.type] // logits_width)
-            losses = torch.zeros(len(stream), dtype=exact, device=hidden.device)
-            entropies = torch.zeros_like(losses)
-            found = torch.zeros_like(hidden)
-            for start in range(0, len(rows), logit_rows):
-                part = slice(start, start + logit_rows)
-                at = rows[part], positions[part]
-                last = hidden.detach()[at].requires_grad_(True)
-                logits = network.lm_head(last).to(last.device)
-                logs = own_logits(logits).to(exact).log_softmax(-1)
-                each = -logs.gather(1, labels[part, None])[:, 0] * shares[part]
-                found[at] = torch.autograd.grad(each.sum(), last)[0]
-                losses.index_add_(0, at[0], each.detach())
-                logs = logs.detach()
-                entropies.index_add_(0, at[0], -(logs.exp() * logs).sum(-1) * shares[part])
-            torch.autograd.grad(hidden, stream, found)
-
-            own = network.output.logits.detach()[:, -1].to(exact)
-            ours = own_logits(network.lm_head(hidden.detach()[:, -1])).to(own.device, exact)
-            scores, residual_error = close_product(end.detach(), checked)
+                # The loss and its gradient at the last hidden states, a few rows of logits at a
+                # time. Sequences do not touch each other, so the gradient of the sum holds each
+                # one's own.
+                rows, positions, labels, shares = settle(
+                    hidden.device, rows, positions, labels, shares
+                )
+                logit_rows = max(1, LOGITS_BYTES[hidden.device.type] // logits_width)
+                losses = torch.zeros(len(stream), dtype=exact, device=hidden.device)
+                entropies = torch.zeros_like(losses)
+                found = torch.zeros_like(hidden)
+                for start in range(0, len(rows), logit_rows):
+                    part = slice(start, start + logit_rows)
+                    at = rows[part], positions[part]
+                    last = hidden.detach()[at].requires_grad_(True)
+                    logits = own_logits(network.lm_head(last).to(last.device))
+                    logs = logits.detach().to(exact).log_softmax(-1)
+                    if start <= compared < start + logit_rows:
+                        ours = logits.detach()[compared - start].to(own.device, exact)
+                    label, share = labels[part, None], shares[part]
+                    losses.index_add_(0, at[0], -logs.gather(1, label)[:, 0] * share)
+                    slope = logs.exp()
+                    entropies.index_add_(0, at[0], -(slope * logs).sum(-1) * share)
+                    # -log p falls by the logit of the label, and grows with each logit by its p.
+                    slope.scatter_add_(1, label, -torch.ones_like(share)[:, None])
+                    slope *= share[:, None]
+                    found[at] = torch.autograd.grad(logits, last, slope.to(logits.dtype))[0]
+                torch.autograd.grad(hidden, stream, found)
+                scores, residual_error = close_product(end["input"].detach(), checked)
+            finally:
+                release()
             scores = nnsight.save(bring(scores))
             residual_error = nnsight.save(bring(residual_error))
             logits_error = nnsight.save(bring((own - ours).norm() / own.norm()))
@@ -576,12 +492,27 @@ def _inputs(
     return tokens, labels, kept, columns
 
 
-def _scored(batch: Batch, steps: int, exact: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Row, position, token and share of each scored token; those of a sequence sum to 1."""
+class _Scored(NamedTuple):
+    """The scored tokens of all rows, one after the other."""
+
+    rows: torch.Tensor
+    """int64 [token]"""
+
+    positions: torch.Tensor
+    """int64 [token]: where it is predicted."""
+
+    labels: torch.Tensor
+    """int64 [token]: which it is."""
+
+    shares: torch.Tensor
+    """[token]: what it counts; those of a sequence sum to 1."""
+
+
+def _scored(batch: Batch, steps: int, exact: torch.dtype) -> _Scored:
     valid = batch.labels != -100
     shares = valid.double() / valid.sum(1, keepdim=True)
     rows = valid.nonzero()[:, 0] + len(valid) * torch.arange(steps)[:, None]
-    return (
+    return _Scored(
         rows.flatten(),
         batch.positions[valid].repeat(steps),
         batch.labels[valid].repeat(steps),
