@@ -10,7 +10,7 @@ of an access through the trace, of which a layer would need eleven, and a layer 
 again runs its hooks again. Everything is functions inside a function, so that a trace can be sent
 to a server that does not have this package.
 
-    >>> watch, watch_end, release = watchers(model, graph, False, write, receive, part, join)
+    >>> watch, watch_ends, release = watchers(model, graph, False, write, receive, part, join)
 """
 
 from collections.abc import Callable, Sequence
@@ -53,10 +53,10 @@ def watchers(
     join_parts: Callable[[int, int, Pull, tuple[torch.Tensor, ...]], torch.Tensor],
 ) -> tuple[
     Callable[[int, SimpleNamespace], None],
-    Callable[[SimpleNamespace, SimpleNamespace | None], dict[str, torch.Tensor]],
+    Callable[..., dict[str, torch.Tensor]],
     Callable[[], None],
 ]:
-    """What watches a layer, what watches the final norm, and what ends it, as local functions.
+    """What watches a layer, what watches both ends of the stream, and what stops, local functions.
 
     Args:
         model: The model.
@@ -262,16 +262,28 @@ def watchers(
 
         at_output(layer.experts, mix)
 
-    def watch_end(module: SimpleNamespace, norm: SimpleNamespace | None) -> dict[str, torch.Tensor]:
-        """Give where the input and the output of the final norm will be."""
+    def watch_ends(
+        first: SimpleNamespace,
+        begin: Callable[[torch.Tensor], torch.Tensor],
+        last: SimpleNamespace,
+        norm: SimpleNamespace | None,
+    ) -> dict[str, torch.Tensor]:
+        """Let the stream begin before the first layer; give where it and its end will be."""
         found: dict[str, torch.Tensor] = {}
-        at_input(module, lambda value: found.update(input=value))
-        read(norm, module, [], partial(receive, n_targets - 1))
-        at_output(module, lambda output, *_: found.update(output=output))
+
+        def start(value: torch.Tensor) -> torch.Tensor:
+            if "stream" not in found:
+                found["stream"] = begin(value)
+            return found["stream"]
+
+        at_input(first, start)
+        at_input(last, lambda value: found.update(end=value))
+        read(norm, last, [], partial(receive, n_targets - 1))
+        at_output(last, lambda output, *_: found.update(hidden=output))
         return found
 
     def release() -> None:
         for handle in handles:
             handle.remove()
 
-    return watch, watch_end, release
+    return watch, watch_ends, release

@@ -54,94 +54,102 @@ def edge_product(
     """
     mask = graph.mask
     n_sources, n_targets = mask.shape
+    # Sources are in the order in which they write: a target reads so many of them.
+    reaches = mask.sum(0).tolist()
     per_layer = (n_targets - 1) // n_layers
     # Gradients of a group of layers are multiplied at once, from the last group to the first.
     group = per_layer * -(-n_layers // GRADIENT_GROUPS)
     slice_bytes = SLICE_BYTES
     held: dict[str, torch.Tensor] = {}
     state = {"start": n_targets, "stop": n_targets, "piece": 1}
-    written: set[int] = set()
-    missing: set[int] = set()
+    rooms: dict[int, torch.Tensor] = {}
+    waiting: dict[int, torch.Tensor] = {}
 
     def open_product(stream: torch.Tensor) -> None:
-        """Make room for all outputs and for the gradients of one group."""
+        """Make room for all outputs, and keep the first."""
         _, length, width = stream.shape
         # The sum over positions falls into equal pieces, about enough of them for a whole GPU.
         wanted = max(1, n_sequences * length // 1024)
         divisors = (p for p in range(1, length + 1) if length % p == 0)
         piece = min(divisors, key=lambda p: max(p / wanted, wanted / p))
         state["piece"] = (length if stream.device.type == "cpu" else piece) * width
-        shape = (n_sequences, length, width)
+        shape = (n_sources, n_sequences, length, width)
         place = "cpu" if on_host else stream.device
-        held["outputs"] = torch.empty(
-            n_sources, *shape, dtype=stream.dtype, device=place, pin_memory=on_host
-        )
-        # A multiple of 8, for which matrix products have their fast kernels.
-        held["gradients"] = stream.new_zeros(-(-group // 8) * 8, steps, *shape)
+        held["outputs"] = torch.empty(shape, dtype=stream.dtype, device=place, pin_memory=on_host)
+        rooms.update(enumerate(held["outputs"].unbind()))
         exact = torch.promote_types(stream.dtype, torch.float32)
         held["scores"] = stream.new_zeros(n_sequences, n_sources, n_targets, dtype=exact)
+        write(0, stream)
 
     def write(source: int, output: torch.Tensor) -> None:
         """Keep the output of a source, when it comes for the first time."""
-        if source not in written:
-            written.add(source)
-            held["outputs"][source].copy_(output.detach()[-n_sequences:], non_blocking=True)
-
-    def room(target: int) -> torch.Tensor:
-        """Where the gradient of a target waits."""
-        if target < state["start"]:
-            multiply()
-            size = 1 if state["start"] == n_targets else group  # the final norm comes alone
-            state["stop"] = state["start"]
-            state["start"] = max(0, state["stop"] - size)
-            missing.update(range(state["start"], state["stop"]))
-        return held["gradients"][target - state["start"]]
-
-    def receive(first: int, pull: Pull, gradients: Gradients) -> torch.Tensor:
-        """Take gradients of some branches to before their norm; give the sum of them there."""
-        for target, gradient in enumerate(gradients, first):
-            gradient = pull(gradient)
-            receive_part(target, gradient)
-        if len(gradients) == 1:
-            return gradient
-        start = first - state["start"]
-        return held["gradients"][start : start + len(gradients)].sum(0).view_as(gradient)
+        room = rooms.pop(source, None)
+        if room is not None:
+            output = output.detach()
+            room.copy_(output if steps == 1 else output[-n_sequences:], non_blocking=True)
 
     def receive_part(target: int, gradient: torch.Tensor) -> None:
         """Take the gradient of a branch as it is."""
-        here = room(target)
-        here.copy_(gradient.view_as(here))
-        missing.discard(target)
+        while target < state["start"]:
+            multiply()
+        waiting[target] = gradient.to(held["scores"].device)
+
+    def receive(first: int, pull: Pull, gradients: Gradients) -> torch.Tensor:
+        """Take gradients of some branches to before their norm; give the sum of them there."""
+        total = None
+        for target, gradient in enumerate(gradients, first):
+            gradient = pull(gradient)
+            receive_part(target, gradient)
+            total = gradient if total is None else total + gradient
+        assert total is not None
+        return total
 
     def join_parts(first: int, count: int, pull: Pull, gradients: Gradients) -> torch.Tensor:
         """Take gradients that came as parts to before their norm, and the whole one too."""
         for target in range(first, first + count):
-            here = room(target)
-            if target not in missing:
-                here.copy_(pull(here.flatten(0, 1)).view_as(here))
+            if target in waiting:
+                part = waiting[target].to(gradients[0].device)
+                receive_part(target, pull(part))
         return pull(gradients[0])
 
     def multiply() -> None:
-        """Multiply the gradients that are there with the outputs that they can have an edge to."""
+        """Multiply the gradients that are there with the outputs that they can have an edge to.
+
+        Then those of the next group are awaited.
+        """
         start, stop = state["start"], state["stop"]
-        if start == stop:
+        size = 1 if start == n_targets else group  # the final norm comes alone
+        state.update(start=max(0, start - size), stop=start)
+        if not waiting:
             return
-        for target in missing:  # a branch without influence
-            held["gradients"][target - start] = 0
-        missing.clear()
-        full = -(-(stop - start) // 8) * 8
-        gradients = held["gradients"][:full]
-        reach = int(mask[:, start:stop].any(1).nonzero().max()) + 1
+        targets = range(start, stop)
+        gradients = gathered(targets)
+        reach = reaches[targets[-1]]
         outputs = held["outputs"][:reach].flatten(1).unflatten(1, (-1, state["piece"]))
+        scores = held["scores"][:, :reach, start : start + len(targets)]
         for step in range(steps):
             read = gradients[:, step].flatten(1).unflatten(1, (-1, state["piece"]))
             found = product(outputs, read.permute(1, 2, 0))
-            found = found.unflatten(0, (n_sequences, -1)).sum(1)[..., : stop - start]
-            held["scores"][:, :reach, start:stop] -= found / steps
+            found = found.unflatten(0, (n_sequences, -1)).sum(1)[..., : len(targets)]
+            scores -= found if steps == 1 else found / steps
         if left is not None:
-            total = gradients[: stop - start].sum((1, 3), dtype=held["scores"].dtype) / steps
-            kept = torch.einsum("sd,tnd->nst", left[:reach].to(total.dtype), total)
-            held["scores"][:, :reach, start:stop] += kept
+            total = gradients[: len(targets)].sum((1, 3), dtype=scores.dtype) / steps
+            scores += torch.einsum("sd,tnd->nst", left[:reach].to(total.dtype), total)
+
+    def gathered(targets: range) -> torch.Tensor:
+        """Gradients of these targets side by side: [target, step, sequence, position, d_model]."""
+        shape = (-1, steps, *held["outputs"].shape[1:])
+        some = next(iter(waiting.values()))
+        missing = set(targets) - set(waiting)  # branches without influence
+        waiting.update(dict.fromkeys(missing, torch.zeros_like(some) if missing else some))
+        found = [waiting.pop(target) for target in targets]
+        if len(found) == 1:
+            return some.reshape(shape)
+        if "gradients" not in held:
+            # A multiple of 8, for which matrix products have their fast kernels.
+            held["gradients"] = some.new_zeros(-(-len(found) // 8) * 8, *some.shape)
+        torch.stack(found, out=held["gradients"][: len(found)])
+        return held["gradients"].view(shape)
 
     def product(outputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
         """[source, piece, ...] times [piece, ..., target], summed in float32 or better."""
@@ -170,10 +178,10 @@ def edge_product(
         """Give the scores, and how far the outputs' sum is from the end of the stream."""
         multiply()
         scores = held["scores"].masked_fill(~mask.to(held["scores"].device, non_blocking=True), 0)
-        at = (torch.arange(n_sequences, device=end.device)[:, None], checked.to(end.device))
-        here = tuple(part.to(held["outputs"].device) for part in at)
-        total = sum(output[here].to(end.device, scores.dtype) for output in held["outputs"])
-        truth = end[-n_sequences:][at].to(scores.dtype)
+        outputs, checked = held["outputs"], checked.to(held["outputs"].device)
+        rows = torch.arange(n_sequences, device=checked.device)[:, None]
+        total = outputs[:, rows, checked].sum(0, dtype=scores.dtype).to(end.device)
+        truth = end[-n_sequences:][rows.to(end.device), checked.to(end.device)].to(scores.dtype)
         error = (total - truth).norm() / truth.norm()
         held.clear()
         return scores, error

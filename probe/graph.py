@@ -13,6 +13,7 @@ edge included, and `Graph.mask` says which entries are.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -91,7 +92,7 @@ class Graph:
             targets.append(f"m{layer}")
         return cls(n_layers, granularity, tuple(sources), (*targets, "logits"), parallel)
 
-    @property
+    @cached_property
     def mask(self) -> torch.Tensor:
         """Where the matrix holds an edge: bool [source, target], source before target."""
         written = torch.tensor([_time(name) for name in self.sources])

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, StoppingCriteriaList
 
 # Logits stay small beside the activations.
-LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+LOGITS_BYTES = 64 * 2**20
 
 # At so many positions of each sequence the sources' sum is compared with the residual stream.
 CHECKED_POSITIONS = 16
@@ -163,7 +163,7 @@ def edge_scores(
     open_product, write, receive, receive_part, join_parts, close_product = edge_product(
         graph, len(layers), n_sequences, steps, left, thrift.sources_on_host
     )
-    watch, watch_end, release = watchers(
+    watch, watch_ends, release = watchers(
         model, graph, relevance, write, receive, receive_part, join_parts
     )
 
@@ -172,21 +172,23 @@ def edge_scores(
             input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=_backend(model)
         ):
             points, checked = settle(network.device, points, checked)
-            # The one line that switches the graph on: parameters are frozen.
-            stream = layers[0].module.input.detach()
-            if steps > 1:
-                base = 0 if left is None else left[0].to(stream.device)
-                stream = base + points * (stream - base)
-            stream.requires_grad_(True)
-            layers[0].module.input = stream
-            open_product(stream)
-            write(0, stream)
+
+            def begin(value: torch.Tensor) -> torch.Tensor:
+                """Give the stream, to which the gradients lead: parameters are frozen."""
+                stream = value.detach()
+                if steps > 1:
+                    base = 0 if left is None else left[0].to(stream.device)
+                    stream = base + points * (stream - base)
+                open_product(stream)
+                return stream.requires_grad_(True)
+
             try:
+                found = watch_ends(layers[0].module, begin, final, final_norm)
                 for number, layer in enumerate(layers):
                     watch(number, layer)
-                end = watch_end(final, final_norm)
+                # Here the model runs.
                 own = network.output.logits.detach()[compared_row, -1].to(exact)
-                hidden = end["output"]
+                stream, hidden = found["stream"], found["hidden"]
 
                 # The loss and its gradient at the last hidden states, a few rows of logits at a
                 # time. Sequences do not touch each other, so the gradient of the sum holds each
@@ -194,10 +196,10 @@ def edge_scores(
                 rows, positions, labels, shares = settle(
                     hidden.device, rows, positions, labels, shares
                 )
-                logit_rows = max(1, LOGITS_BYTES[hidden.device.type] // logits_width)
+                logit_rows = max(1, LOGITS_BYTES // logits_width)
                 losses = torch.zeros(len(stream), dtype=exact, device=hidden.device)
                 entropies = torch.zeros_like(losses)
-                found = torch.zeros_like(hidden)
+                slopes = torch.zeros_like(hidden)
                 for start in range(0, len(rows), logit_rows):
                     part = slice(start, start + logit_rows)
                     at = rows[part], positions[part]
@@ -209,13 +211,13 @@ def edge_scores(
                     label, share = labels[part, None], shares[part]
                     losses.index_add_(0, at[0], -logs.gather(1, label)[:, 0] * share)
                     slope = logs.exp()
-                    entropies.index_add_(0, at[0], -(slope * logs).sum(-1) * share)
+                    entropies.index_add_(0, at[0], -logs.mul_(slope).sum(-1) * share)
                     # -log p falls by the logit of the label, and grows with each logit by its p.
                     slope.scatter_add_(1, label, -torch.ones_like(share)[:, None])
                     slope *= share[:, None]
-                    found[at] = torch.autograd.grad(logits, last, slope.to(logits.dtype))[0]
-                torch.autograd.grad(hidden, stream, found)
-                scores, residual_error = close_product(end["input"].detach(), checked)
+                    slopes[at] = torch.autograd.grad(logits, last, slope.to(logits.dtype))[0]
+                torch.autograd.grad(hidden, stream, slopes)
+                scores, residual_error = close_product(found["end"].detach(), checked)
             finally:
                 release()
             scores = nnsight.save(bring(scores))
@@ -523,8 +525,7 @@ def _scored(batch: Batch, steps: int, exact: torch.dtype) -> _Scored:
 @contextmanager
 def _recomputing(model: Model, wanted: bool) -> Iterator[None]:
     """Let decoder layers drop their activations and compute them again, for a while."""
-    # Not the first: its input is replaced, which a second pass through it would not know of.
-    layers = attrgetter(model.architecture.layers)(model.network._module)[1:] if wanted else ()
+    layers = attrgetter(model.architecture.layers)(model.network._module) if wanted else ()
     again = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     for layer in layers:
         # Only the layer itself is in training mode, which is its switch: no dropout comes on.
