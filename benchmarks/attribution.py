@@ -69,7 +69,7 @@ SHAPES: dict[str, dict[str, object]] = {
         "intermediate_size": 1536,
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
-        "vocab_size": 32000,
+        "vocab_size": 27000,
         "tie_word_embeddings": False,
     },
     "llama-1m": {
@@ -410,7 +410,7 @@ def cpu(results: Results, threads: int) -> None:
 def work_on(number: int, *, place: str, tell: Callable[[Told], None]) -> tuple[float, float]:
     """Attribute on one card; when the work began and ended, the model being there."""
     model = random_model("mistral-7b", place, torch.bfloat16, "liger")
-    sequences = random_sequences(model, [256] * 32 * 20)
+    sequences = random_sequences(model, [256] * 32 * 60)
     probe.attribute(model, sequences[:64])
     start = time.time()
     probe.attribute(model, sequences)
@@ -428,7 +428,7 @@ def two_cards(results: Results) -> None:
     one = sum(end - start for start, end in alone)
     two = max(end for _, end in together) - min(start for start, _ in together)
     results.add(
-        "a pair, 2 x 640 sequences of 256 tokens, liger, two cards against one",
+        "a pair, 2 x 1920 sequences of 256 tokens, liger, two cards against one",
         ms=1000 * two,
         one_card_ms=1000 * one,
         times_faster=one / two,

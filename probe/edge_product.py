@@ -35,7 +35,7 @@ def edge_product(
     left: torch.Tensor | None,
     on_host: bool,
 ) -> tuple[
-    Callable[[torch.Tensor], None],
+    Callable[[torch.Tensor], torch.Tensor],
     Callable[[int, torch.Tensor], None],
     Callable[[int, Pull, Gradients], torch.Tensor],
     Callable[[int, torch.Tensor], None],
@@ -65,8 +65,15 @@ def edge_product(
     rooms: dict[int, torch.Tensor] = {}
     waiting: dict[int, torch.Tensor] = {}
 
-    def open_product(stream: torch.Tensor) -> None:
-        """Make room for all outputs, and keep the first."""
+    def open_product(embedded: torch.Tensor) -> torch.Tensor:
+        """Give the stream as it begins, on the way of an integral; make room, keep the input."""
+        stream = embedded.detach()
+        exact = torch.promote_types(stream.dtype, torch.float32)
+        if steps > 1:
+            points = torch.arange(1, steps + 1, device=stream.device).to(exact) / steps
+            points = points.repeat_interleave(n_sequences)[:, None, None].to(stream.dtype)
+            base = 0 if left is None else left[0].to(stream.device)
+            stream = base + points * (stream - base)
         _, length, width = stream.shape
         # The sum over positions falls into equal pieces, about enough of them for a whole GPU.
         wanted = max(1, n_sequences * length // 1024)
@@ -77,9 +84,10 @@ def edge_product(
         place = "cpu" if on_host else stream.device
         held["outputs"] = torch.empty(shape, dtype=stream.dtype, device=place, pin_memory=on_host)
         rooms.update(enumerate(held["outputs"].unbind()))
-        exact = torch.promote_types(stream.dtype, torch.float32)
         held["scores"] = stream.new_zeros(n_sequences, n_sources, n_targets, dtype=exact)
         write(0, stream)
+        # The one line that switches the graph on: parameters are frozen.
+        return stream.requires_grad_(True)
 
     def write(source: int, output: torch.Tensor) -> None:
         """Keep the output of a source, when it comes for the first time."""

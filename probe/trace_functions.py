@@ -12,6 +12,9 @@ import torch
 
 from probe.models import Model
 
+# Logits stay small beside the activations.
+LOGITS_BYTES = 64 * 2**20
+
 Pull = Callable[[torch.Tensor], torch.Tensor]
 """From a gradient behind a norm to the gradient before it."""
 
@@ -126,15 +129,63 @@ def norm_pull(
     return through
 
 
-def own_logits_of(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What the model does to its unembedding's output, as a local function."""
+def logits_scoring(
+    model: Model, exact: torch.dtype
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """What turns last hidden states into losses, as a local function.
+
+    Args:
+        model: The model.
+        exact: The precision of losses.
+    """
     row = model.architecture
     divisor = float(getattr(model.config, row.logits_divisor)) if row.logits_divisor else 1.0
     cap = getattr(model.config, row.logits_cap) if row.logits_cap else None
+    logit_rows = max(1, LOGITS_BYTES // (4 * int(model.config.vocab_size)))
 
-    def own_logits(logits: torch.Tensor) -> torch.Tensor:
-        if divisor != 1:
-            logits = logits / divisor
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+    def score_logits(
+        hidden: torch.Tensor,
+        scored: list[torch.Tensor],
+        unembed: Callable[[torch.Tensor], torch.Tensor],
+        compared: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Score tokens, a few rows of logits at a time.
 
-    return own_logits
+        Sequences do not touch each other, so the gradient of their sum holds each one's own.
+
+        Args:
+            hidden: [sequence, position, d_model], without a graph.
+            scored: The row, position, label and share of each token.
+            unembed: The model's unembedding.
+            compared: A token whose logits are wanted.
+
+        Returns:
+            Each sequence's loss and mean entropy, those logits, and the gradient of all losses at
+            the hidden states.
+        """
+        rows, positions, labels, shares = scored
+        losses = torch.zeros(len(hidden), dtype=exact, device=hidden.device)
+        entropies = torch.zeros_like(losses)
+        slopes = torch.zeros_like(hidden)
+        for start in range(0, len(rows), logit_rows):
+            part = slice(start, start + logit_rows)
+            at, label, share = (rows[part], positions[part]), labels[part, None], shares[part]
+            last = hidden[at].requires_grad_(True)
+            logits = unembed(last).to(last.device)
+            if divisor != 1:
+                logits = logits / divisor
+            if cap is not None:
+                logits = torch.tanh(logits / cap) * cap
+            if start <= compared < start + logit_rows:
+                ours = logits[compared - start].detach().clone()
+            logs = logits.detach().to(exact).log_softmax(-1)
+            losses.index_add_(0, at[0], -logs.gather(1, label)[:, 0] * share)
+            slope = logs.exp()
+            entropies.index_add_(0, at[0], -logs.mul_(slope).sum(-1) * share)
+            # -log p falls by the logit of the label, and grows with each logit by its p.
+            slope.scatter_add_(1, label, -torch.ones_like(share)[:, None])
+            slope *= share[:, None]
+            slopes[at] = torch.autograd.grad(logits, last, slope.to(logits.dtype))[0]
+        return losses, entropies, ours, slopes
+
+    return score_logits

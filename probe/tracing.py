@@ -36,13 +36,10 @@ from probe.graph import Graph
 from probe.layers import branch_columns_of, heads_of, layers_of, output_scale, there
 from probe.models import Model
 from probe.remote import Deployment
-from probe.trace_functions import own_logits_of, trace_functions
+from probe.trace_functions import logits_scoring, trace_functions
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, StoppingCriteriaList
-
-# Logits stay small beside the activations.
-LOGITS_BYTES = 64 * 2**20
 
 # At so many positions of each sequence the sources' sum is compared with the residual stream.
 CHECKED_POSITIONS = 16
@@ -147,19 +144,16 @@ def edge_scores(
     # What is copied without waiting lets one batch begin while the one before is computed.
     input_ids = batch.input_ids.repeat(steps, 1).to(model.device, non_blocking=True)
     scored = _scored(batch, steps, exact)
+    placed = [part.to(model.device, non_blocking=True) for part in scored]
     # The model itself gives logits at the last position, where the longest sequence is scored.
     compared = int((scored.positions == batch.input_ids.shape[1] - 1).nonzero()[0])
     compared_row = int(scored.rows[compared])
-    rows, positions, labels, shares = (part.to(model.device, non_blocking=True) for part in scored)
     n_sequences = len(batch.input_ids)
-    points = torch.arange(1, steps + 1).repeat_interleave(n_sequences).to(exact) / steps
-    points = points[:, None, None].to(model.device, model.dtype, non_blocking=True)
     checked = torch.linspace(0, 1, CHECKED_POSITIONS)[None] * (batch.lengths[:, None] - 1)
     checked = checked.long().to(model.device, non_blocking=True)
     left = None if means is None else means.to(model.device, model.dtype)
-    logits_width = 4 * int(model.config.vocab_size)
     settle, bring, _, _ = trace_functions(model, exact)
-    own_logits = own_logits_of(model)
+    score_logits = logits_scoring(model, exact)
     open_product, write, receive, receive_part, join_parts, close_product = edge_product(
         graph, len(layers), n_sequences, steps, left, thrift.sources_on_host
     )
@@ -171,58 +165,26 @@ def edge_scores(
         with network.trace(
             input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=_backend(model)
         ):
-            points, checked = settle(network.device, points, checked)
-
-            def begin(value: torch.Tensor) -> torch.Tensor:
-                """Give the stream, to which the gradients lead: parameters are frozen."""
-                stream = value.detach()
-                if steps > 1:
-                    base = 0 if left is None else left[0].to(stream.device)
-                    stream = base + points * (stream - base)
-                open_product(stream)
-                return stream.requires_grad_(True)
-
+            (checked,) = settle(network.device, checked)
             try:
-                found = watch_ends(layers[0].module, begin, final, final_norm)
+                found = watch_ends(layers[0].module, open_product, final, final_norm)
                 for number, layer in enumerate(layers):
                     watch(number, layer)
                 # Here the model runs.
                 own = network.output.logits.detach()[compared_row, -1].to(exact)
-                stream, hidden = found["stream"], found["hidden"]
-
-                # The loss and its gradient at the last hidden states, a few rows of logits at a
-                # time. Sequences do not touch each other, so the gradient of the sum holds each
-                # one's own.
-                rows, positions, labels, shares = settle(
-                    hidden.device, rows, positions, labels, shares
+                hidden = found["hidden"]
+                placed = settle(hidden.device, *placed)
+                losses, entropies, ours, slopes = score_logits(
+                    hidden.detach(), placed, network.lm_head, compared
                 )
-                logit_rows = max(1, LOGITS_BYTES // logits_width)
-                losses = torch.zeros(len(stream), dtype=exact, device=hidden.device)
-                entropies = torch.zeros_like(losses)
-                slopes = torch.zeros_like(hidden)
-                for start in range(0, len(rows), logit_rows):
-                    part = slice(start, start + logit_rows)
-                    at = rows[part], positions[part]
-                    last = hidden.detach()[at].requires_grad_(True)
-                    logits = own_logits(network.lm_head(last).to(last.device))
-                    logs = logits.detach().to(exact).log_softmax(-1)
-                    if start <= compared < start + logit_rows:
-                        ours = logits.detach()[compared - start].to(own.device, exact)
-                    label, share = labels[part, None], shares[part]
-                    losses.index_add_(0, at[0], -logs.gather(1, label)[:, 0] * share)
-                    slope = logs.exp()
-                    entropies.index_add_(0, at[0], -logs.mul_(slope).sum(-1) * share)
-                    # -log p falls by the logit of the label, and grows with each logit by its p.
-                    slope.scatter_add_(1, label, -torch.ones_like(share)[:, None])
-                    slope *= share[:, None]
-                    slopes[at] = torch.autograd.grad(logits, last, slope.to(logits.dtype))[0]
-                torch.autograd.grad(hidden, stream, slopes)
+                torch.autograd.grad(hidden, found["stream"], slopes)
                 scores, residual_error = close_product(found["end"].detach(), checked)
             finally:
                 release()
             scores = nnsight.save(bring(scores))
             residual_error = nnsight.save(bring(residual_error))
-            logits_error = nnsight.save(bring((own - ours).norm() / own.norm()))
+            error = (own - ours.to(own)).norm() / own.norm()
+            logits_error = nnsight.save(bring(error))
             # The last rows hold the inputs as they are.
             losses = nnsight.save(bring(losses[-n_sequences:]))
             entropies = nnsight.save(bring(entropies[-n_sequences:]))

@@ -1,5 +1,7 @@
 """The pieces of the edge product that whole attributions do not take apart."""
 
+import gc
+
 import pytest
 import torch
 from small_models import MODELS, save_small_model
@@ -82,3 +84,43 @@ def test_activations_computed_again_change_nothing(name, granularity, tmp_path, 
     assert not any(layer.training for layer in module.modules())
     after = edge_scores(model, batch, graph)
     assert torch.equal(after.scores, expected.scores)
+
+
+def hooks(module):
+    return [h for m in module.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
+
+
+@pytest.mark.parametrize("granularity", ["qkv", "block", "head"])
+@pytest.mark.parametrize("thrift", [Thrift(), Thrift(recompute=True)])
+def test_a_batch_leaves_nothing_behind(granularity, thrift):
+    model = probe.load_model("probe:tiny-math/sft")
+    batch = make_batch([probe.Sequence([5, 6, 7, 8], [4, 5, 6]), probe.Sequence([7, 8], [9])])
+    edge_scores(model, batch, model.graph(granularity), thrift=thrift)
+
+    gc.collect()
+    gc.disable()  # what is left then would wait for a collection, on a GPU too
+    try:
+        before = {id(one) for one in gc.get_objects()}
+        result = edge_scores(model, batch, model.graph(granularity), thrift=thrift)
+        given = {value.untyped_storage().data_ptr() for value in result}
+        new = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+        new = [one for one in new if id(one) not in before]
+        assert {one.untyped_storage().data_ptr() for one in new} <= given
+    finally:
+        gc.enable()
+    assert not hooks(model.network._module)
+
+
+def test_a_batch_that_fails_takes_its_hooks_along():
+    model = probe.load_model("probe:tiny-math/sft")
+    module = model.network._module
+
+    def fail(*_):
+        raise RuntimeError("out of order")
+
+    handle = module.model.layers[-1].mlp.register_forward_hook(fail)
+    batch = make_batch([probe.Sequence([5, 6, 7, 8], [4, 5, 6])])
+    with pytest.raises(RuntimeError, match="out of order"):
+        edge_scores(model, batch, model.graph("qkv"))
+    assert len(hooks(module)) == 1
+    handle.remove()
