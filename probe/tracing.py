@@ -311,7 +311,7 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
     """Sum of each source's output over all positions that are no filling: [source, d_model]."""
     network, row, heads = model.network, model.architecture, heads_of(model)
     layers = layers_of(model)
-    input_ids, _, kept, _ = _inputs(model, batch)
+    input_ids = batch.input_ids.to(model.device)
     valid = (torch.arange(input_ids.shape[1]) < batch.lengths[:, None]).to(model.device)
     by_head = graph.granularity == "head"
     scale, transposed = output_scale(model), row.transposed
@@ -319,7 +319,7 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
     settle, _, tensor_of, _ = trace_functions(model, exact)
 
     with network.trace(
-        input_ids=input_ids, use_cache=False, logits_to_keep=kept[:1], backend=_backend(model)
+        input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=_backend(model)
     ):
         (valid,) = settle(network.device, valid)
 
@@ -338,7 +338,7 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
                     outputs.append(beside[part] @ weight[part])
                 if layer.attention_projection.bias is not None:
                     bias = layer.attention_projection.bias.to(exact) * scale
-                    outputs.append(bias * valid.sum())
+                    outputs.append(bias * valid.sum().to(bias.device))
             else:
                 written = tensor_of(layer.attention_output.output)
                 outputs.append(inside(written).sum(0) * scale)
@@ -443,17 +443,14 @@ def _backend(model: Model) -> _Job | None:
     return _Job(model.deployment) if model.deployment else None
 
 
-def _inputs(
-    model: Model, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A batch as a model takes it: tokens, labels, which positions get logits, which of these."""
-    kept = batch.positions.unique()
-    columns = torch.searchsorted(kept, batch.positions)
+def _inputs(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]:
+    """A batch as a model takes it: tokens, labels, how many last positions, which of these."""
+    # A number and not the positions: a model on several devices may need those on any of them.
+    first = int(batch.positions.min())
     tokens, labels, columns = (
-        tensor.to(model.device) for tensor in (batch.input_ids, batch.labels, columns)
+        tensor.to(model.device) for tensor in (batch.input_ids, batch.labels, batch.positions)
     )
-    # The positions stay here: a model that lies on several devices may need them on any.
-    return tokens, labels, kept, columns
+    return tokens, labels, batch.input_ids.shape[1] - first, columns - first
 
 
 class _Scored(NamedTuple):
