@@ -5,8 +5,8 @@ theirs, and is then multiplied with all outputs at once: one thin matrix product
 and no gradient waits for the end. All of it is functions inside a function, so that a trace can be
 sent to a server that does not have this package.
 
-    >>> open_product, write, receive, receive_part, join_parts, close_product = edge_product(
-    ...     graph, 32, 8, 1, None, False
+    >>> open_product, write, *receivers, check_sum, close_product = edge_product(
+    ...     graph, n_layers=32, n_sequences=8, steps=1, left=None, on_host=False
     ... )
 """
 
@@ -40,7 +40,8 @@ def edge_product(
     Callable[[int, Pull, Gradients], torch.Tensor],
     Callable[[int, torch.Tensor], None],
     Callable[[int, int, Pull, Gradients], torch.Tensor],
-    Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    Callable[[], torch.Tensor],
 ]:
     """What multiplies outputs with gradients as they come, as local functions.
 
@@ -64,6 +65,7 @@ def edge_product(
     state = {"start": n_targets, "stop": n_targets, "piece": 1}
     rooms: dict[int, torch.Tensor] = {}
     waiting: dict[int, torch.Tensor] = {}
+    parts: dict[int, torch.Tensor] = {}
 
     def open_product(embedded: torch.Tensor) -> torch.Tensor:
         """Give the stream as it begins, on the way of an integral; make room, keep the input."""
@@ -96,28 +98,33 @@ def edge_product(
             output = output.detach()
             room.copy_(output if steps == 1 else output[-n_sequences:], non_blocking=True)
 
-    def receive_part(target: int, gradient: torch.Tensor) -> None:
-        """Take the gradient of a branch as it is."""
+    def take(target: int, gradient: torch.Tensor) -> None:
+        """Take the gradient of a branch."""
         while target < state["start"]:
             multiply()
         waiting[target] = gradient.to(held["scores"].device)
+        if len(waiting) == state["stop"] - state["start"]:
+            multiply()
 
     def receive(first: int, pull: Pull, gradients: Gradients) -> torch.Tensor:
         """Take gradients of some branches to before their norm; give the sum of them there."""
         total = None
         for target, gradient in enumerate(gradients, first):
             gradient = pull(gradient)
-            receive_part(target, gradient)
             total = gradient if total is None else total + gradient
+            take(target, gradient)
         assert total is not None
         return total
+
+    def receive_part(target: int, gradient: torch.Tensor) -> None:
+        """Take the gradient of a branch behind its norm, until the whole one is there."""
+        parts[target] = gradient
 
     def join_parts(first: int, count: int, pull: Pull, gradients: Gradients) -> torch.Tensor:
         """Take gradients that came as parts to before their norm, and the whole one too."""
         for target in range(first, first + count):
-            if target in waiting:
-                part = waiting[target].to(gradients[0].device)
-                receive_part(target, pull(part))
+            if target in parts:
+                take(target, pull(parts.pop(target)))
         return pull(gradients[0])
 
     def multiply() -> None:
@@ -180,18 +187,19 @@ def edge_product(
             torch.bmm(outputs[part].to(exact), gradients[part].to(exact), out=found[part])
         return found
 
-    def close_product(
-        end: torch.Tensor, checked: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the scores, and how far the outputs' sum is from the end of the stream."""
-        multiply()
-        scores = held["scores"].masked_fill(~mask.to(held["scores"].device, non_blocking=True), 0)
+    def check_sum(end: torch.Tensor, checked: torch.Tensor) -> torch.Tensor:
+        """Tell how far the outputs' sum is from the end of the stream, at a few positions."""
         outputs, checked = held["outputs"], checked.to(held["outputs"].device)
         rows = torch.arange(n_sequences, device=checked.device)[:, None]
-        total = outputs[:, rows, checked].sum(0, dtype=scores.dtype).to(end.device)
-        truth = end[-n_sequences:][rows.to(end.device), checked.to(end.device)].to(scores.dtype)
-        error = (total - truth).norm() / truth.norm()
-        held.clear()
-        return scores, error
+        total = outputs[:, rows, checked].sum(0, dtype=held["scores"].dtype).to(end.device)
+        truth = end[-n_sequences:][rows.to(end.device), checked.to(end.device)].to(total.dtype)
+        return (total - truth).norm() / truth.norm()
 
-    return open_product, write, receive, receive_part, join_parts, close_product
+    def close_product() -> torch.Tensor:
+        """Give the scores."""
+        multiply()
+        scores = held["scores"].masked_fill(~mask.to(held["scores"].device, non_blocking=True), 0)
+        held.clear()
+        return scores
+
+    return open_product, write, receive, receive_part, join_parts, check_sum, close_product

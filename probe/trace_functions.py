@@ -147,6 +147,7 @@ def logits_scoring(
         hidden: torch.Tensor,
         scored: list[torch.Tensor],
         unembed: Callable[[torch.Tensor], torch.Tensor],
+        weight: torch.Tensor,
         compared: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Score tokens, a few rows of logits at a time.
@@ -157,6 +158,7 @@ def logits_scoring(
             hidden: [sequence, position, d_model], without a graph.
             scored: The row, position, label and share of each token.
             unembed: The model's unembedding.
+            weight: Its weight, [token, d_model].
             compared: A token whose logits are wanted.
 
         Returns:
@@ -170,22 +172,24 @@ def logits_scoring(
         for start in range(0, len(rows), logit_rows):
             part = slice(start, start + logit_rows)
             at, label, share = (rows[part], positions[part]), labels[part, None], shares[part]
-            last = hidden[at].requires_grad_(True)
-            logits = unembed(last).to(last.device)
+            logits = unembed(hidden[at]).detach().to(hidden.device)
             if divisor != 1:
                 logits = logits / divisor
             if cap is not None:
                 logits = torch.tanh(logits / cap) * cap
             if start <= compared < start + logit_rows:
-                ours = logits[compared - start].detach().clone()
-            logs = logits.detach().to(exact).log_softmax(-1)
+                ours = logits[compared - start].clone()
+            logs = logits.to(exact).log_softmax(-1)
             losses.index_add_(0, at[0], -logs.gather(1, label)[:, 0] * share)
             slope = logs.exp()
             entropies.index_add_(0, at[0], -logs.mul_(slope).sum(-1) * share)
             # -log p falls by the logit of the label, and grows with each logit by its p.
             slope.scatter_add_(1, label, -torch.ones_like(share)[:, None])
-            slope *= share[:, None]
-            slopes[at] = torch.autograd.grad(logits, last, slope.to(logits.dtype))[0]
+            slope *= share[:, None] / divisor
+            if cap is not None:
+                slope *= 1 - (logits / cap).square()
+            slope = slope.to(logits.dtype).to(weight.device)
+            slopes[at] = (slope @ weight).to(hidden.device)
         return losses, entropies, ours, slopes
 
     return score_logits

@@ -154,7 +154,7 @@ def edge_scores(
     left = None if means is None else means.to(model.device, model.dtype)
     settle, bring, _, _ = trace_functions(model, exact)
     score_logits = logits_scoring(model, exact)
-    open_product, write, receive, receive_part, join_parts, close_product = edge_product(
+    open_product, write, receive, receive_part, join_parts, check_sum, close_product = edge_product(
         graph, len(layers), n_sequences, steps, left, thrift.sources_on_host
     )
     watch, watch_ends, release = watchers(
@@ -172,13 +172,18 @@ def edge_scores(
                     watch(number, layer)
                 # Here the model runs.
                 own = network.output.logits.detach()[compared_row, -1].to(exact)
-                hidden = found["hidden"]
+                residual_error = check_sum(found.pop("end").detach(), checked)
+                hidden = found.pop("hidden")
                 placed = settle(hidden.device, *placed)
+                weight = network.lm_head.weight.detach()
                 losses, entropies, ours, slopes = score_logits(
-                    hidden.detach(), placed, network.lm_head, compared
+                    hidden.detach(), placed, network.lm_head, weight, compared
                 )
-                torch.autograd.grad(hidden, found["stream"], slopes)
-                scores, residual_error = close_product(found["end"].detach(), checked)
+                # From here on nobody needs the hidden states themselves.
+                edge = torch.autograd.graph.get_gradient_edge(hidden)
+                del hidden
+                torch.autograd.grad([edge], found["stream"], slopes)
+                scores = close_product()
             finally:
                 release()
             scores = nnsight.save(bring(scores))
