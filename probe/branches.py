@@ -5,10 +5,10 @@ that the gradient there is the gradient of this one branch, not of the stream. N
 graph: on the way back `norm_pull` takes each branch's gradient through its norm in closed form,
 and the stream gets their sum. So autograd keeps nothing for a norm, and walks through none.
 
-All of it are torch hooks, hung up inside a trace and taken down at its end. A hook costs a tenth
-of an access through the trace, of which a layer would need eleven, and a layer that is computed
-again runs its hooks again. Everything is functions inside a function, so that a trace can be sent
-to a server that does not have this package.
+All of this happens in torch hooks, hung up inside a trace and taken down at its end: a layer that
+is computed again runs its hooks again, and a hook costs a fraction of an access through the trace,
+of which each layer would need eleven. They are functions inside a function, so that a trace can
+be sent to a server that does not have this package.
 
     >>> watch, watch_ends, release = watchers(model, graph, False, write, receive, part, join)
 """
@@ -56,7 +56,7 @@ def watchers(
     Callable[..., dict[str, torch.Tensor]],
     Callable[[], None],
 ]:
-    """What watches a layer, what watches both ends of the stream, and what stops, local functions.
+    """Local functions that watch a layer, that watch both ends of the stream, and that stop.
 
     Args:
         model: The model.
@@ -210,17 +210,17 @@ def watchers(
         at_input(attention_projection, split)
 
     def keep(source: int) -> Change:
+        """Give what keeps an output."""
         return lambda output, *_: write(source, output if scale == 1 else output * scale)
 
     def watch(number: int, layer: SimpleNamespace) -> None:
+        """Watch a layer, by its number."""
         source, target = 1 + number * sources_per_layer, number * targets_per_layer
         if columns:
             back = partial(join_parts, target, len(columns))
-            for number, projection in enumerate(layer.projections):
-                here = enumerate(columns, target)
-                read_columns(
-                    projection, [(at, cut) for at, (place, cut) in here if place == number]
-                )
+            for place, projection in enumerate(layer.projections):
+                parts = [(at, cut) for at, (of, cut) in enumerate(columns, target) if of == place]
+                read_columns(projection, parts)
         else:
             back = partial(receive, target)
         parting = layer.projections if at_inputs else []
@@ -283,6 +283,7 @@ def watchers(
         return found
 
     def release() -> None:
+        """Take all hooks down."""
         for handle in handles:
             handle.remove()
 

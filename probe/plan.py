@@ -44,7 +44,7 @@ TOKEN_SECONDS = {"continuous": 1 / 3286 / 32, "static": 1 / 418 / 32}
 many answers to write: measured at 7B Mistral shape in bfloat16 (docs/generation.md)."""
 
 OPERATIONS_PER_SECOND = 5e14
-PASS_SECONDS = 0.1 / 32
+PASS_SECONDS = 0.08 / 32
 """What scoring reaches on one H200 at that shape with fused kernels, of 4 operations per parameter
 and token; and the least time that a batch takes, for each layer (docs/performance.md)."""
 
@@ -70,8 +70,8 @@ class ModelNeed:
         """Roughly what attribution holds per token of a batch."""
         if self.shape is None:
             return None
-        # A fit to one measurement (7B Mistral shape, bfloat16: 8.5 MB a token), sources included.
-        per_layer = 18 * self.shape.d_model + 4 * self.shape.d_ffn
+        # As `probe.batching.bytes_per_token` counts, two sources a layer included.
+        per_layer = 8 * self.shape.d_model + 3 * self.shape.d_ffn
         return self.shape.n_layers * per_layer * BYTES[dtype]
 
 

@@ -3,17 +3,19 @@
 One forward and one backward pass give all edges of a batch. Two rules keep that right:
 
 - Each branch reads its own view of the residual stream (or of the norm's output, for query, key
-  and value), so the gradient at that view is the gradient of that one branch, not of the stream.
+  and value), so the gradient at that view is the gradient of that one branch, not of the stream
+  (`probe.branches`).
 - The body of a `with ... trace(...)` uses torch and local variables only, and only edge scores
   and losses leave it: the same body can run on a server that does not have this package, and
-  activations never travel. (That is why heads and a layer's modules lie in plain namespaces, and
-  why the rules of relevance patching are functions inside a function.) It starts with `settle`,
-  since only the server knows on which device its model is.
+  activations never travel. (That is why heads and a layer's modules lie in plain namespaces.) It
+  starts with `settle`, since only the server knows on which device its model is, and defines no
+  function of its own: one would hold all that the body holds until Python collects garbage.
 
 `edge_scores` is behind the gradient methods, `ablated_losses` behind the exact one, `source_sums`
 behind mean ablation; all are called through `probe.attribution`, which makes the batches. `states`
-is behind `probe.states`. What the bodies call is in `probe.trace_functions` and
-`probe.edge_product`, and where a model's modules are in `probe.layers`.
+is behind `probe.states`. What the bodies call is in `probe.branches`,
+`probe.edge_product` and `probe.trace_functions`, and where a model's modules are in
+`probe.layers`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -234,6 +236,19 @@ def ablated_losses(
     exact = torch.promote_types(model.dtype, torch.float32)
     settle, _, tensor_of, mean_losses = trace_functions(model, exact)
 
+    def without(
+        value: torch.Tensor,
+        rows: list[int],
+        outputs: dict[int, torch.Tensor],
+        left: torch.Tensor,
+    ) -> torch.Tensor:
+        """The input of a branch in these rows, without the source that each row removes."""
+        gone = []
+        for r in rows:
+            output = outputs[source_of[r]][r]
+            gone.append((output - left[source_of[r]].to(output.device)).to(value.device))
+        return value[rows] - torch.stack(gone)
+
     with network.trace(
         input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=_backend(model)
     ):
@@ -242,23 +257,13 @@ def ablated_losses(
         outputs = {0: layers[0].module.input.clone()}
         n_sources = 1
 
-        def without(value: torch.Tensor, rows: list[int]) -> torch.Tensor:
-            """The input of a branch in these rows, without the source that each row removes."""
-            gone = [
-                (outputs[source_of[r]][r] - left[source_of[r]].to(outputs[source_of[r]].device)).to(
-                    value.device
-                )
-                for r in rows
-            ]
-            return value[rows] - torch.stack(gone)
-
         for number, layer in enumerate(layers):
             first = number * per_layer
             reader = layer.attention_norm or layer.attention
             stream = reader.input
             if not branch_columns and first in rows_of:
                 changed = stream.clone()
-                changed[rows_of[first]] = without(stream, rows_of[first])
+                changed[rows_of[first]] = without(stream, rows_of[first], outputs, left)
                 reader.input = changed
             for place, projection in enumerate(layer.projections):
                 todo = [
@@ -269,7 +274,7 @@ def ablated_losses(
                 if todo:
                     output = projection.output.clone()
                     for rows, chosen in todo:
-                        changed = without(stream, rows)
+                        changed = without(stream, rows, outputs, left)
                         if layer.attention_norm:
                             changed = layer.attention_norm(changed)
                         here = chosen.to(output.device)
@@ -296,7 +301,7 @@ def ablated_losses(
             target = first + per_layer - 1
             if target in rows_of:
                 changed = reader.input.clone()
-                changed[rows_of[target]] = without(changed, rows_of[target])
+                changed[rows_of[target]] = without(changed, rows_of[target], outputs, left)
                 reader.input = changed
             if n_sources in needed:
                 written = tensor_of(layer.ffn_output.output)
@@ -305,7 +310,7 @@ def ablated_losses(
         target = len(layers) * per_layer
         if target in rows_of:
             changed = final_norm.input.clone()
-            changed[rows_of[target]] = without(changed, rows_of[target])
+            changed[rows_of[target]] = without(changed, rows_of[target], outputs, left)
             final_norm.input = changed
         losses = mean_losses(network.output.logits, columns, labels)
         losses = nnsight.save(losses.detach().cpu())
@@ -323,19 +328,19 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
     exact = torch.promote_types(model.dtype, torch.float32)
     settle, _, tensor_of, _ = trace_functions(model, exact)
 
+    def inside(value: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """What is no filling, in the precision of sums."""
+        return value[valid.to(value.device)].to(exact)
+
     with network.trace(
         input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=_backend(model)
     ):
         (valid,) = settle(network.device, valid)
 
-        def inside(value: torch.Tensor) -> torch.Tensor:
-            """What is no filling, in the precision of sums."""
-            return value[valid.to(value.device)].to(exact)
-
-        outputs = [inside(layers[0].module.input).sum(0)]
+        outputs = [inside(layers[0].module.input, valid).sum(0)]
         for layer in layers:
             if by_head:
-                beside = inside(layer.attention_projection.input).sum(0)
+                beside = inside(layer.attention_projection.input, valid).sum(0)
                 weight = layer.attention_projection.weight.to(exact) * scale
                 weight = weight if transposed else weight.T
                 for head in range(heads.query):
@@ -346,9 +351,9 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
                     outputs.append(bias * valid.sum().to(bias.device))
             else:
                 written = tensor_of(layer.attention_output.output)
-                outputs.append(inside(written).sum(0) * scale)
+                outputs.append(inside(written, valid).sum(0) * scale)
             written = tensor_of(layer.ffn_output.output)
-            outputs.append(inside(written).sum(0) * scale)
+            outputs.append(inside(written, valid).sum(0) * scale)
         sums = nnsight.save(torch.stack([output.cpu() for output in outputs]))
     return sums
 

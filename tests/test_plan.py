@@ -68,7 +68,7 @@ def test_what_the_estimates_say_is_their_arithmetic():
     assert min(work) > layers * probe.plan.PASS_SECONDS / 20  # never the least
     assert plan.scoring_seconds == pytest.approx(2 * 3 * 64 * sum(work))
     single = make_plan(read_recipe("mistral-math", {"attribution.batch_size": 1}))
-    assert single.scoring_seconds == pytest.approx(2 * 3 * 4 * 100 * 0.1)
+    assert single.scoring_seconds == pytest.approx(2 * 3 * 4 * 100 * 0.08)
     exact = make_plan(read_recipe("mistral-math", {"attribution.method": "exact"}))
     assert exact.scoring_seconds is None
     assert "scoring" not in shown(plan_view(exact))

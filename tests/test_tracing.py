@@ -9,7 +9,7 @@ from small_models import MODELS, save_small_model
 import probe
 from probe.attribution import make_batch
 from probe.trace_functions import norm_pull
-from probe.tracing import Thrift, edge_scores
+from probe.tracing import Thrift, ablated_losses, edge_scores, source_sums
 
 DEVICES = [
     "cpu",
@@ -90,18 +90,34 @@ def hooks(module):
     return [h for m in module.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
 
 
+def scored(model, batch, graph):
+    return edge_scores(model, batch, graph)
+
+
+def scored_again(model, batch, graph):
+    return edge_scores(model, batch, graph, thrift=Thrift(recompute=True))
+
+
+def ablated(model, batch, graph):
+    return [ablated_losses(model, batch, graph, [(0, 0), (1, len(graph.targets) - 1)])]
+
+
+def summed(model, batch, graph):
+    return [source_sums(model, batch, graph)]
+
+
 @pytest.mark.parametrize("granularity", ["qkv", "block", "head"])
-@pytest.mark.parametrize("thrift", [Thrift(), Thrift(recompute=True)])
-def test_a_batch_leaves_nothing_behind(granularity, thrift):
+@pytest.mark.parametrize("run", [scored, scored_again, ablated, summed])
+def test_a_batch_leaves_nothing_behind(granularity, run):
     model = probe.load_model("probe:tiny-math/sft")
     batch = make_batch([probe.Sequence([5, 6, 7, 8], [4, 5, 6]), probe.Sequence([7, 8], [9])])
-    edge_scores(model, batch, model.graph(granularity), thrift=thrift)
+    run(model, batch, model.graph(granularity))
 
     gc.collect()
     gc.disable()  # what is left then would wait for a collection, on a GPU too
     try:
         before = {id(one) for one in gc.get_objects()}
-        result = edge_scores(model, batch, model.graph(granularity), thrift=thrift)
+        result = run(model, batch, model.graph(granularity))
         given = {value.untyped_storage().data_ptr() for value in result}
         new = [one for one in gc.get_objects() if type(one) is torch.Tensor]
         new = [one for one in new if id(one) not in before]
