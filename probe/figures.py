@@ -200,7 +200,7 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
         labels = [f"{cell.alpha:g}" for cell in cells]
         for place, cell in enumerate(cells):
             if (pair, cell.alpha) in theirs:
-                labels[place] += f"\n({100 * theirs[pair, cell.alpha]:+.0f})"
+                labels[place] += f"\n({100 * theirs[pair, cell.alpha]:+z.0f})"
         axes.set_xticks(places, labels)
         axes.set_xlim(-0.5, len(cells) - 0.5)
         axes.set_title(f"{pair} on {benchmark}", fontsize=9)

@@ -89,7 +89,7 @@ def accuracy_table(reports: Sequence[Report]) -> list[ExtraTable]:
 def _points(row: Accuracy | Change) -> Texts:
     """An accuracy in percent, and how many points it moved."""
     before, after = (100 * (value or 0) for value in (row.before, row.after))
-    return f"{before:.1f} {arrow(before, after)} {after:.1f}", f"{after - before:+.1f}"
+    return f"{before:.1f} {arrow(before, after)} {after:.1f}", f"{after - before:+z.1f}"
 
 
 def table_1(reports: Sequence[Report]) -> ExtraTable:
@@ -185,7 +185,7 @@ def _column(title: str, column: Sequence[str | float | None]) -> list[str]:
     if all(isinstance(value, int) for value in numbers):
         form = str
     elif title.endswith("%"):
-        form = "{:+.1f}".format
+        form = "{:+z.1f}".format
     elif title == "alpha":
         form = "{:g}".format
     elif all(value == 0 or 1e-3 <= value < 1e4 for value in numbers):

@@ -123,7 +123,7 @@ def _accuracy_sentences(report: Report) -> list[str]:
             rose = sum(change > 0 for change in points)
             lines.append(
                 f"{pair.method or pair.name} raised accuracy on {rose} of {count}, by "
-                f"{np.mean(points):+.1f} points on average."
+                f"{np.mean(points):+z.1f} points on average."
             )
     return lines
 
@@ -235,7 +235,7 @@ def percent(change: float | None) -> str:
     """A relative change in percent, signed."""
     if change is None:
         return "-"
-    return f"{100 * change:+.{1 if abs(change) < 10 else 0}f}"
+    return f"{100 * change:+z.{1 if abs(change) < 10 else 0}f}"
 
 
 def marks(cell: Cell) -> str:
@@ -247,7 +247,7 @@ def interval(ends: tuple[float, float] | None) -> str:
     """An interval of a relative change, in percent."""
     if ends is None:
         return "-"
-    return "..".join(f"{100 * end:+.{1 if abs(end) < 0.9995 else 0}f}" for end in ends)
+    return "..".join(f"{100 * end:+z.{1 if abs(end) < 0.9995 else 0}f}" for end in ends)
 
 
 def listed(parts: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from probe.metrics import METRICS, TOKEN_METRICS
 from probe.rendering import print_report, render
 from probe.report import Change, build_report
 from probe.selection import Solution
-from probe.wording import summary
+from probe.wording import percent, summary
 
 
 def test_a_half_finished_run(half_run):
@@ -154,3 +154,18 @@ def test_token_entropy_is_a_cell_of_its_own(half_run):
     assert cell.as_in_paper is False
     assert cell.interval == pytest.approx((-0.5, -0.5))
     assert cell.p_value == pytest.approx(2 * 0.5**5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (None, "-"),
+        (-1e-5, "+0.0"),
+        (-0.0, "+0.0"),
+        (-6e-4, "-0.1"),
+        (0.123, "+12.3"),
+        (-12, "-1200"),
+    ],
+)
+def test_a_change_in_percent(change, text):
+    assert percent(change) == text
