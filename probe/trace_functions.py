@@ -187,7 +187,7 @@ def logits_scoring(
             slope.scatter_add_(1, label, -torch.ones_like(share)[:, None])
             slope *= share[:, None] / divisor
             if cap is not None:
-                slope *= 1 - (logits / cap).square()
+                slope *= 1 - (logits.to(exact) / cap).square()
             slope = slope.to(logits.dtype).to(weight.device)
             slopes[at] = (slope @ weight).to(hidden.device)
         return losses, entropies, ours, slopes
