@@ -155,9 +155,9 @@ def edge_product(
         """Gradients of these targets side by side: [target, step, sequence, position, d_model]."""
         shape = (-1, steps, *held["outputs"].shape[1:])
         some = next(iter(waiting.values()))
-        missing = set(targets) - set(waiting)  # branches without influence
-        waiting.update(dict.fromkeys(missing, torch.zeros_like(some) if missing else some))
-        found = [waiting.pop(target) for target in targets]
+        # A branch without influence has sent none.
+        none = some if len(waiting) == len(targets) else torch.zeros_like(some)
+        found = [waiting.pop(target, none) for target in targets]
         if len(found) == 1:
             return some.reshape(shape)
         if "gradients" not in held:
