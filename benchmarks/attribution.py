@@ -383,18 +383,18 @@ def cpu(results: Results, threads: int) -> None:
     """The shape and length at which the published method's own code was timed."""
     torch.set_num_threads(threads)
     model = random_model("llama-55m", "cpu", torch.float32)
-    bare = clock(bare_pass(model, 1, 128), times=5, warm=1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    took = clock(attribution(model, 1, 128), times=5, warm=1)
-    results.add(
-        f"attribution qkv, {sum(p.numel() for p in model.network._module.parameters()) / 1e6:.0f} "
-        f"M parameters, 1 x 128, float32, {threads} thread",
-        ms=1000 * took,
-        bare_ms=1000 * bare,
-        ratio_to_own_bare=took / bare,
-        peak_gib_of_process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        peak_gib_before=before / 2**20,
-    )
+    parameters = sum(p.numel() for p in model.network._module.parameters())
+    for batch in (1, 8):
+        bare = clock(bare_pass(model, batch, 128), times=5, warm=1)
+        took = clock(attribution(model, batch, 128), times=5, warm=1)
+        results.add(
+            f"attribution qkv, {parameters / 1e6:.0f} M parameters, {batch} x 128, float32, "
+            f"{threads} thread, a sample",
+            ms=1000 * took / batch,
+            bare_ms=1000 * bare / batch,
+            ratio_to_own_bare=took / bare,
+            peak_gib_of_process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        )
     model = random_model("llama-1m", "cpu", torch.float32)
     for batch, length in ((1, 32), (16, 64)):
         bare = clock(bare_pass(model, batch, length))
