@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import probe
@@ -95,6 +96,24 @@ def save_random_model(folder, model_type="llama", seed=0, **changes):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(DATA / "oracle" / "llama" / "model").save_pretrained(folder)
+    return folder
+
+
+def run_recorded(overrides, folder, fresh=False):
+    """Run tiny-math with some keys changed; the report and what was said."""
+    with open(os.devnull, "w") as nowhere:
+        console = Console(file=nowhere, record=True, width=300)
+        report = probe.run_recipe(
+            "tiny-math", folder, overrides=overrides, fresh=fresh, console=console
+        )
+    return report, console.export_text()
+
+
+@pytest.fixture(scope="module")
+def finished(request, tmp_path_factory):
+    """The folder of a run that a module's `run` has made."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    request.module.run(folder)
     return folder
 
 

@@ -1,11 +1,10 @@
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
+from conftest import run_recorded
 
 import probe
 from probe.attribution import Sequence
@@ -25,19 +24,7 @@ SMALL = {
 
 def run(folder, overrides=None):
     """Run the small recipe; the report and what was said."""
-    with open(os.devnull, "w") as nowhere:
-        console = Console(file=nowhere, record=True, width=300)
-        report = probe.run_recipe(
-            "tiny-math", folder, overrides=SMALL | (overrides or {}), console=console
-        )
-    return report, console.export_text()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    run(folder)
-    return folder
+    return run_recorded(SMALL | (overrides or {}), folder)
 
 
 def texts(folder, model, alpha):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_random_model
+from conftest import run_recorded, save_random_model
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -34,19 +34,7 @@ ARGUMENTS = [part for key, value in SMALL.items() for part in ("--set", f"{key}=
 
 def run(folder, overrides=None, fresh=False):
     """Run the small recipe; the report and what was said."""
-    with open(os.devnull, "w") as nowhere:
-        console = Console(file=nowhere, record=True, width=300)
-        report = probe.run_recipe(
-            "tiny-math", folder, overrides=SMALL | (overrides or {}), fresh=fresh, console=console
-        )
-    return report, console.export_text()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    run(folder)
-    return folder
+    return run_recorded(SMALL | (overrides or {}), folder, fresh)
 
 
 def report_of(folder):
