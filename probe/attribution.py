@@ -208,7 +208,7 @@ def attribute(
         raise ProbeError("relp needs what fused kernels leave out; load the model with eager ones")
     graph = model.graph(granularity)
     names = _check(model, sequences)
-    means = _left(model, sequences, graph, ablation, batch_size)
+    means = ablation_means(model, sequences, graph, ablation, batch_size)
     steps = ig_steps if method == "eap-ig" else 1
     size = 1 if method == "exact" else batch_size
     batching = Batching(model, graph, size, steps, recompute=method != "relp")
@@ -263,6 +263,7 @@ def exact_effects(
     batch_size: BatchSize = "auto",
     progress: Callable[[int], None] | None = None,
     ablation: Ablation = "zero",
+    means: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Remove each of some edges and run the model again (paper, Eq. 8).
 
@@ -274,6 +275,7 @@ def exact_effects(
         batch_size: How many edges run at once, or `auto`.
         progress: Called after each batch with the number of edges in it.
         ablation: What is left of a removed output, `zero` or `mean`.
+        means: That of these sequences, where `ablation_means` has given it already.
 
     Returns:
         float32 [edge] (float64 for a float64 model): L(without the edge) - L, in nats.
@@ -290,7 +292,8 @@ def exact_effects(
             raise ProbeError(
                 f"{edge} is no edge of these {len(sequences)} sequences and this graph"
             )
-    means = _left(model, sequences, graph, ablation, batch_size)
+    if means is None:
+        means = ablation_means(model, sequences, graph, ablation, batch_size)
     wide = torch.promote_types(model.dtype, torch.float32)
     place = {edge: number for number, edge in enumerate(dict.fromkeys(edges))}
     effects = torch.zeros(len(place), dtype=wide)
@@ -353,14 +356,21 @@ def make_batch(sequences: SequenceOf[Sequence]) -> Batch:
     return Batch(input_ids, lengths, positions, labels)
 
 
-def _left(
+def ablation_means(
     model: Model,
     sequences: SequenceOf[Sequence],
     graph: Graph,
     ablation: Ablation,
     batch_size: BatchSize,
 ) -> torch.Tensor | None:
-    """What an ablation leaves of each source, [source, d_model], or None for nothing."""
+    """What an ablation leaves of each source: its mean over all positions of some sequences.
+
+    Returns:
+        [source, d_model], or None for nothing.
+
+    Raises:
+        ProbeError: An unknown ablation.
+    """
     if ablation not in get_args(Ablation):
         raise ProbeError(f"ablation {ablation!r} is not known; use zero or mean")
     if ablation == "zero" or not sequences:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from probe.agreement import Agreement, MeasuredEdge, Stratum, compare_all
-from probe.attribution import Edge, Sequence, attribute, exact_effects
+from probe.attribution import Edge, Sequence, ablation_means, attribute, exact_effects
 from probe.checkpoints import fingerprint
 from probe.errors import ProbeError
 from probe.models import Model, cpu_threads, load_model, resolve_devices
@@ -167,10 +167,17 @@ def measure(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     batches = [[place for place in batch if rows[place].exact is None] for batch in batches]
     batches = [batch for batch in batches if batch]
-    exact = partial(exact_effects, model, sequences, granularity=granularity, batch_size=batch_size)
-    calls = (
-        partial(exact, [drawn[place] for place in batch], ablation=ablation) for batch in batches
+    left = ablation_means(model, sequences if batches else [], graph, ablation, batch_size)
+    exact = partial(
+        exact_effects,
+        model,
+        sequences,
+        granularity=granularity,
+        batch_size=batch_size,
+        ablation=ablation,
+        means=left,
     )
+    calls = (partial(exact, [drawn[place] for place in batch]) for batch in batches)
     for batch, effects in zip(batches, in_flight(calls, model.jobs), strict=True):
         for place, effect in zip(batch, effects.tolist(), strict=True):
             rows[place] = replace(rows[place], exact=effect)
