@@ -211,17 +211,25 @@ class Batching:
         return result
 
 
+def layer_numbers(d_model: int, d_ffn: int) -> int:
+    """How many numbers a layer keeps per token: those that its backward pass needs.
+
+    That is attention's query, key, value and output, what two norms read, and gate, activation and
+    up projection.
+    """
+    return 5 * d_model + 3 * d_ffn
+
+
 def bytes_per_token(model: Model, graph: Graph, thrift: Thrift) -> float:
     """Roughly what a batch holds per token.
 
-    For a layer that keeps its activations that is attention's query, key, value and output, what
-    two norms read, and gate, activation and up projection. Measured without fused kernels at 7B
-    Mistral shape, bfloat16, 1 x 4096 tokens: 4.6 MB a token where this gives 4.9, and 1.1 where it
-    gives 1.25 with activations computed again (docs/performance.md).
+    Measured without fused kernels at 7B Mistral shape, bfloat16, 1 x 4096 tokens: 4.6 MB a token
+    where this gives 4.9, and 1.1 where it gives 1.25 with activations computed again
+    (docs/performance.md).
     """
     d_model, n_layers = model.d_model, model.n_layers
     d_ffn = getattr(model.config, "intermediate_size", None) or 4 * d_model
-    layer = 5 * d_model + 3 * d_ffn
+    layer = layer_numbers(d_model, d_ffn)
     n_sources, n_targets = graph.mask.shape
     numbers = n_layers * d_model + (n_targets / GRADIENT_GROUPS + 1) * d_model
     numbers += 3 * layer if thrift.recompute else n_layers * layer

@@ -21,11 +21,11 @@ from typing import Protocol
 import torch
 
 from probe.graph import Graph
-from probe.layers import branch_columns_of, norm_epsilon, output_scale
+from probe.layers import branch_columns_of, heads_of, norm_epsilon, output_scale
 from probe.models import Model
-from probe.trace_functions import Pull, norm_pull, relevance_rules
+from probe.trace_functions import Gradients, Pull, norm_pull, relevance_rules
 
-Back = Callable[[Pull, tuple[torch.Tensor, ...]], torch.Tensor]
+Back = Callable[[Pull, Gradients], torch.Tensor]
 """From how a gradient gets before a norm, and those behind it, to the one before it."""
 
 Change = Callable[..., torch.Tensor | None]
@@ -48,9 +48,9 @@ def watchers(
     graph: Graph,
     relevance: bool,
     write: Callable[[int, torch.Tensor], None],
-    receive: Callable[[int, Pull, tuple[torch.Tensor, ...]], torch.Tensor],
+    receive: Callable[[int, Pull, Gradients], torch.Tensor],
     receive_part: Callable[[int, torch.Tensor], None],
-    join_parts: Callable[[int, int, Pull, tuple[torch.Tensor, ...]], torch.Tensor],
+    join_parts: Callable[[int, int, Pull, Gradients], torch.Tensor],
 ) -> tuple[
     Callable[[int, SimpleNamespace], None],
     Callable[..., dict[str, torch.Tensor]],
@@ -75,7 +75,7 @@ def watchers(
     n_sources, n_targets = graph.mask.shape
     sources_per_layer = (n_sources - 1) // model.n_layers
     targets_per_layer = (n_targets - 1) // model.n_layers
-    n_heads, head_width = model.heads.query, model.heads.width
+    heads = heads_of(model)
     # Query, key and value part at the inputs of their projections where they have their own;
     # otherwise, and head by head, at columns of the projections' outputs.
     at_inputs = graph.granularity == "qkv" and row.layout == "split"
@@ -118,7 +118,7 @@ def watchers(
         """What a gradient is before no norm."""
         return gradient
 
-    def pass_on(pull: Pull, gradients: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def pass_on(pull: Pull, gradients: Gradients) -> torch.Tensor:
         """Take a gradient through a norm that is before no branch."""
         return pull(gradients[0])
 
@@ -200,12 +200,12 @@ def watchers(
         weight = module.weight if transposed else module.weight.T
 
         def split(beside: torch.Tensor) -> None:
-            for head in range(n_heads):
-                part = slice(head * head_width, (head + 1) * head_width)
+            for head in range(heads.query):
+                part = slice(head * heads.width, (head + 1) * heads.width)
                 write(first + head, beside.detach()[..., part] @ weight[part] * scale)
             if module.bias is not None:
                 whole = module.bias.expand(*beside.shape[:-1], -1)
-                write(first + n_heads, whole * scale)
+                write(first + heads.query, whole * scale)
 
         at_input(attention_projection, split)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from probe.graph import Graph
-from probe.trace_functions import Pull
+from probe.trace_functions import Gradients, Pull
 
 # Float32 copies, where a product needs them, stay small beside the activations.
 SLICE_BYTES = 64 * 2**20
@@ -23,8 +23,6 @@ SLICE_BYTES = 64 * 2**20
 # Gradients of so many groups of layers are multiplied one after the other: the more groups, the
 # less memory, and the more often the outputs are read.
 GRADIENT_GROUPS = 16
-
-Gradients = tuple[torch.Tensor, ...]
 
 
 def edge_product(

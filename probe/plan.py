@@ -20,7 +20,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from probe.batching import ENOUGH_TOKENS
+from probe.batching import ENOUGH_TOKENS, layer_numbers
 from probe.checkpoints import (
     adapter_base,
     find_checkpoint,
@@ -70,8 +70,8 @@ class ModelNeed:
         """Roughly what attribution holds per token of a batch."""
         if self.shape is None:
             return None
-        # As `probe.batching.bytes_per_token` counts, two sources a layer included.
-        per_layer = 8 * self.shape.d_model + 3 * self.shape.d_ffn
+        # As `probe.batching.bytes_per_token` has it: a layer's input and two sources as well.
+        per_layer = layer_numbers(self.shape.d_model, self.shape.d_ffn) + 3 * self.shape.d_model
         return self.shape.n_layers * per_layer * BYTES[dtype]
 
 

@@ -18,6 +18,9 @@ LOGITS_BYTES = 64 * 2**20
 Pull = Callable[[torch.Tensor], torch.Tensor]
 """From a gradient behind a norm to the gradient before it."""
 
+Gradients = tuple[torch.Tensor, ...]
+"""Of some branches, each [sequence, position, d_model]."""
+
 
 def trace_functions(
     model: Model, exact: torch.dtype
