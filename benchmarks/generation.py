@@ -32,8 +32,9 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Mistral
 import probe.flash
 import probe.generation
 from probe.architectures import architecture_of
-from probe.generation import Engine, generate
+from probe.generation import generate
 from probe.models import Model
+from probe.vocabulary import Engine
 
 SHAPE = {
     "num_hidden_layers": 32,

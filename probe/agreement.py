@@ -20,7 +20,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-RESAMPLES = 1000
+from probe.vocabulary import RESAMPLES
+
 TOP = 0.1
 TITLES = ("model", "method", "Pearson", "Spearman", "sign", "top 10 %", "error")
 

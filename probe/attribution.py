@@ -19,7 +19,7 @@ import torch
 from probe.architectures import GUIDE
 from probe.batching import Batching, BatchSize
 from probe.errors import ProbeError
-from probe.graph import Ablation, Granularity, Graph
+from probe.graph import Graph
 from probe.models import Model
 from probe.tracing import (
     PLENTY,
@@ -30,6 +30,7 @@ from probe.tracing import (
     edge_scores,
     source_sums,
 )
+from probe.vocabulary import Ablation, Granularity
 
 
 class Sequence(NamedTuple):

@@ -17,7 +17,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from probe.errors import ProbeError
+from probe.errors import ProbeError, reason
 
 PACKAGE_DATA = Path(__file__).parent / "data"
 PACKAGE_PREFIX = "probe:"
@@ -236,5 +236,4 @@ def _download(reference: str, weights: bool) -> Path:
                 wanted.append(first if any(name.match(first) for name in names) else second)
         return Path(snapshot_download(reference, allow_patterns=wanted, ignore_patterns="*/*"))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ProbeError(f"cannot download the model {reference!r}: {reason}") from error
+        raise ProbeError(f"cannot download the model {reference!r}: {reason(error)}") from error

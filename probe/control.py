@@ -23,8 +23,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from probe.metrics import BINS, METRICS, Array
-from probe.statistics import RESAMPLES, interval_of, resample
+from probe.metrics import METRICS, Array
+from probe.statistics import interval_of, resample
+from probe.vocabulary import BINS, RESAMPLES
 
 SIDES = (("before", "before-on-after"), ("after-on-before", "after"))
 """The sides [model, text] of a cell, by their names in the run folder."""

@@ -9,3 +9,14 @@ a bug and keeps its traceback. A message says what is wrong, where, and what to 
 
 class ProbeError(Exception):
     """A mistake in what was asked for: a wrong name, a damaged file, two models that do not fit."""
+
+
+def reason(error: BaseException, line: int = 0) -> str:
+    """Why an error came about, in one line: one of its message, or its type where that is empty.
+
+    Args:
+        error: The error.
+        line: Which line of the message; -1 for the last.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[line].strip()

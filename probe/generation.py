@@ -18,23 +18,22 @@ import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 
 from probe import flash
-from probe.errors import ProbeError
+from probe.errors import ProbeError, reason
 from probe.models import Model
 from probe.remote import in_flight
 from probe.tracing import generate_tokens
+from probe.vocabulary import Engine
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
     from transformers.generation.continuous_batching import ContinuousBatchingManager
     from transformers.generation.continuous_batching.continuous_api import OutputRouter
     from transformers.generation.continuous_batching.requests import GenerationOutput
-
-Engine = Literal["auto", "continuous", "static"]
 
 CONTINUOUS_ON = ("cuda",)
 """Kinds of device where `auto` is continuous."""
@@ -114,8 +113,7 @@ def generate(
             # the slower engine still gives the same answers.
             if engine == "continuous":
                 raise
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            say(f"continuous batching failed ({reason[0]}); going on with static batches")
+            say(f"continuous batching failed ({reason(error)}); going on with static batches")
     if left:
         yield from _static(model, prompts, limits, left, ending, batch_size)
 

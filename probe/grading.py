@@ -21,7 +21,6 @@ import sys
 import threading
 from contextlib import suppress
 from types import TracebackType
-from typing import Literal
 
 from probe.equality import plain, same_formula, same_number
 
@@ -50,10 +49,6 @@ def extract_answer(text: str) -> str | None:
     if not found or not found[-1]:
         return None
     return _LEFTOVER.sub("", found[-1][1]).strip().rstrip(".") or None
-
-
-Grading = Literal["math", "exact"]
-"""How an answer is compared with the gold: by what it means as mathematics, or as text."""
 
 
 def exact_answer(text: str, gold: str) -> tuple[str, bool]:

@@ -14,16 +14,13 @@ edge included, and `Graph.mask` says which entries are.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
 from probe.architectures import Heads
 from probe.errors import ProbeError
-
-Granularity = Literal["qkv", "block", "head"]
-Ablation = Literal["zero", "mean"]
-"""What removing an edge leaves of its source's output: nothing, or its mean."""
+from probe.vocabulary import Granularity
 
 
 @dataclass(frozen=True)

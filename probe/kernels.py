@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from probe.errors import ProbeError
+from probe.vocabulary import Kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Kernels = Literal["auto", "eager", "liger"]
 
 FUSED = ("gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
 """The architectures that fused kernels are tested with."""

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 
 from probe.errors import ProbeError
+from probe.vocabulary import BINS
 
-BINS = 100
 EPS = 1e-10
 
 

@@ -19,18 +19,17 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from probe.architectures import Architecture, Heads, architecture_of
 from probe.checkpoints import fetch_checkpoint
-from probe.errors import ProbeError
-from probe.graph import Granularity, Graph
+from probe.errors import ProbeError, reason
+from probe.graph import Graph
+from probe.vocabulary import DType, Granularity
 
 if TYPE_CHECKING:
     import torch
     from nnsight.modeling.transformers import TransformersModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from probe.kernels import Kernels
     from probe.remote import Deployment, Host
-
-DType = Literal["float32", "bfloat16", "float16", "float64"]
+    from probe.vocabulary import Kernels
 
 
 @dataclass(frozen=True)
@@ -263,8 +262,9 @@ def _merged(module: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
             merged: PreTrainedModel = PeftModel.from_pretrained(module, adapter).merge_and_unload()
     except RuntimeError as error:  # sizes that do not fit
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ProbeError(f"the adapter {adapter} does not fit its base: {reason}") from error
+        raise ProbeError(
+            f"the adapter {adapter} does not fit its base: {reason(error, line=-1)}"
+        ) from error
     return merged
 
 
@@ -346,5 +346,4 @@ def check_pair(before: str, after: str) -> None:
 
 
 def _cannot_read(what: str, reference: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"cannot read {what} of {reference!r}: {reason}"
+    return f"cannot read {what} of {reference!r}: {reason(error)}"

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from probe.checkpoints import PACKAGE_DATA
-from probe.errors import ProbeError
-from probe.grading import Grading, last_boxed
+from probe.errors import ProbeError, reason
+from probe.grading import last_boxed
 from probe.reading import Row, read_rows
+from probe.vocabulary import Grading
 
 QUESTION = ("question", "problem", "prompt", "query", "input")
 ANSWER = ("answer", "final_answer", "expected_answer", "ground_truth", "gold", "target")
@@ -262,9 +263,8 @@ def _from_hub(dataset: str, config: str | None, split: str) -> list[Row]:
     try:
         rows = datasets.load_dataset(dataset, config, split=split)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ProbeError(
-            f"cannot load the data set {dataset!r} ({reason}); connect to the hub once, or give a "
-            "local file with --benchmark-path NAME=FILE"
+            f"cannot load the data set {dataset!r} ({reason(error)}); connect to the hub "
+            "once, or give a local file with --benchmark-path NAME=FILE"
         ) from error
     return [Row(f"{dataset}, row {place}", row) for place, row in enumerate(rows, start=1)]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from probe.errors import ProbeError
+from probe.errors import ProbeError, reason
 
 
 class Row(NamedTuple):
@@ -160,8 +160,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         rows = read_table(path).to_pylist()
     except (ArrowException, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ProbeError(f"{path}: not a parquet file ({reason})") from error
+        raise ProbeError(f"{path}: not a parquet file ({reason(error)})") from error
     for number, row in enumerate(rows, start=1):
         yield Row(f"{path}, row {number}", row)
 

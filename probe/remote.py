@@ -28,7 +28,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-from probe.errors import ProbeError
+from probe.errors import ProbeError, reason
+from probe.vocabulary import JOBS, TIMEOUT
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 HOSTED = "ndif"
 KEY_VARIABLE = "NDIF_API_KEY"
-JOBS = 4
-TIMEOUT = 600
 
 # Seconds for a server to take a connection, and to answer a plain question.
 _CONNECT, _ANSWER = 10.0, 60.0
@@ -481,4 +480,4 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[0].lower() + error.strerror[1:]
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return reason(error)

@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 
 from probe.attribution import EdgeScores
 from probe.attribution import Sequence as TokenSequence
-from probe.errors import ProbeError
+from probe.errors import ProbeError, reason
 from probe.graph import Graph
 from probe.recipe import Asked, Pair, Recipe
 from probe.selection import Selection, Solution
@@ -134,7 +134,7 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise Damaged(f"damaged ({str(error).splitlines()[0]})") from error
+            raise Damaged(f"damaged ({reason(error)})") from error
         if not isinstance(table, dict):
             raise Damaged("damaged (not a JSON object)")
         return table
@@ -266,7 +266,7 @@ class RunFolder:
             graph = TypeAdapter(Graph).validate_json(metadata["graph"])
             residual_error = float(metadata["residual_error"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise Damaged(f"damaged ({str(error).splitlines()[0]})") from error
+            raise Damaged(f"damaged ({reason(error)})") from error
         if key is not None and metadata.get("key") != key:
             raise Damaged("computed from other solutions or settings")
         if scores.shape[1:] != graph.mask.shape or not torch.isfinite(scores).all():

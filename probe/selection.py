@@ -20,11 +20,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal, get_args
+from typing import get_args
 
 from probe.errors import ProbeError
-
-Convention = Literal["code", "paper"]
+from probe.vocabulary import Convention
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from probe.errors import ProbeError
-from probe.generation import Engine, generate
+from probe.generation import generate
 from probe.grading import Grader, exact_answer, extract_answer
 from probe.models import Model
 from probe.problems import Problem
 from probe.recipe import CHAT
 from probe.selection import Solution
+from probe.vocabulary import Engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

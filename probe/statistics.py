@@ -19,9 +19,9 @@ import numpy.typing as npt
 import torch
 
 from probe.errors import ProbeError
-from probe.metrics import BINS, METRICS, Array, compute_metric, entropy, metric_named
+from probe.metrics import METRICS, Array, compute_metric, entropy, metric_named
+from probe.vocabulary import BINS, RESAMPLES
 
-RESAMPLES = 1000
 PERMUTATIONS = 10_000
 SPLITS = 200
 SEED = 42

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from probe.checkpoints import find_checkpoint, weight_files
-from probe.errors import ProbeError
+from probe.errors import ProbeError, reason
 
 # Entries of both checkpoints that are in memory at once, times 2 x 4 bytes and a copy.
 _ENTRIES = 2**24
@@ -131,7 +131,7 @@ def _places(reference: str) -> dict[str, Path]:
                     if len(file.get_slice(name).get_shape()) > 1:
                         places[name] = path
         except (SafetensorError, OSError) as error:
-            raise ProbeError(f"{path}: damaged ({str(error).splitlines()[0]})") from error
+            raise ProbeError(f"{path}: damaged ({reason(error)})") from error
     return dict(sorted(places.items(), key=lambda item: _natural(item[0])))
 
 

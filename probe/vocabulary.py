@@ -1,0 +1,42 @@
+"""Vocabulary: the words and constants that a recipe and the engines behind it share.
+
+Plain data only, so that a recipe can be read and checked without torch.
+
+    >>> typing.get_args(Granularity)
+    ('qkv', 'block', 'head')
+"""
+
+from typing import Literal
+
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+"""Precision of weights and activations."""
+
+Kernels = Literal["auto", "eager", "liger"]
+"""Kernels of transformers (`eager`), fused ones (`liger`), or these where they run."""
+
+Engine = Literal["auto", "continuous", "static"]
+"""How batches of prompts are answered; see `probe.generation`."""
+
+Grading = Literal["math", "exact"]
+"""How answers are compared: by what they mean as mathematics, or as texts."""
+
+Convention = Literal["code", "paper"]
+"""Whose rules of selection: those of the published code, or of the paper's text."""
+
+Granularity = Literal["qkv", "block", "head"]
+"""How fine an attention is; see `probe.graph.Graph`."""
+
+Ablation = Literal["zero", "mean"]
+"""What removing an edge leaves of its source's output: nothing, or its mean."""
+
+BINS = 100
+"""Bins of the histogram behind the entropies."""
+
+RESAMPLES = 1000
+"""How many times questions are drawn for an interval."""
+
+JOBS = 4
+"""How many batches may be under way on a server at once."""
+
+TIMEOUT = 600
+"""Seconds without a sign of life from a server after which a batch is sent once more."""
