@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 import probe
-from probe.attribution import EdgeScores, Sequence
+from probe.edges import EdgeScores
 from probe.metrics import METRICS, compute_metric
 from probe.report import Report
 from probe.run import cut
 from probe.run_folder import RunFolder, cell_name, first_names
+from probe.sequences import TokenSequence
 
 VARIANTS: dict[str, dict[str, str | int | float]] = {
     "as the recipes do": {},
@@ -81,7 +82,7 @@ def bfloat16_scores(folder: RunFolder, report: Report) -> Scores:
             for side, reference in (("before", pair.before), ("after", pair.after)):
                 path = folder.solutions_file(names[reference], "tiny-math")
                 solutions, _ = folder.read_solutions(path)
-                sequences: list[Sequence] = cut(solutions, selection)
+                sequences: list[TokenSequence] = cut(solutions, selection)
                 edges = probe.attribute(models[reference], sequences, batch_size=1)
                 found[pair.name, alpha, side] = edges.scores
     return found

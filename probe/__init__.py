@@ -5,7 +5,8 @@ and `probe --help` cost nothing.
 
     >>> import probe
     >>> model = probe.load_model("probe:tiny-math/sft")
-    >>> edges = probe.attribute(model, [probe.Sequence(prompt=[5, 16, 4], answer=[5, 16, 4, 17])])
+    >>> sequence = probe.TokenSequence(prompt=[5, 16, 4], answer=[5, 16, 4, 17])
+    >>> edges = probe.attribute(model, [sequence])
 """
 
 from importlib import import_module
@@ -13,12 +14,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from probe import metrics as metrics
-    from probe.attribution import Edge as Edge
-    from probe.attribution import EdgeScores as EdgeScores
-    from probe.attribution import Sequence as Sequence
     from probe.attribution import attribute as attribute
     from probe.attribution import exact_effects as exact_effects
     from probe.comparison import compare as compare
+    from probe.edges import Edge as Edge
+    from probe.edges import EdgeScores as EdgeScores
     from probe.errors import ProbeError as ProbeError
     from probe.faithfulness import run_faithfulness as run_faithfulness
     from probe.graph import Graph as Graph
@@ -28,17 +28,18 @@ if TYPE_CHECKING:
     from probe.selection import Selection as Selection
     from probe.selection import Solution as Solution
     from probe.selection import select as select
+    from probe.sequences import TokenSequence as Sequence
+    from probe.sequences import TokenSequence as TokenSequence
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "Edge": "attribution",
-    "EdgeScores": "attribution",
-    "Sequence": "attribution",
     "attribute": "attribution",
     "exact_effects": "attribution",
     "compare": "comparison",
     "run_faithfulness": "faithfulness",
+    "Edge": "edges",
+    "EdgeScores": "edges",
     "ProbeError": "errors",
     "Graph": "graph",
     "Model": "models",
@@ -47,15 +48,18 @@ _MODULES = {
     "Selection": "selection",
     "Solution": "selection",
     "select": "selection",
+    "TokenSequence": "sequences",
 }
 
-__all__ = [*_MODULES, "__version__", "metrics"]
+__all__ = [*_MODULES, "Sequence", "__version__", "metrics"]
 
 
 def __getattr__(name: str) -> object:
     """Import a public name from its module when it is first asked for (PEP 562)."""
     if name == "metrics":
         return import_module("probe.metrics")
+    if name == "Sequence":  # what TokenSequence was called first
+        name = "TokenSequence"
     if name in _MODULES:
         return getattr(import_module(f"probe.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'probe' has no attribute {name!r}")

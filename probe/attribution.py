@@ -4,23 +4,25 @@ A sequence is a prompt and an answer. The model is fed the prompt and all but th
 the answer, and every token of the answer is scored; cut the answer before, not here.
 
     >>> model = probe.load_model("probe:tiny-math/sft")
-    >>> edges = probe.attribute(model, [probe.Sequence(prompt=[5, 16, 4], answer=[5, 16, 4, 17])])
+    >>> sequence = probe.TokenSequence(prompt=[5, 16, 4], answer=[5, 16, 4, 17])
+    >>> edges = probe.attribute(model, [sequence])
     >>> edges.scores.shape
     torch.Size([1, 9, 17])
 """
 
-from collections.abc import Callable, Collection, Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import torch
 
 from probe.architectures import GUIDE
 from probe.batching import Batching, BatchSize
+from probe.edges import Edge, EdgeScores
 from probe.errors import ProbeError
 from probe.graph import Graph
 from probe.models import Model
+from probe.sequences import TokenSequence
 from probe.tracing import (
     PLENTY,
     Batch,
@@ -31,53 +33,6 @@ from probe.tracing import (
     source_sums,
 )
 from probe.vocabulary import Ablation, Granularity
-
-
-class Sequence(NamedTuple):
-    """One text to attribute, as token ids."""
-
-    prompt: SequenceOf[int]
-    """What the model is given; at least one token."""
-
-    answer: SequenceOf[int]
-    """What is scored; at least one token."""
-
-    id: str = ""
-    """A name for messages; its place in the list where empty."""
-
-
-class Edge(NamedTuple):
-    """One edge of one sequence."""
-
-    sequence: int
-    """The sequence's place in the list."""
-
-    source: int
-    """The source's place in `Graph.sources`."""
-
-    target: int
-    """The target's place in `Graph.targets`."""
-
-
-class EdgeScores(NamedTuple):
-    """The edges of several sequences."""
-
-    scores: torch.Tensor
-    """float32 [sequence, source, target] (float64 for a float64 model); 0 where no edge is."""
-
-    losses: torch.Tensor
-    """float32 [sequence]: mean negative log-likelihood of the answer tokens, in nats."""
-
-    entropies: torch.Tensor
-    """float32 [sequence]: mean entropy of the next-token distribution at the answer tokens, in
-    nats."""
-
-    graph: Graph
-    """Which row and column is which node."""
-
-    residual_error: float = 0.0
-    """How far the sources' sum was from the final norm's input, relative to it, in the worst batch:
-    rounding, if the row of the architecture table is right for this checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -97,18 +52,20 @@ class Options:
     """What is done for the sake of memory."""
 
 
-Method = Callable[[Model, SequenceOf[Sequence], Graph, Options], EdgeBatch]
+Method = Callable[[Model, Sequence[TokenSequence], Graph, Options], EdgeBatch]
 """Scores of a few sequences: about how much the loss grows when an edge is removed."""
 
 
-def eap(model: Model, sequences: SequenceOf[Sequence], graph: Graph, options: Options) -> EdgeBatch:
+def eap(
+    model: Model, sequences: Sequence[TokenSequence], graph: Graph, options: Options
+) -> EdgeBatch:
     """Edge attribution patching: -<dL/dH, O> (paper, Eq. 9)."""
     batch = make_batch(sequences)
     return edge_scores(model, batch, graph, means=options.means, thrift=options.thrift)
 
 
 def eap_ig(
-    model: Model, sequences: SequenceOf[Sequence], graph: Graph, options: Options
+    model: Model, sequences: Sequence[TokenSequence], graph: Graph, options: Options
 ) -> EdgeBatch:
     """EAP with the gradient averaged on the way from the ablated to the real embedding.
 
@@ -127,7 +84,7 @@ def eap_ig(
 
 
 def relp(
-    model: Model, sequences: SequenceOf[Sequence], graph: Graph, options: Options
+    model: Model, sequences: Sequence[TokenSequence], graph: Graph, options: Options
 ) -> EdgeBatch:
     """Relevance patching: EAP with gradients by rules (Jafari et al. 2025, arXiv 2508.21258).
 
@@ -145,7 +102,7 @@ def relp(
 
 
 def exact(
-    model: Model, sequences: SequenceOf[Sequence], graph: Graph, options: Options
+    model: Model, sequences: Sequence[TokenSequence], graph: Graph, options: Options
 ) -> EdgeBatch:
     """Run the model again without each edge: L(f without the edge) - L(f) (paper, Eq. 8)."""
     every = graph.mask.nonzero().tolist()
@@ -167,7 +124,7 @@ _LARGEST_ERROR = {torch.bfloat16: 3e-2, torch.float16: 3e-2}
 
 def attribute(
     model: Model,
-    sequences: SequenceOf[Sequence],
+    sequences: Sequence[TokenSequence],
     method: str = "eap",
     granularity: Granularity = "qkv",
     batch_size: BatchSize = "auto",
@@ -231,6 +188,7 @@ def attribute(
             batch.entropies.cpu(),
             graph,
             float(batch.residual_error),
+            tuple(names[place] for place in places),
         )
         finite = part.scores.isfinite().all(2).all(1) & part.losses.isfinite()
         if not finite.all():
@@ -241,25 +199,26 @@ def attribute(
             )
         _check_sums(model, batch)
         residual_error = max(residual_error, part.residual_error)
-        scores[places], losses[places], entropies[places] = part[:3]
+        scores[places], losses[places] = part.scores, part.losses
+        entropies[places] = part.entropies
         if finished:
             finished(places, part)
 
     # A batch is fetched once the next one is on its way, so that a GPU never waits for Python.
     last: tuple[list[int], EdgeBatch] | None = None
-    for places, batch in batching.run([_length(s) for s in sequences], score, done):
+    for places, batch in batching.run([s.length for s in sequences], score, done):
         if last:
             fetch(*last)
         last = places, batch
     if last:
         fetch(*last)
-    return EdgeScores(scores, losses, entropies, graph, residual_error)
+    return EdgeScores(scores, losses, entropies, graph, residual_error, tuple(names))
 
 
 def exact_effects(
     model: Model,
-    sequences: SequenceOf[Sequence],
-    edges: SequenceOf[Edge],
+    sequences: Sequence[TokenSequence],
+    edges: Sequence[Edge],
     granularity: Granularity = "qkv",
     batch_size: BatchSize = "auto",
     progress: Callable[[int], None] | None = None,
@@ -312,8 +271,8 @@ def exact_effects(
 
 def _effects(
     model: Model,
-    sequences: SequenceOf[Sequence],
-    edges: SequenceOf[Edge],
+    sequences: Sequence[TokenSequence],
+    edges: Sequence[Edge],
     graph: Graph,
     options: Options,
 ) -> Iterator[tuple[list[Edge], torch.Tensor]]:
@@ -334,14 +293,14 @@ def _effects(
         before = losses[[whole.index(edge.sequence) for edge in part]]
         return losses[len(whole) :] - before
 
-    lengths = [_length(sequences[edge.sequence]) for edge in order]
+    lengths = [sequences[edge.sequence].length for edge in order]
     for places, found in batching.run(lengths, effects):
         yield [order[place] for place in places], found
 
 
-def make_batch(sequences: SequenceOf[Sequence]) -> Batch:
+def make_batch(sequences: Sequence[TokenSequence]) -> Batch:
     """Lay sequences side by side, filled up on the right."""
-    length = max(_length(s) for s in sequences)
+    length = max(s.length for s in sequences)
     scored = max(len(s.answer) for s in sequences)
     input_ids = torch.zeros(len(sequences), length, dtype=torch.int64)
     positions = torch.zeros(len(sequences), scored, dtype=torch.int64)
@@ -353,13 +312,13 @@ def make_batch(sequences: SequenceOf[Sequence]) -> Batch:
         positions[place] = len(sequence.prompt) - 1
         positions[place, :answer] += torch.arange(answer)
         labels[place, :answer] = torch.tensor(list(sequence.answer))
-    lengths = torch.tensor([_length(sequence) for sequence in sequences])
+    lengths = torch.tensor([sequence.length for sequence in sequences])
     return Batch(input_ids, lengths, positions, labels)
 
 
 def ablation_means(
     model: Model,
-    sequences: SequenceOf[Sequence],
+    sequences: Sequence[TokenSequence],
     graph: Graph,
     ablation: Ablation,
     batch_size: BatchSize,
@@ -380,13 +339,9 @@ def ablation_means(
     def sums(places: list[int], thrift: Thrift) -> torch.Tensor:
         return source_sums(model, make_batch([sequences[i] for i in places]), graph)
 
-    lengths = [_length(sequence) for sequence in sequences]
+    lengths = [sequence.length for sequence in sequences]
     parts = Batching(model, graph, batch_size, recompute=False).run(lengths, sums)
     return torch.stack([part for _, part in parts]).sum(0) / sum(lengths)
-
-
-def _length(sequence: Sequence) -> int:
-    return len(sequence.prompt) + len(sequence.answer) - 1
 
 
 def _check_sums(model: Model, batch: EdgeBatch) -> None:
@@ -404,7 +359,7 @@ def _check_sums(model: Model, batch: EdgeBatch) -> None:
             )
 
 
-def _check(model: Model, sequences: SequenceOf[Sequence]) -> list[str]:
+def _check(model: Model, sequences: Sequence[TokenSequence]) -> list[str]:
     """Check what is to be attributed; the names of the sequences for messages."""
     names = [str(s.id) or str(place) for place, s in enumerate(sequences)]
     vocabulary = int(model.config.vocab_size)
@@ -412,9 +367,9 @@ def _check(model: Model, sequences: SequenceOf[Sequence]) -> list[str]:
         if not sequence.prompt or not sequence.answer:
             part = "answer" if sequence.prompt else "prompt"
             raise ProbeError(f"sequence {name}: the {part} is empty; it needs at least one token")
-        if model.context and _length(sequence) > model.context:
+        if model.context and sequence.length > model.context:
             raise ProbeError(
-                f"sequence {name}: {_length(sequence)} tokens are more than the model's context "
+                f"sequence {name}: {sequence.length} tokens are more than the model's context "
                 f"of {model.context}; cut the answer"
             )
         for token in (*sequence.prompt, *sequence.answer):

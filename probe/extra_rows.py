@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from probe import mass
-from probe.attribution import EdgeScores
 from probe.control import SIDES, cross_text
+from probe.edges import EdgeScores
 from probe.extra_passes import TEXTS, states_file, weights_file
 from probe.graph import Graph
 from probe.metrics import TOKEN_METRICS, Array, metric_named, strengths

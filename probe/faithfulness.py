@@ -11,8 +11,7 @@ nearly all edges are weak: a plain draw would hardly hold one that matters.
 
 import gc
 import random
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from probe.agreement import Agreement, MeasuredEdge, Stratum, compare_all
-from probe.attribution import Edge, Sequence, ablation_means, attribute, exact_effects
+from probe.attribution import ablation_means, attribute, exact_effects
 from probe.checkpoints import fingerprint
+from probe.edges import Edge
 from probe.errors import ProbeError
 from probe.models import Model, cpu_threads, load_model, resolve_devices
 from probe.parallel import places_for
@@ -60,6 +60,7 @@ from probe.run_folder import (
     model_names,
 )
 from probe.scatter import draw_scatter
+from probe.sequences import TokenSequence
 
 EDGES = 400
 
@@ -111,8 +112,8 @@ def draw_edges(
 
 def measure(
     model: Model,
-    sequences: SequenceOf[Sequence],
-    methods: SequenceOf[str],
+    sequences: Sequence[TokenSequence],
+    methods: Sequence[str],
     edges: int = EDGES,
     seed: int = 42,
     options: AttributionOptions | None = None,
@@ -190,7 +191,7 @@ def run_faithfulness(
     run: str | Path,
     *,
     edges: int | None = None,
-    methods: SequenceOf[str] | None = None,
+    methods: Sequence[str] | None = None,
     sequences: int | None = None,
     seed: int | None = None,
     batch_size: int | None = None,
@@ -267,9 +268,9 @@ def run_faithfulness(
 
 def measure_models(
     recipe: Recipe,
-    sides: SequenceOf[Side],
+    sides: Sequence[Side],
     folder: RunFolder,
-    places: SequenceOf[str],
+    places: Sequence[str],
     progress: Progress,
     host: Host | None = None,
 ) -> None:

@@ -11,12 +11,13 @@ import gc
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from probe.attribution import EdgeScores, attribute
-from probe.attribution import Sequence as TokenSequence
+from probe.attribution import attribute
 from probe.checkpoints import fingerprint
+from probe.edges import EdgeScores
 from probe.errors import ProbeError
 from probe.imported import GivenAnswer, imported
 from probe.models import Model, cpu_threads, load_model, read_tokenizer
@@ -26,6 +27,7 @@ from probe.recipe import Asked, Recipe
 from probe.remote import Host
 from probe.run_folder import Damaged, RunFolder, edges_key
 from probe.selection import Solution
+from probe.sequences import TokenSequence
 from probe.solutions import solve
 
 
@@ -209,7 +211,7 @@ def _attribute(
         edges.scores[place], edges.losses[place] = part.scores[row], part.losses[row]
         edges.entropies[place] = part.entropies[row]
         error = max(error, part.residual_error)
-    edges = edges._replace(residual_error=error)
+    edges = replace(edges, residual_error=error)
     folder.write_edges(path, edges, [s.id for s in side.sequences], key)
     for file in folder.parts(path):
         file.unlink()

@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from probe.agreement import Agreement, agreement_from
-from probe.attribution import EdgeScores
+from probe.edges import EdgeScores
 from probe.metrics import METRICS, TOKEN_METRICS, compute_metric, metric_named
 from probe.recipe import Pair, Recipe, ReportOptions, recipe_from
 from probe.run_folder import (

@@ -27,7 +27,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from probe.attribution import METHODS, Sequence
+from probe.attribution import METHODS
 from probe.checkpoints import fetch_checkpoint, weight_files
 from probe.errors import ProbeError
 from probe.extra_passes import measure_states, measure_weights
@@ -51,6 +51,7 @@ from probe.remote import Host, open_host
 from probe.report import Report, build_report
 from probe.run_folder import RunFolder, cell_name, model_names
 from probe.selection import Selection, Solution, select
+from probe.sequences import TokenSequence
 from probe.solutions import chat_message, no_template
 
 
@@ -350,16 +351,18 @@ def teller(progress: Progress, phase: str, total: int) -> Tell:
     return tell
 
 
-def cut(solutions: list[Solution], selection: Selection) -> list[Sequence]:
+def cut(solutions: list[Solution], selection: Selection) -> list[TokenSequence]:
     """The sequences of a selection: each prompt with the part of its answer that is scored."""
     by_id = {solution.id: solution for solution in solutions}
     return [
-        Sequence(by_id[name].prompt, by_id[name].answer[: selection.cut_length], name)
+        TokenSequence(by_id[name].prompt, by_id[name].answer[: selection.cut_length], name)
         for name in selection.ids
     ]
 
 
-def cross(before: list[Sequence], after: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
+def cross(
+    before: list[TokenSequence], after: list[TokenSequence]
+) -> tuple[list[TokenSequence], list[TokenSequence]]:
     """Exchange the answers of two sides; each model keeps the prompt as it tokenises it."""
     pairs = list(zip(before, after, strict=True))
     return (

@@ -36,12 +36,12 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from probe.attribution import EdgeScores
-from probe.attribution import Sequence as TokenSequence
+from probe.edges import EdgeScores
 from probe.errors import ProbeError, reason
 from probe.graph import Graph
 from probe.recipe import Asked, Pair, Recipe
 from probe.selection import Selection, Solution
+from probe.sequences import TokenSequence
 
 SCHEMA = 1
 FOLDERS = ("solutions", "selection", "edges", "faithfulness", "extras")
@@ -264,14 +264,18 @@ class RunFolder:
                     file.get_tensor(name) for name in ("scores", "losses", "entropies")
                 )
             graph = TypeAdapter(Graph).validate_json(metadata["graph"])
+            ids = tuple(map(str, json.loads(metadata["ids"])))
             residual_error = float(metadata["residual_error"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise Damaged(f"damaged ({reason(error)})") from error
         if key is not None and metadata.get("key") != key:
             raise Damaged("computed from other solutions or settings")
-        if scores.shape[1:] != graph.mask.shape or not torch.isfinite(scores).all():
-            raise Damaged("damaged (scores of the wrong shape, or not finite)")
-        return EdgeScores(scores, losses, entropies, graph, residual_error)
+        if not torch.isfinite(scores).all():
+            raise Damaged("damaged (scores that are not finite)")
+        try:
+            return EdgeScores(scores, losses, entropies, graph, residual_error, ids)
+        except ProbeError as error:
+            raise Damaged(f"damaged ({error})") from error
 
 
 def cell_name(pair: Pair, benchmark: str, alpha: float) -> str:

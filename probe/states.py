@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
-from probe.attribution import Sequence as TokenSequence
 from probe.attribution import make_batch
 from probe.batching import ENOUGH_TOKENS, BatchSize
 from probe.models import Model
+from probe.sequences import TokenSequence
 from probe.tracing import states
 
 POSITIONS = 1000

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from probe.attribution import EdgeScores
+from probe.edges import EdgeScores
 from probe.graph import Graph
 from probe.metrics import Array
 from probe.report import Report

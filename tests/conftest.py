@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import probe
-from probe.attribution import EdgeScores
+from probe.edges import EdgeScores
 from probe.graph import Graph
 from probe.recipe import read_recipe, recipe_table
 from probe.run_folder import RunFolder

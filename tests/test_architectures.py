@@ -6,7 +6,8 @@ from small_models import MODELS, save_small_model
 
 import probe
 from probe.architectures import ARCHITECTURES
-from probe.attribution import METHODS, Edge, exact_effects
+from probe.attribution import METHODS, exact_effects
+from probe.edges import Edge
 from probe.errors import ProbeError
 
 POST_NORMED = ("gemma2", "gemma3_text", "olmo2")

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from probe.attribution import Sequence
 from probe.control import Control, cross_text, split
 from probe.metrics import compute_metric
 from probe.run import cross
+from probe.sequences import TokenSequence
 
 
 def sides(questions=6, seed=0):
@@ -79,11 +79,11 @@ def test_what_is_not_defined():
 
 
 def test_answers_are_exchanged_and_prompts_kept():
-    before = [Sequence([1, 2], [3], "a"), Sequence([4], [5, 6], "b")]
-    after = [Sequence([0, 1, 2], [7, 8], "a"), Sequence([4], [9], "b")]
+    before = [TokenSequence([1, 2], [3], "a"), TokenSequence([4], [5, 6], "b")]
+    after = [TokenSequence([0, 1, 2], [7, 8], "a"), TokenSequence([4], [9], "b")]
     old, new = cross(before, after)
-    assert old == [Sequence([1, 2], [7, 8], "a"), Sequence([4], [9], "b")]
-    assert new == [Sequence([0, 1, 2], [3], "a"), Sequence([4], [5, 6], "b")]
+    assert old == [TokenSequence([1, 2], [7, 8], "a"), TokenSequence([4], [9], "b")]
+    assert new == [TokenSequence([0, 1, 2], [3], "a"), TokenSequence([4], [5, 6], "b")]
 
 
 def test_metrics_of_tokens_are_split_too():

@@ -7,9 +7,9 @@ import torch
 from conftest import run_recorded
 
 import probe
-from probe.attribution import Sequence
 from probe.report import build_report
 from probe.run_folder import RunFolder
+from probe.sequences import TokenSequence
 from probe.states import compare_states
 from probe.weights import by_kind, weight_changes
 
@@ -34,7 +34,7 @@ def texts(folder, model, alpha):
     path = folder.solutions_file(f"tiny-math--{model}", "tiny-math")
     solutions = {s.id: s for s in folder.read_solutions(path)[0]}
     return [
-        Sequence(solutions[i].prompt, solutions[i].answer[: selection.cut_length], i)
+        TokenSequence(solutions[i].prompt, solutions[i].answer[: selection.cut_length], i)
         for i in selection.ids
     ]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from probe import mass
-from probe.attribution import EdgeScores
+from probe.edges import EdgeScores
 from probe.errors import ProbeError
 from probe.extras import EXTRAS, check_extras, extra_tables
 from probe.graph import Graph

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 import probe
 from probe.architectures import architecture_of
-from probe.attribution import Edge, exact_effects
+from probe.attribution import exact_effects
+from probe.edges import Edge
 from probe.errors import ProbeError
 
 SEQUENCES = [

@@ -1,9 +1,10 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from probe.attribution import EdgeScores
+from probe.edges import EdgeScores
 from probe.errors import ProbeError
 from probe.graph import Graph
 from probe.metrics import METRICS, TOKEN_METRICS
@@ -147,7 +148,7 @@ def test_token_entropy_is_a_cell_of_its_own(half_run):
         path = half_run.edges_file(name, side)
         edges = half_run.read_edges(path)
         entropies = factor * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-        half_run.write_edges(path, edges._replace(entropies=entropies), list("abcde"), "key")
+        half_run.write_edges(path, replace(edges, entropies=entropies), list("abcde"), "key")
     (cell,) = (c for c in build_report(half_run.path).cells if c.metric == "token_entropy")
     assert (cell.before, cell.after, cell.change) == (3, 1.5, -0.5)
     assert cell.real_edges == Change(3, 1.5, -0.5)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from probe.architectures import Heads
-from probe.attribution import EdgeScores
+from probe.edges import EdgeScores
 from probe.graph import Graph
 from probe.recipe import read_recipe
 from probe.run_folder import Damaged, RunFolder, model_names

@@ -7,14 +7,14 @@ from small_models import MODELS, save_small_model
 
 import probe
 import probe.states
-from probe.attribution import Sequence
+from probe.sequences import TokenSequence
 from probe.states import compare_states, divergence, linear_cka
 
 
 def sequences(lengths=((4, 3), (2, 6), (5, 1)), seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
-        Sequence(*(torch.randint(3, 90, (n,), generator=generator).tolist() for n in pair))
+        TokenSequence(*(torch.randint(3, 90, (n,), generator=generator).tolist() for n in pair))
         for pair in lengths
     ]
 
@@ -74,7 +74,7 @@ def test_the_vocabulary_that_both_have(tmp_path):
 
 def test_batches_do_not_matter(tiny, monkeypatch):
     other = probe.load_model("probe:tiny-math/grpo")
-    texts = [Sequence([5, 6, 7 + n], [4, 9, 5, 6][: 1 + n]) for n in range(4)]
+    texts = [TokenSequence([5, 6, 7 + n], [4, 9, 5, 6][: 1 + n]) for n in range(4)]
     seen = []
     whole = compare_states(tiny, other, texts, 4, seen.append)
     monkeypatch.setattr(probe.states, "_LOGITS", 2 * 18 * 4)  # room for two

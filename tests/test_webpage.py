@@ -35,7 +35,7 @@ def nasty(half_run):
     path = half_run.edges_file("sft-grpo.tiny-math.alpha-0.5", "after")
     edges = half_run.read_edges(path)
     factor = torch.linspace(0.3, 2, edges.scores[0].numel()).reshape(edges.scores[0].shape)
-    half_run.write_edges(path, edges._replace(scores=edges.scores * factor), list("abcde"), "key")
+    half_run.write_edges(path, replace(edges, scores=edges.scores * factor), list("abcde"), "key")
     extra = ExtraTable(NASTY, NASTY, (NASTY, "b"), ((NASTY, 0.5),))
     return replace(build_report(half_run.path), extras=(extra,))
 
