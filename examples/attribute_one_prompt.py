@@ -25,7 +25,8 @@ sequence = probe.Sequence(prompt, answer)
 
 found = probe.attribute(model, [sequence])
 scores, graph = found.scores[0], found.graph
-strongest = scores.abs().flatten().argsort(descending=True)[: arguments.edges].tolist()
+strongest = scores.abs().where(graph.mask, -1).flatten().argsort(descending=True)
+strongest = strongest[: min(arguments.edges, int(graph.mask.sum()))].tolist()
 edges = [probe.Edge(0, *divmod(place, len(graph.targets))) for place in strongest]
 exact = probe.exact_effects(model, [sequence], edges)
 

@@ -42,9 +42,8 @@ print(f"{len(selection.ids)} questions, the first {selection.cut_length} tokens 
 print(f"{'metric':<24} {'before':>9} {'after':>9} {'change':>8}   {'95 %':<15} p")
 for name, found in compare_sides(edges[0].scores, edges[1].scores).items():
     before, after = (METRICS[name].function(side.scores) for side in edges)
-    change = (after - before) / abs(before)
-    low, high = found.interval
-    print(
-        f"{name:<24} {before:>9.3g} {after:>9.3g} {change:>+8.1%}   "
-        f"{f'{low:+.0%} .. {high:+.0%}':<15} {found.p_value:.3g}"
-    )
+    # Not everything is defined for few questions: the diversity of one, for example.
+    change = f"{(after - before) / abs(before):+.1%}" if before and after == after else "-"
+    interval = " .. ".join(f"{end:+.0%}" for end in found.interval or ()) or "-"
+    p_value = "-" if found.p_value is None else f"{found.p_value:.3g}"
+    print(f"{name:<24} {before:>9.3g} {after:>9.3g} {change:>8}   {interval:<15} {p_value}")

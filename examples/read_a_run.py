@@ -10,21 +10,27 @@ from pathlib import Path
 
 import pandas as pd
 
-from probe.run_folder import RunFolder
+from probe.metrics import metric_named
+from probe.recipe import recipe_from
+from probe.run_folder import RunFolder, model_names
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("run", type=Path, nargs="?", default=Path("runs/tiny-math"))
 run = parser.parse_args().run
 report = json.loads((run / "report.json").read_text())
+folder = RunFolder(run)
+recipe = recipe_from(folder.read_record()["recipe"], str(run))
+where = ["benchmark", "pair", "alpha"]  # what tells one row of cells from another
 
-cells = pd.DataFrame(report["cells"])
+cells = pd.DataFrame(report["cells"], columns=[*where, "metric", "change", "significant"])
 cells["shown"] = [
     "-" if change is None else f"{100 * change:+.1f}{'*' if significant else ' '}"
     for change, significant in zip(cells["change"], cells["significant"], strict=True)
 ]
-cells["metric"] = cells["metric"].str.split("_").str[-1]  # short enough for a terminal
+cells["metric"] = [metric_named(name).label for name in cells["metric"]]
 print("Change in percent, * where it is significant\n")
-table = cells.pivot_table("shown", ["pair", "alpha"], "metric", aggfunc="first", sort=False)
+# Unlike pivot_table, this complains where two cells would land in one place.
+table = cells.set_index([*where, "metric"])["shown"].unstack(sort=False).fillna("-")
 print(f"{table.to_string()}\n")
 
 tables = {
@@ -34,21 +40,25 @@ tables = {
 for title, rows in tables.items():
     print(f"{title}: {len(rows)} rows of {', '.join(rows.columns[:5])}, ...")
 if "Overlap of the circuits" in tables:
-    rows = tables["Overlap of the circuits"].set_index(["pair", "alpha"])
+    rows = tables["Overlap of the circuits"].set_index(where)
     print(f"\nHow alike the circuits are\n\n{rows[['edges', 'ranks', 'nodes']].round(2)}")
 
 print("\nAnswers\n")
 answers = pd.concat(
-    pd.read_json(path, lines=True, dtype=False).assign(model=path.name.split(".")[0])
-    for path in sorted((run / "solutions").glob("*.jsonl"))
+    pd.DataFrame(folder.read_solutions(folder.solutions_file(model, benchmark.name))[0]).assign(
+        model=model, benchmark=benchmark.name
+    )
+    for model in model_names(recipe).values()
+    for benchmark in recipe.benchmarks
 )
 answers["tokens"] = answers["answer"].map(len)
-print(answers.groupby("model").agg(right=("correct", "mean"), tokens=("tokens", "mean")).round(3))
+by_model = answers.groupby(["model", "benchmark"])
+print(by_model.agg(right=("correct", "mean"), tokens=("tokens", "mean")).round(3))
 
-path = sorted((run / "edges").glob("*.after.safetensors"))[0]
-edges = RunFolder(run).read_edges(path)
-strength = pd.DataFrame(
-    edges.scores.abs().mean(0).numpy(), edges.graph.sources, edges.graph.targets
-)
-print(f"\nStrongest edges of {path.name}\n")
-print(strength.stack().nlargest(5).rename_axis(["from", "into"]).to_string())
+for path in sorted((run / "edges").glob("*.after.safetensors"))[:1]:
+    edges = folder.read_edges(path)
+    strength = pd.DataFrame(
+        edges.scores.abs().mean(0).numpy(), edges.graph.sources, edges.graph.targets
+    )
+    print(f"\nStrongest edges of {path.name}\n")
+    print(strength.stack().nlargest(5).rename_axis(["from", "into"]).to_string())

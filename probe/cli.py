@@ -17,6 +17,8 @@ from click.shell_completion import CompletionItem
 from probe.errors import ProbeError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from probe.recipe import Recipe
 
 
@@ -130,7 +132,7 @@ def _overrides(
     return overrides
 
 
-def _run(chosen: "Recipe", output: str | None, fresh: bool, dry_run: bool) -> None:
+def _run(chosen: "Recipe", output: "str | Path | None", fresh: bool, dry_run: bool) -> None:
     if dry_run:
         from rich.console import Console
 
@@ -229,7 +231,7 @@ def compare(
     """
     from pathlib import Path
 
-    from probe.comparison import compare_recipe
+    from probe.comparison import compare_recipe, default_folder
     from probe.recipe import write_recipe
 
     chosen = compare_recipe(
@@ -244,7 +246,7 @@ def compare(
     )
     if save_recipe:
         write_recipe(chosen, Path(save_recipe))
-    _run(chosen, output, fresh, dry_run)
+    _run(chosen, output or default_folder(chosen), fresh, dry_run)
 
 
 @main.command()
@@ -344,7 +346,7 @@ def ndif(server: str) -> None:
 def report(runs: tuple[str, ...], style: str, output: str | None) -> None:
     """Print the report of a run; of several, side by side.
 
-    A run need not be finished; what is missing is named.
+    RUN is a run folder, or a file in it. A run need not be finished; what is missing is named.
 
     \b
     Examples:
@@ -357,7 +359,7 @@ def report(runs: tuple[str, ...], style: str, output: str | None) -> None:
     from probe.rendering import print_report, write_report
     from probe.report import build_report
 
-    reports = [build_report(Path(run)) for run in runs]
+    reports = [build_report(run) for run in runs]
     if output is None:
         print_report(reports, style)
     else:
@@ -387,8 +389,8 @@ def plot(runs: tuple[str, ...], output: str | None) -> None:
 
     if output is None and len(runs) > 1:
         raise ProbeError("figures of several runs need a place: give --output FOLDER")
-    folder = Path(output) if output else Path(runs[0]) / "figures"
-    reports = [build_report(Path(run)) for run in runs]
+    reports = [build_report(run) for run in runs]
+    folder = Path(output) if output else reports[0].path / "figures"
     with progress_bar(Console(stderr=True, highlight=False)) as progress:
         files = write_figures(reports, folder, progress)
     click.echo(f"{len(files)} files in {folder}")

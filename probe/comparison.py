@@ -9,6 +9,7 @@ is at hand, and `save_recipe` writes down what it was.
     'sft-vs-grpo'
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from probe.checkpoints import PACKAGE_PREFIX
 from probe.recipe import CHAT, Recipe, place_benchmarks, recipe_from, write_recipe
 from probe.report import Report
 from probe.run import run_recipe
+from probe.run_folder import RunFolder
 
 
 def compare(
@@ -45,7 +47,8 @@ def compare(
         prompt: `chat`, or a literal prompt with `{question}` in it.
         benchmark_paths: Local files or folders, `NAME=PATH`; just `PATH` for a single benchmark.
         overrides: Any key of a recipe, as in `{"solutions.questions": 200}`.
-        output: The run folder; `runs/BEFORE-vs-AFTER` if not given.
+        output: The run folder; `runs/BEFORE-vs-AFTER` if not given, with a number where that holds
+            a run of other models of these names.
         save_recipe: A TOML file to write the recipe to, before it runs.
         fresh: Start over where the folder holds an earlier run.
         console: Where progress goes; standard error if not given.
@@ -64,7 +67,7 @@ def compare(
     )
     if save_recipe is not None:
         write_recipe(recipe, Path(save_recipe))
-    return run_recipe(recipe, output, fresh=fresh, console=console)
+    return run_recipe(recipe, output or default_folder(recipe), fresh=fresh, console=console)
 
 
 def compare_recipe(
@@ -93,6 +96,19 @@ def compare_recipe(
     }
     recipe = recipe_from(table, f"{before} and {after}", overrides)
     return place_benchmarks(recipe, benchmark_paths)
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """Where a comparison goes: the first of NAME, NAME-2, ... that holds no run of other models."""
+    for number in itertools.count(1):
+        path = Path("runs") / (recipe.name if number == 1 else f"{recipe.name}-{number}")
+        folder = RunFolder(path)
+        if not folder.record.exists():
+            break
+        there = recipe_from(folder.read_record().get("recipe"), str(folder.record))
+        if there.models() == recipe.models():
+            break
+    return path
 
 
 def _short(reference: str) -> str:

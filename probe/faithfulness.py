@@ -58,6 +58,7 @@ from probe.run_folder import (
     faithfulness_file,
     first_names,
     model_names,
+    run_path,
 )
 from probe.scatter import draw_scatter
 from probe.sequences import TokenSequence
@@ -218,7 +219,7 @@ def run_faithfulness(
             method, a model that has changed since the run.
     """
     console = console or Console(stderr=True, highlight=False)
-    folder = RunFolder(Path(run))
+    folder = RunFolder(run_path(run))
     is_recipe = str(run) in recipe_files() or Path(run).suffix == ".toml"
     if folder.record.exists() or (folder.path.is_dir() and not is_recipe):
         is_recipe = False

@@ -84,10 +84,15 @@ def solve_with(
         file = folder.solutions_file(name, benchmark)
         gold = {problem.id: problem.answer for problem in questions}
         found, damaged = folder.read_solutions(file)
-        sound = [s for s in found if gold.get(s.id) == s.gold]
-        damaged += len(found) - len(sound)
+        aside = folder.unused_file(name, benchmark)
+        known = {s.id: s for s in (*folder.read_solutions(aside)[0], *found)}
+        if any(solution.id not in gold for solution in found):
+            folder.write_solutions(aside, known.values())
+        damaged += sum(gold.get(s.id, s.gold) != s.gold for s in found)
         if damaged:
             tell(Told(text=f"{file}: {damaged} damaged lines; solving these again"))
+        sound = [known[i] for i, answer in gold.items() if i in known and known[i].gold == answer]
+        if damaged or sound != found:
             folder.write_solutions(file, sound)
         done = {solution.id: solution for solution in sound}
         tell(Told(len(done)))

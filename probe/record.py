@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 
@@ -21,14 +22,14 @@ import probe
 from probe.checkpoints import fingerprint
 from probe.errors import ProbeError
 from probe.models import resolve_devices
-from probe.recipe import Recipe, recipe_table
+from probe.recipe import Recipe, recipe_from, recipe_table
 from probe.run_folder import SCHEMA, RunFolder
 
 # Keys of a recipe that do not change what comes out, only how fast or how it is shown.
 _FREE_KEYS = {
     "description": None,
     "compute": ("device", "threads", "kernels", "remote", "jobs", "timeout"),
-    "solutions": ("batch_size", "engine"),
+    "solutions": ("questions", "batch_size", "engine"),
     "attribution": ("batch_size", "control"),
     "faithfulness": None,
     "report": None,
@@ -95,6 +96,26 @@ def open_record(
     }
     folder.write_json("run.json", record)
     return record
+
+
+def with_earlier_tables(folder: RunFolder, recipe: Recipe) -> Recipe:
+    """The recipe with the control and the further tables that its folder has from before, too.
+
+    Raises:
+        ProbeError: The folder's record is damaged.
+    """
+    if not folder.record.exists():
+        return recipe
+    earlier = recipe_from(folder.read_record().get("recipe"), str(folder.record))
+    extra = tuple(dict.fromkeys((*earlier.report.extra, *recipe.report.extra)))
+    control = recipe.attribution.control
+    if control == "none":
+        control = earlier.attribution.control
+    return replace(
+        recipe,
+        report=replace(recipe.report, extra=extra),
+        attribution=replace(recipe.attribution, control=control),
+    )
 
 
 @contextmanager

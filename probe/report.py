@@ -29,6 +29,7 @@ from probe.run_folder import (
     faithfulness_file,
     first_names,
     model_names,
+    run_path,
 )
 from probe.statistics import LEVEL, Statistics, compare_sides, holm, permutations_for
 
@@ -203,13 +204,16 @@ class Report:
         }
 
 
-def build_report(path: Path) -> Report:
+def build_report(path: str | Path) -> Report:
     """Compute a run's report from what its folder holds.
+
+    Args:
+        path: The run folder, or any file in it.
 
     Raises:
         ProbeError: The folder is not a run's.
     """
-    folder = RunFolder(path)
+    folder = RunFolder(run_path(path))
     recipe = recipe_from(folder.read_record()["recipe"], str(folder.record))
     cells: list[Cell] = []
     missing: list[str] = []
@@ -242,7 +246,7 @@ def build_report(path: Path) -> Report:
     from probe.extras import extra_tables  # needs this module in turn
 
     extras = extra_tables(folder, recipe, missing)
-    return Report(recipe, judged, known, tuple(missing), faithfulness, extras, path=path)
+    return Report(recipe, judged, known, tuple(missing), faithfulness, extras, path=folder.path)
 
 
 def _faithfulness(folder: RunFolder, recipe: Recipe, missing: list[str]) -> tuple[Agreement, ...]:

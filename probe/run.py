@@ -46,7 +46,7 @@ from probe.phases import Side, attribute_with, solve_with
 from probe.plan import check_reach, lengths_line, make_plan, plan_lines, took_line
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
-from probe.record import now, open_record, phase_seconds, timed
+from probe.record import now, open_record, phase_seconds, timed, with_earlier_tables
 from probe.remote import Host, open_host
 from probe.report import Report, build_report
 from probe.run_folder import RunFolder, cell_name, model_names
@@ -64,6 +64,8 @@ def run_recipe(
     console: Console | None = None,
 ) -> Report:
     """Run a recipe, or go on with it.
+
+    Tables of an earlier run in the folder, and its control, stay and are brought up to date.
 
     Args:
         recipe: A recipe's name, a TOML file, or a recipe.
@@ -86,6 +88,8 @@ def run_recipe(
             console.print(f"downloading {reference}")
             fetch_checkpoint(reference)
     folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
+    if not fresh:
+        recipe = with_earlier_tables(folder, recipe)
     tables = {name: file.table for name, file in given.items()}
     record = open_record(folder, recipe, fresh, tables)
     for name, file in given.items():
@@ -113,7 +117,8 @@ def run_recipe(
 
             with timed(folder, record, "faithfulness"):
                 measure_models(recipe, sides, folder, places, progress, host)
-        needs = {EXTRAS[name].needs for name in recipe.report.extra}
+        # Models on a server do not leave it; what was measured here before is still shown.
+        needs = {EXTRAS[name].needs for name in recipe.report.extra if host is None}
         if "states" in needs and recipe.selection.alpha:
             with timed(folder, record, "states"):
                 measure_states(recipe, sides, folder, places, progress)

@@ -2,6 +2,7 @@
 
     run.json                                     recipe, models, versions, device, times
     solutions/MODEL.BENCHMARK.jsonl              a solution a line, added batch by batch
+    solutions/unused/MODEL.BENCHMARK.jsonl       those of questions that are not asked any more
     selection/PAIR.BENCHMARK.alpha-A.json        which questions, which lengths
     edges/PAIR.BENCHMARK.alpha-A.SIDE.safetensors   scores and losses
                                                  (SIDE: before, after; with the cross-text control
@@ -107,7 +108,7 @@ class RunFolder:
         """
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ProbeError(f"{self.path} is not a run folder: it has no run.json") from error
         except (OSError, ValueError) as error:
             raise ProbeError(
@@ -143,6 +144,10 @@ class RunFolder:
         """Where a model's solutions are."""
         return self.path / "solutions" / f"{model}.{benchmark}.jsonl"
 
+    def unused_file(self, model: str, benchmark: str) -> Path:
+        """Where those wait that a run with a larger `solutions.questions` has left."""
+        return self.path / "solutions" / "unused" / f"{model}.{benchmark}.jsonl"
+
     def read_solutions(self, path: Path) -> tuple[list[Solution], int]:
         """The solutions in a file, and how many of its lines are damaged."""
         if not path.exists():
@@ -173,6 +178,7 @@ class RunFolder:
     def write_solutions(self, path: Path, solutions: Iterable[Solution]) -> None:
         """Write a file of solutions anew."""
         text = "".join(_line(solution) for solution in solutions)
+        path.parent.mkdir(exist_ok=True)
         write_whole(path, lambda place: place.write_text(text, encoding="utf-8"))
 
     def write_selection(self, cell: str, selection: Selection) -> None:
@@ -276,6 +282,16 @@ class RunFolder:
             return EdgeScores(scores, losses, entropies, graph, residual_error, ids)
         except ProbeError as error:
             raise Damaged(f"damaged ({error})") from error
+
+
+def run_path(place: str | Path) -> Path:
+    """The run folder that a path means: itself, or the one that this file or folder lies in."""
+    path = Path(place)
+    if path.exists():
+        for folder in (path, *path.absolute().parents[:2]):
+            if (folder / "run.json").is_file():
+                return folder
+    return path
 
 
 def cell_name(pair: Pair, benchmark: str, alpha: float) -> str:

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from conftest import DATA
 
 import probe
 from probe.cli import main
-from probe.comparison import compare_recipe
+from probe.comparison import compare_recipe, default_folder
 from probe.errors import ProbeError
-from probe.recipe import read_recipe
+from probe.recipe import read_recipe, recipe_table
+from probe.run_folder import RunFolder
 
 SFT, GRPO = "probe:tiny-math/sft", "probe:tiny-math/grpo"
 SMALL = {
@@ -83,6 +85,22 @@ def test_the_command_is_the_function(tmp_path):
 )
 def test_names(before, after, name):
     assert compare_recipe(before, after).name == name
+
+
+def test_models_of_one_name_have_a_run_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("base", "ft", "b/ft"):
+        shutil.copytree(DATA / "oracle" / "llama" / "model", tmp_path / place)
+    recipes = [compare_recipe("base", after) for after in ("ft", "b/ft", "c/ft")]
+    folders = []
+    for recipe in (*recipes[:2], *recipes[:2]):
+        folder = RunFolder(default_folder(recipe))
+        if not folder.record.exists():
+            folder.open()
+            folder.write_json("run.json", {"schema": 1, "recipe": recipe_table(recipe)})
+        folders.append(folder.path.as_posix())
+    assert folders == 2 * ["runs/base-vs-ft", "runs/base-vs-ft-2"]
+    assert default_folder(recipes[2]).name == "base-vs-ft-3"
 
 
 def test_a_mistake_is_told(tmp_path):

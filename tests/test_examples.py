@@ -1,11 +1,14 @@
 """Every example runs, and prints something worth reading."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from probe.metrics import metric_named
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -17,6 +20,12 @@ def run(folder, name, *arguments):
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 110
     return done.stdout
+
+
+def test_few_questions(tmp_path):
+    """Some metrics are not defined there."""
+    printed = run(tmp_path, "compare_two_checkpoints.py", "--questions", 1)
+    assert re.search(r"sample_diversity +nan +nan +- +- +-", printed)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +47,8 @@ def test_attribute_one_prompt(tmp_path):
     sizes = [abs(float(row[2])) for row in rows]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > 0
+    printed = run(tmp_path, "attribute_one_prompt.py", "--edges", 100)
+    assert len(re.findall(r"^\S+ → \S+ +[+-]", printed, re.MULTILINE)) == 77
 
 
 def test_compare_two_checkpoints(tmp_path):
@@ -56,8 +67,14 @@ def test_own_recipe(own_run):
 
 def test_read_a_run(own_run, tmp_path):
     printed = run(tmp_path, "read_a_run.py", own_run[0])
-    assert re.search(r"mine +0.3 +[+-][\d.]+", printed)
+    cells = json.loads((own_run[0] / "report.json").read_text())["cells"]
+    labels, row = printed.splitlines()[2].split()[1:], printed.splitlines()[4].split()
+    assert row[:3] == ["tiny-math", "mine", "0.3"]
+    assert labels == [metric_named(cell["metric"]).label for cell in cells]
+    assert [float(text.rstrip("*")) for text in row[3:]] == [
+        pytest.approx(100 * cell["change"], abs=0.06) for cell in cells
+    ]
     assert "Cross-text control: 6 rows of benchmark, pair, alpha, metric, change %" in printed
     assert "How alike the circuits are" in printed
-    assert re.search(r"tiny-math--sft +0\.\d+", printed)
+    assert re.search(r"tiny-math--sft +tiny-math +0\.\d+", printed)
     assert "Strongest edges of mine.tiny-math.alpha-0.3.after.safetensors" in printed

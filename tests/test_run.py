@@ -370,3 +370,78 @@ def test_the_whole_tiny_recipe(tmp_path):
     assert 0.45 <= accuracy["sft-grpo"].before <= 0.75
     assert accuracy["sft-grpo"].after > accuracy["sft-grpo"].before
     assert {cell.samples for cell in report.cells} == {100}
+
+
+def asked(folder, model="sft"):
+    lines = (folder / "solutions" / f"tiny-math--{model}.tiny-math.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_larger_limit_extends_the_run(copy):
+    first = asked(copy)
+    report, said = run(copy, {"solutions.questions": 63})
+    assert [row.questions for row in report.accuracy] == [63, 63]
+    assert "damaged" not in said
+    more = {row["id"]: row for row in asked(copy)}
+    assert len(more) == 63
+    assert all(more[row["id"]] == row for row in first)
+
+
+def test_a_smaller_limit_asks_less_and_loses_nothing(copy, monkeypatch):
+    whole = asked(copy)
+    report, said = run(copy, {"solutions.questions": 50})
+    assert [row.questions for row in report.accuracy] == [50, 50]
+    assert "damaged" not in said
+    few = asked(copy)
+    assert few == [row for row in whole if row["id"] in {part["id"] for part in few}]
+    # What was solved once is not solved again.
+    monkeypatch.setattr("probe.phases.solve", None)
+    assert run(copy, {"solutions.questions": 60})[0].accuracy[0].questions == 60
+    assert asked(copy) == whole
+
+
+def test_a_later_command_adds_to_what_is_shown(copy):
+    def titles():
+        return [table.title for table in build_report(copy).extras]
+
+    run(copy, {"attribution.control": "cross-text"})
+    run(copy, {"report.extra": '["overlap", "weights"]'})
+    everything = [
+        "Cross-text control",
+        "Overlap of the circuits",
+        "Concentration of the scores",
+        "Change of the weights",
+    ]
+    assert titles() == everything
+    run(copy, {"solutions.questions": 61})
+    assert titles() == everything
+    assert not build_report(copy).missing
+    run(copy, fresh=True)
+    assert titles() == everything[1:3]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ".",
+        "report.json",
+        "run.json",
+        "edges",
+        "selection/sft-dpo.tiny-math.alpha-0.1.json",
+        "page.html",
+    ],
+)
+def test_a_file_of_a_run_stands_for_the_run(copy, monkeypatch, place):
+    (copy / "page.html").touch()
+    assert build_report(copy / place).cells == build_report(copy).cells
+    monkeypatch.chdir(copy.parent)
+    assert build_report(f"{copy.name}/{place}").cells
+    monkeypatch.chdir(copy)
+    assert build_report(place).cells
+
+
+def test_a_file_of_no_run_is_no_damaged_run(copy, tmp_path):
+    shutil.copy(copy / "report.json", tmp_path / "report.json")
+    for place in (tmp_path / "report.json", copy / "no-such-file.json"):
+        with pytest.raises(ProbeError, match=r"is not a run folder: it has no run\.json"):
+            build_report(place)
