@@ -30,7 +30,9 @@ class Group(click.Group):
         try:
             return super().invoke(context)
         except ProbeError as error:
-            click.echo(f"probe: {error}", err=True)
+            from probe.escaping import one_line
+
+            click.echo(f"probe: {one_line(str(error))}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
             click.echo("probe: stopped; the same command goes on from here", err=True)
@@ -134,11 +136,10 @@ def _overrides(
 
 def _run(chosen: "Recipe", output: "str | Path | None", fresh: bool, dry_run: bool) -> None:
     if dry_run:
-        from rich.console import Console
-
+        from probe.escaping import PlainConsole
         from probe.plan import make_plan, plan_view
 
-        Console(highlight=False).print(plan_view(make_plan(chosen)))
+        PlainConsole().print(plan_view(make_plan(chosen)))
         return
     from probe.rendering import print_report
     from probe.run import run_recipe
@@ -257,14 +258,13 @@ def recipes() -> None:
     Example:
       probe recipes
     """
-    from rich.console import Console
-
+    from probe.escaping import PlainConsole
     from probe.plan import make_plan, recipes_view
     from probe.recipe import read_recipe
     from probe.shipped import recipe_files
 
     plans = [make_plan(read_recipe(name)) for name in recipe_files()]
-    Console(highlight=False).print(recipes_view(plans))
+    PlainConsole().print(recipes_view(plans))
 
 
 @main.command()
@@ -323,13 +323,12 @@ def ndif(server: str) -> None:
       probe ndif
       probe ndif http://localhost:8001
     """
-    from rich.console import Console
-
+    from probe.escaping import PlainConsole
     from probe.hosting import server_view
     from probe.remote import open_host
 
     for part in server_view(open_host(server)):
-        Console(highlight=False).print(part)
+        PlainConsole().print(part)
 
 
 @main.command()
@@ -381,8 +380,7 @@ def plot(runs: tuple[str, ...], output: str | None) -> None:
     """
     from pathlib import Path
 
-    from rich.console import Console
-
+    from probe.escaping import PlainConsole
     from probe.figures import write_figures
     from probe.report import build_report
     from probe.run import progress_bar
@@ -391,7 +389,7 @@ def plot(runs: tuple[str, ...], output: str | None) -> None:
         raise ProbeError("figures of several runs need a place: give --output FOLDER")
     reports = [build_report(run) for run in runs]
     folder = Path(output) if output else reports[0].path / "figures"
-    with progress_bar(Console(stderr=True, highlight=False)) as progress:
+    with progress_bar(PlainConsole(stderr=True)) as progress:
         files = write_figures(reports, folder, progress)
     click.echo(f"{len(files)} files in {folder}")
 

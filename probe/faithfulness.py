@@ -27,6 +27,7 @@ from probe.attribution import ablation_means, attribute, exact_effects
 from probe.checkpoints import fingerprint
 from probe.edges import Edge
 from probe.errors import ProbeError
+from probe.escaping import PlainConsole
 from probe.models import Model, cpu_threads, load_model, resolve_devices
 from probe.parallel import places_for
 from probe.phases import Side
@@ -218,7 +219,7 @@ def run_faithfulness(
         ProbeError: Neither a run folder nor a recipe, a run that has not got so far, an unknown
             method, a model that has changed since the run.
     """
-    console = console or Console(stderr=True, highlight=False)
+    console = console or PlainConsole(stderr=True)
     folder = RunFolder(run_path(run))
     is_recipe = str(run) in recipe_files() or Path(run).suffix == ".toml"
     if folder.record.exists() or (folder.path.is_dir() and not is_recipe):

@@ -5,32 +5,12 @@ They need the package booktabs, and nothing else.
     >>> print(document([report]))
 """
 
-import re
 from collections.abc import Sequence
 
+from probe.escaping import latex as escape
 from probe.layout import extra_texts, further_tables, numeric, shared_tables, table_1
 from probe.report import ExtraTable, Report
 from probe.wording import caveats, overview
-
-_CHARACTERS = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    **{character: f"{{{character}}}" for character in "[*"},  # at a row's start, not its end's
-    "\\": r"\textbackslash{}",
-    "~": r"$\sim$",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "↗": r"$\nearrow$",
-    "→": r"$\to$",
-    "↘": r"$\searrow$",
-    "✓": r"$=$",
-    "✗": r"$\neq$",
-    "·": r"$\cdot$",
-    "≤": r"$\le$",
-    "α": r"$\alpha$",
-}
-_NEGATIVE = re.compile(r"(?<![\w)])-(?=[\d.])|(?<=\de)-(?=\d)")
 
 
 def document(reports: Sequence[Report]) -> str:
@@ -41,7 +21,8 @@ def document(reports: Sequence[Report]) -> str:
     for report in reports:
         tables += further_tables(report)
     notes = dict.fromkeys(line for report in reports for line in caveats(report))
-    lines = [f"% {line}" for line in (r"\usepackage{booktabs}", *overview(reports), *notes)]
+    lines = [r"% \usepackage{booktabs}"]
+    lines += [f"% {escape(line)}" for line in (*overview(reports), *notes)]
     for table in tables:
         lines += ["", *table_lines(table)]
     return "\n".join(lines)
@@ -66,11 +47,4 @@ def table_lines(table: ExtraTable) -> list[str]:
 
 
 def _row(texts: Sequence[str]) -> str:
-    return " & ".join(escape(" ".join(text.split())) for text in texts) + r" \\"
-
-
-def escape(text: str) -> str:
-    """Any text as LaTeX prints it."""
-    signed = _NEGATIVE.sub("−", text)
-    found = "".join(_CHARACTERS.get(character, character) for character in signed)
-    return found.replace("−", "$-$")
+    return " & ".join(escape(text) for text in texts) + r" \\"

@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 
+from probe.escaping import markdown as escape
 from probe.layout import (
     cell_rows,
     extra_texts,
@@ -27,18 +28,18 @@ def document(reports: Sequence[Report]) -> str:
                 title = heading(benchmark, pair, cells)
                 tables.append(ExtraTable(title, "", titles(report), rows))
         tables += further_tables(report)
-    lines = ["  \n".join(overview(reports)), ""]
+    lines = ["  \n".join(map(escape, overview(reports))), ""]
     for table in tables:
         lines += table_lines(table)
     notes = dict.fromkeys(line for report in reports for line in caveats(report))
-    return "\n".join([*lines, "  \n".join(notes)])
+    return "\n".join([*lines, "  \n".join(map(escape, notes))])
 
 
 def table_lines(table: ExtraTable) -> list[str]:
     """Any table below its title, and its note below it."""
-    lines = [f"### {table.title}", ""]
+    lines = [f"### {escape(table.title)}", ""]
     rules = ["---:" if right else "---" for right in numeric(table)]
-    for row in (table.columns, rules, *extra_texts(table)):
-        cells = (" ".join(text.split()).replace("|", "\\|") for text in row)
-        lines += ["| " + " | ".join(cells) + " |"]
-    return [*lines, "", *([table.note, ""] if table.note else [])]
+    escaped = [map(escape, row) for row in (table.columns, *extra_texts(table))]
+    for row in (escaped[0], rules, *escaped[1:]):
+        lines += ["| " + " | ".join(row) + " |"]
+    return [*lines, "", *([escape(table.note), ""] if table.note else [])]

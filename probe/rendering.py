@@ -13,11 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-
 from probe import agreement, latex, markdown, terminal
 from probe.agreement import Agreement
 from probe.errors import ProbeError
+from probe.escaping import PlainConsole
 from probe.report import Report
 from probe.wording import run_names
 
@@ -42,7 +41,7 @@ def write_report(reports: Sequence[Report], style: str, path: Path) -> None:
         ProbeError: An unknown format, or a file that cannot be written.
     """
     if style == "table":
-        console = Console(file=io.StringIO(), highlight=False, width=100, record=True)
+        console = PlainConsole(file=io.StringIO(), width=100, record=True)
         console.print(terminal.view(reports))
         text = console.export_text().rstrip("\n")
     else:
@@ -60,9 +59,9 @@ def print_faithfulness(agreements: Sequence[Agreement]) -> None:
     _console().print(agreement.view(agreements))
 
 
-def _console() -> Console:
+def _console() -> PlainConsole:
     # Where nobody looks (a pipe, a file, CI) the width is fixed, so that runs compare.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    return PlainConsole(width=None if sys.stdout.isatty() else 100)
 
 
 def render(reports: Report | Sequence[Report], style: str) -> str:

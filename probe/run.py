@@ -30,6 +30,7 @@ from rich.text import Text
 from probe.attribution import METHODS
 from probe.checkpoints import fetch_checkpoint, weight_files
 from probe.errors import ProbeError
+from probe.escaping import PlainConsole
 from probe.extra_passes import measure_states, measure_weights
 from probe.extras import EXTRAS, check_extras
 from probe.hosting import check_host
@@ -79,7 +80,7 @@ def run_recipe(
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
-    console = console or Console(stderr=True, highlight=False)
+    console = console or PlainConsole(stderr=True)
     problems = check_recipe(recipe)
     given, answers = _read_given(recipe, problems)
     host = recipe_host(recipe, console)
@@ -182,7 +183,7 @@ def recipe_host(recipe: Recipe, console: Console) -> Host | None:
         return None
 
     def say(line: str) -> None:
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
 
     host = open_host(options.remote, options.jobs, options.timeout, say)
     for line in check_host(host):
@@ -387,7 +388,7 @@ class Speed(ProgressColumn):
 def progress_bar(console: Console) -> Progress:
     """The bar that shows how far each phase is."""
     return Progress(
-        TextColumn("{task.description:<12}"),
+        TextColumn("{task.description:<12}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -12,7 +12,6 @@ import base64
 import io
 import json
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +20,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from probe.errors import ProbeError
+from probe.escaping import html as escape
 from probe.figures import ENTROPIES, draw_diversity, draw_entropy
 from probe.heatmap import COLOURS, LIMITS
 from probe.layout import cell_rows, extra_texts, further_tables, numeric, shared_tables, titles
