@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from probe.errors import ProbeError as ProbeError
     from probe.faithfulness import run_faithfulness as run_faithfulness
     from probe.graph import Graph as Graph
+    from probe.hosting import load_hosted as load_hosted
+    from probe.hosting import open_host as open_host
     from probe.models import Model as Model
     from probe.models import load_model as load_model
     from probe.run import run_recipe as run_recipe
@@ -43,7 +45,9 @@ _MODULES = {
     "ProbeError": "errors",
     "Graph": "graph",
     "Model": "models",
+    "load_hosted": "hosting",
     "load_model": "models",
+    "open_host": "hosting",
     "run_recipe": "run",
     "Selection": "selection",
     "Solution": "selection",

@@ -18,11 +18,12 @@ from typing import Literal, TypeVar
 
 import torch
 
+from probe.concurrency import in_flight
 from probe.edge_product import GRADIENT_GROUPS
 from probe.errors import ProbeError
 from probe.graph import Graph
 from probe.models import Model
-from probe.remote import Host, in_flight
+from probe.remote import Host
 from probe.tracing import PLENTY, Thrift
 
 BatchSize = int | Literal["auto"]

@@ -324,8 +324,8 @@ def ndif(server: str) -> None:
       probe ndif http://localhost:8001
     """
     from probe.escaping import PlainConsole
-    from probe.hosting import server_view
-    from probe.remote import open_host
+    from probe.hosting import open_host
+    from probe.server_view import server_view
 
     for part in server_view(open_host(server)):
         PlainConsole().print(part)

@@ -25,12 +25,13 @@ from rich.progress import Progress
 from probe.agreement import Agreement, MeasuredEdge, Stratum, compare_all
 from probe.attribution import ablation_means, attribute, exact_effects
 from probe.checkpoints import fingerprint
+from probe.concurrency import in_flight
 from probe.edges import Edge
 from probe.errors import ProbeError
 from probe.escaping import PlainConsole
-from probe.models import Model, cpu_threads, load_model, resolve_devices
+from probe.models import Model, cpu_threads, resolve_devices
 from probe.parallel import places_for
-from probe.phases import Side
+from probe.phases import Side, load_there
 from probe.recipe import (
     AttributionOptions,
     Recipe,
@@ -40,7 +41,7 @@ from probe.recipe import (
     recipe_table,
 )
 from probe.record import timed
-from probe.remote import Host, in_flight
+from probe.remote import Host
 from probe.report import build_report
 from probe.run import (
     check_methods,
@@ -388,7 +389,7 @@ def _measure_side(
         advance(new)
 
     known = {(r.sequence, r.source, r.target): r.exact for r in rows if r.exact is not None}
-    model = load_model(side.model, place, precision, host=host)
+    model = load_there(recipe, side.model, place, host)
     try:
         rows = measure(
             model,

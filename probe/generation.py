@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 import torch
 
 from probe import flash
+from probe.concurrency import in_flight
 from probe.errors import ProbeError, reason
 from probe.models import Model
-from probe.remote import in_flight
 from probe.tracing import generate_tokens
 from probe.vocabulary import Engine
 

@@ -2,7 +2,8 @@
 
 Everything here is asked before the first job: whether the model is up, whether it has the layers
 and the width that its config says here and the precision that the recipe asks for, and whether
-client and server run versions that understand each other.
+client and server run versions that understand each other. `load_hosted` gives a model that runs
+there, to be used as one from `load_model`.
 
     >>> server = read_server(open_host("http://localhost:8001"))
     >>> [model.reference for model in server.models]
@@ -10,21 +11,24 @@ client and server run versions that understand each other.
 """
 
 import json
-import platform
-from collections.abc import Iterator
+import os
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from typing import NamedTuple, cast
+from urllib.parse import urlsplit
 
-from rich.console import RenderableType
-from rich.table import Table
-
-from probe.checkpoints import local_folder
+from probe.architectures import architecture_of
+from probe.checkpoints import fetch_checkpoint, local_folder
 from probe.errors import ProbeError
-from probe.models import Model
-from probe.recipe import Recipe, read_recipe, recipe_files
+from probe.models import Model, check_dtype, read_config, read_tokenizer
 from probe.remote import Deployment, Host
 from probe.tracing import describe
+from probe.vocabulary import JOBS, KEY_VARIABLE, TIMEOUT
+
+HOSTED = "ndif"
+"""The address that stands for the hosted NDIF."""
 
 PACKAGES = ("nnsight", "torch", "transformers")
 _WRAPPER = "nnsight.modeling.transformers.TransformersModel"
@@ -63,6 +67,47 @@ class Server(NamedTuple):
 
     models: tuple[HostedModel, ...]
     """What is up."""
+
+
+def open_host(
+    remote: str,
+    jobs: int = JOBS,
+    timeout: float = TIMEOUT,
+    say: Callable[[str], None] | None = None,
+) -> Host:
+    """A server by its address; nothing is sent yet.
+
+    Args:
+        remote: `ndif` for the hosted NDIF, or `http://host:port` for a server of one's own.
+        jobs: How many jobs may be under way at once.
+        timeout: See `Host.timeout`.
+        say: See `Host.say`.
+
+    Raises:
+        ProbeError: No such address, or a key that is missing or damaged.
+    """
+    from nnsight.schema.config import CONFIG
+
+    # From the variable alone, for one's own server; nnsight's stored key is for the hosted one.
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    url = remote
+    if remote == HOSTED:
+        url, key = CONFIG.API.HOST, key or (CONFIG.API.APIKEY or "").strip()
+        if not key:
+            raise ProbeError(
+                f"the hosted NDIF asks for a key: set {KEY_VARIABLE}; see docs/remote.md"
+            )
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ProbeError(f"remote is {remote!r}; give {HOSTED} or an address, http://host:8001")
+    if parts.username or parts.password:
+        raise ProbeError(
+            f"leave name and password out of the address; a key goes into {KEY_VARIABLE}"
+        )
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ProbeError(f"{KEY_VARIABLE} holds characters that no key has")
+    say = say or (lambda line: None)
+    return Host(url.rstrip("/"), key, jobs, remote != HOSTED, timeout, say)
 
 
 def read_server(host: Host, patience: float = 5.0) -> Server:
@@ -108,62 +153,9 @@ def check_host(host: Host, patience: float = 15.0) -> list[str]:
     return check_versions(host, read_server(host, patience))
 
 
-def server_view(host: Host) -> Iterator[RenderableType]:
-    """Lay out what can be said of a server, bit by bit, as it answers.
-
-    Raises:
-        ProbeError: It cannot be reached, or is no NDIF server.
-    """
-    server = read_server(host)
-    try:
-        host.knock()
-        key = "taken" if host.key else "none given, none asked for"
-    except ProbeError as error:
-        key = str(error).removeprefix(f"{host.url} ")
-    facts = Table(title=f"{host.url}: reachable", title_justify="left")
-    for title in ("", "here", "there"):
-        facts.add_column(title)
-    facts.add_row("python", platform.python_version(), server.python)
-    for name in PACKAGES:
-        facts.add_row(name, version(name), server.versions.get(name, "?"))
-    yield facts
-    yield f"key: {key}"
-    models = Table(title="Models that are up", title_justify="left")
-    for title in ("model", "architecture", "layers", "width", "dtype"):
-        models.add_column(title)
-    for model in server.models:
-        models.add_row(model.reference, *(str(value or "?") for value in _shape(model)))
-    yield models if server.models else "No model is up."
-    recipes = Table(title="Recipes", title_justify="left")
-    for title in ("recipe", "could run there now"):
-        recipes.add_column(title)
-    for name in recipe_files():
-        recipes.add_row(name, _obstacles(read_recipe(name), server) or "yes")
-    yield recipes
-    if host.deploys:
-        yield "What is not up is asked for when a recipe needs it."
-
-
-def _obstacles(recipe: Recipe, server: Server) -> str:
-    """Why a recipe cannot run on a server now; empty where it can."""
-    up = {model.reference.lower(): model.dtype for model in server.models}
-    obstacles = []
-    for reference in recipe.models():
-        name = _name_there(reference).lower()
-        if name not in up:
-            obstacles.append(f"{reference} is not up")
-        elif up[name] not in (None, recipe.compute.dtype):
-            obstacles.append(f"{reference} is up in {up[name]}, not {recipe.compute.dtype}")
-    return ", ".join(obstacles)
-
-
-def _name_there(reference: str) -> str:
+def name_there(reference: str) -> str:
     """What a server calls a model: its hub id, or its folder, which is the same there."""
     return str(local_folder(reference) or reference)
-
-
-def _shape(model: HostedModel) -> tuple[object, ...]:
-    return model.model_type, model.n_layers, model.d_model, model.dtype
 
 
 def check_versions(host: Host, server: Server) -> list[str]:
@@ -191,6 +183,41 @@ def check_versions(host: Host, server: Server) -> list[str]:
     return differences
 
 
+def load_hosted(reference: str, host: Host, dtype: str = "float32") -> Model:
+    """A model whose weights stay on a server; what is here are the names of its modules.
+
+    Args:
+        reference: As for `probe.models.load_model`; the server has it under the same name.
+        host: The server, from `open_host`.
+        dtype: The precision that it is served in.
+
+    Raises:
+        ProbeError: Its config or tokenizer cannot be read here, its architecture is not in the
+            table, or the server does not have it, or not like this.
+    """
+    import torch
+    from nnsight.modeling.transformers import TransformersModel
+    from transformers import GenerationConfig
+
+    check_dtype(dtype)
+    config = read_config(reference)
+    architecture = architecture_of(config.model_type)
+    tokenizer = read_tokenizer(reference)
+    checkpoint = fetch_checkpoint(reference, weights=False)
+    if checkpoint.adapter:
+        raise ProbeError(
+            f"{reference} is a PEFT adapter, which runs here only; merge it into its base first"
+        )
+    folder = str(checkpoint.folder)
+    network = TransformersModel(folder, task="text-generation", tokenizer=tokenizer, dtype=dtype)
+    # Built from the config alone, it lacks what a file of its own says of generation.
+    with suppress(OSError):
+        network._module.generation_config = GenerationConfig.from_pretrained(folder)
+    here, precision = torch.device("cpu"), getattr(torch, dtype)
+    model = Model(reference, network, tokenizer, config, architecture, here, precision)
+    return replace(model, deployment=deploy(model, host))
+
+
 def deploy(model: Model, host: Host) -> Deployment:
     """Find a model on a server, or have it brought up, and check that it is the same model.
 
@@ -202,12 +229,12 @@ def deploy(model: Model, host: Host) -> Deployment:
         ProbeError: It is not there, or not with these layers, this width or this precision.
     """
     server = read_server(host, host.timeout)
-    name = _name_there(model.reference)
+    name = name_there(model.reference)
     env = model.network._remoteable_get_env()
     for found in server.models:
         if found.reference.lower() == name.lower():
             deployment = Deployment(host, found.key, env)
-            _compare(model, host, found.n_layers, found.d_model, found.dtype)
+            _check_same(model, host, found.n_layers, found.d_model, found.dtype)
             return deployment
     if not host.deploys:
         up = ", ".join(found.reference for found in server.models) or "nothing"
@@ -217,11 +244,11 @@ def deploy(model: Model, host: Host) -> Deployment:
     deployment = Deployment(host, f"{_WRAPPER}:{key}", env)
     found_there = describe(replace(model, deployment=deployment))
     dtype = str(found_there.dtype).removeprefix("torch.")
-    _compare(model, host, found_there.shape[0], found_there.shape[1], dtype)
+    _check_same(model, host, found_there.shape[0], found_there.shape[1], dtype)
     return deployment
 
 
-def _compare(
+def _check_same(
     model: Model, host: Host, n_layers: int | None, d_model: int | None, dtype: str | None
 ) -> None:
     """Check what a server says of a model against what is known of it here."""

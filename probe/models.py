@@ -11,8 +11,8 @@ memory.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from nnsight.modeling.transformers import TransformersModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from probe.remote import Deployment, Host
+    from probe.remote import Deployment
     from probe.vocabulary import Kernels
 
 
@@ -149,9 +149,10 @@ def load_model(
     device: str = "cpu",
     dtype: str = "float32",
     kernels: "Kernels" = "eager",
-    host: "Host | None" = None,
 ) -> Model:
     """Load a causal language model, frozen and in evaluation mode.
+
+    One whose weights stay on a server is loaded by `probe.hosting.load_hosted`.
 
     Args:
         reference: A folder, a hub id, or the `probe:` name of a model that ships with the package.
@@ -160,12 +161,10 @@ def load_model(
         dtype: `float32`, `bfloat16`, `float16` or `float64`.
         kernels: `eager`, as transformers has it; `liger`, fused kernels, which the method `relp`
             cannot use; or `auto` for these where they run.
-        host: A server from `probe.remote.open_host` that runs it, under the same name; then
-            nothing but its config and tokenizer is read here.
 
     Raises:
         ProbeError: The model cannot be found or read, its architecture is not in the table, or
-            the device or dtype is not to be had here, or the model not there.
+            the device or dtype is not to be had here.
     """
     import torch
     from nnsight.modeling.transformers import TransformersModel
@@ -173,8 +172,7 @@ def load_model(
 
     from probe.kernels import fuse, resolve_kernels
 
-    if dtype not in get_args(DType):
-        raise ProbeError(f"dtype {dtype!r} is not known; one of: {', '.join(get_args(DType))}")
+    check_dtype(dtype)
     place, *more = resolve_devices(device)
     if more and any(part.type != "cuda" for part in (place, *more)):
         raise ProbeError(f"device {device!r}: only CUDA devices can share a model")
@@ -182,8 +180,6 @@ def load_model(
     architecture = architecture_of(config.model_type)
     chosen = resolve_kernels(kernels, place, config.model_type)
     tokenizer = read_tokenizer(reference)
-    if host is not None:
-        return _model_there(reference, dtype, host, tokenizer)
     # The fused kernel for experts knows no float64.
     experts = (
         {"experts_implementation": "eager"} if architecture.experts and dtype == "float64" else {}
@@ -222,33 +218,6 @@ def _room(*devices: "torch.device") -> dict[int | str, int]:
     return {device.index or 0: torch.cuda.mem_get_info(device)[0] for device in devices}
 
 
-def _model_there(
-    reference: str, dtype: str, host: "Host", tokenizer: "PreTrainedTokenizerBase"
-) -> Model:
-    """A model whose weights are on a server; what is here are the names of its modules."""
-    import torch
-    from nnsight.modeling.transformers import TransformersModel
-    from transformers import GenerationConfig
-
-    from probe.hosting import deploy
-
-    config = read_config(reference)
-    architecture = architecture_of(config.model_type)
-    checkpoint = fetch_checkpoint(reference, weights=False)
-    if checkpoint.adapter:
-        raise ProbeError(
-            f"{reference} is a PEFT adapter, which runs here only; merge it into its base first"
-        )
-    place = str(checkpoint.folder)
-    network = TransformersModel(place, task="text-generation", tokenizer=tokenizer, dtype=dtype)
-    # Built from the config alone, it lacks what a file of its own says of generation.
-    with suppress(OSError):
-        network._module.generation_config = GenerationConfig.from_pretrained(place)
-    here, precision = torch.device("cpu"), getattr(torch, dtype)
-    model = Model(reference, network, tokenizer, config, architecture, here, precision)
-    return replace(model, deployment=deploy(model, host))
-
-
 def _merged(module: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     """Merge an adapter into its base."""
     try:
@@ -266,6 +235,16 @@ def _merged(module: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
             f"the adapter {adapter} does not fit its base: {reason(error, line=-1)}"
         ) from error
     return merged
+
+
+def check_dtype(dtype: str) -> None:
+    """Check that a precision is known.
+
+    Raises:
+        ProbeError: It is not.
+    """
+    if dtype not in get_args(DType):
+        raise ProbeError(f"dtype {dtype!r} is not known; one of: {', '.join(get_args(DType))}")
 
 
 def resolve_devices(device: str) -> "list[torch.device]":

@@ -19,6 +19,7 @@ from probe.attribution import attribute
 from probe.checkpoints import fingerprint
 from probe.edges import EdgeScores
 from probe.errors import ProbeError
+from probe.hosting import load_hosted
 from probe.imported import GivenAnswer, imported
 from probe.models import Model, cpu_threads, load_model, read_tokenizer
 from probe.parallel import Tell, Told
@@ -29,6 +30,7 @@ from probe.run_folder import Damaged, RunFolder, edges_key
 from probe.selection import Solution
 from probe.sequences import TokenSequence
 from probe.solutions import solve
+from probe.vocabulary import Kernels
 
 
 class Side(NamedTuple):
@@ -46,6 +48,15 @@ class Side(NamedTuple):
 
     sequences: list[TokenSequence]
     """What is scored: each prompt with its cut answer."""
+
+
+def load_there(
+    recipe: Recipe, reference: str, device: str, host: Host | None, kernels: Kernels = "eager"
+) -> Model:
+    """A model where the recipe runs it: on the server if there is one, or on a device here."""
+    if host is not None:
+        return load_hosted(reference, host, recipe.compute.dtype)
+    return load_model(reference, device, recipe.compute.dtype, kernels)
 
 
 def solve_with(
@@ -102,7 +113,7 @@ def solve_with(
                 batches = imported(tokenizer, questions, asked.prompt, answers, frozenset(done))
             else:
                 if model is None:
-                    model = load_model(asked.model, place, recipe.compute.dtype, host=host)
+                    model = load_there(recipe, asked.model, place, host)
                 batches = solve(
                     model,
                     questions,
@@ -169,7 +180,7 @@ def attribute_with(
             key = edges_key(weights, (*settings, recipe.compute.dtype), side.sequences)
             edges = _read_edges(folder, file, key, tell)
             if edges is None:
-                model = model or load_model(reference, place, recipe.compute.dtype, kernels, host)
+                model = model or load_there(recipe, reference, place, host, kernels)
                 try:
                     edges = _attribute(recipe, model, side, folder, key, tell)
                 except ProbeError as mistake:

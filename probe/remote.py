@@ -6,52 +6,45 @@ every wait ends, what may pass is tried again with growing pauses, and the rest 
 Saved values are read as plain tensors, so a server cannot run code here; the key goes into one
 header and nowhere else.
 
-    >>> model = load_model("probe:tiny-math/sft", host=open_host("http://localhost:8001"))
+    >>> model = load_hosted("probe:tiny-math/sft", Host("http://localhost:8001"))
     >>> probe.attribute(model, sequences)           # runs there
 
-`probe.hosting` says what a server has and checks that it fits.
+`probe.hosting` says what a server has, checks that it fits, and loads a model that runs there.
 """
 
-import io
 import itertools
 import json
-import os
-import pickle
 import threading
 import time
-import zipfile
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import urlsplit
 
-from probe.errors import ProbeError, reason
+from probe.errors import ProbeError
 from probe.vocabulary import JOBS, TIMEOUT
+from probe.wire import (
+    GO_ON,
+    IncompleteError,
+    PassingError,
+    connection_reason,
+    failure,
+    read_response,
+    read_saved,
+    refusal,
+)
 
 if TYPE_CHECKING:
     import torch
     from nnsight.schema.response import ResponseModel
 
-HOSTED = "ndif"
-KEY_VARIABLE = "NDIF_API_KEY"
 
 # Seconds for a server to take a connection, and to answer a plain question.
 _CONNECT, _ANSWER = 10.0, 60.0
 _LONGEST_PAUSE = 30.0
-_GO_ON = "; nothing is lost, the same command goes on from here"
 
 T = TypeVar("T")
-
-
-class _IncompleteError(Exception):
-    """A request that lacks something."""
-
-
-class PassingError(Exception):
-    """A fault of the server or of the way to it that may be gone in a while."""
 
 
 @dataclass
@@ -77,9 +70,6 @@ class Host:
     say: Callable[[str], None] = field(default=lambda line: None, repr=False)
     """Is told of faults that are tried again."""
 
-    watch: Callable[[], None] = field(default=lambda: None, repr=False)
-    """Is called at each change of `states`."""
-
     states: Counter[str] = field(default_factory=Counter)
     """How many jobs are `queued`, `running` and `done`."""
 
@@ -101,6 +91,16 @@ class Host:
     def __post_init__(self) -> None:
         """Make as many slots as jobs may be under way."""
         self._slots = threading.BoundedSemaphore(self.jobs)
+        self._watchers: list[Callable[[Counter[str]], None]] = []
+
+    @contextmanager
+    def watched(self, watcher: Callable[[Counter[str]], None]) -> Iterator[None]:
+        """Let a function be called with `states` at each change of them, for a while."""
+        self._watchers.append(watcher)
+        try:
+            yield
+        finally:
+            self._watchers.remove(watcher)
 
     @property
     def table(self) -> dict[str, object]:
@@ -136,7 +136,7 @@ class Host:
 
         def ask() -> None:
             # The key is looked at first, then the missing job is complained of: 422.
-            with suppress(_IncompleteError):
+            with suppress(IncompleteError):
                 self._request("POST", "/request", envelope)
 
         self.insist(ask, patience)
@@ -155,7 +155,7 @@ class Host:
         """
         with self._slots:
             start = time.monotonic()
-            saved = self.insist(lambda: self._attempt(model_key, env, blob), self.timeout, _GO_ON)
+            saved = self.insist(lambda: self._attempt(model_key, env, blob), self.timeout, GO_ON)
             with self.lock:
                 self.sent += len(blob)
                 self.seconds += time.monotonic() - start
@@ -214,28 +214,14 @@ class Host:
         except httpx.TimeoutException:
             raise PassingError("no answer") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise PassingError(self.clean(_reason(error))) from None
+            raise PassingError(self.clean(connection_reason(error))) from None
         if answer.is_success:
             return answer.json() if path.startswith("/") else answer.content
         try:
             detail = answer.json()["detail"]
         except (ValueError, KeyError, TypeError):
             detail = answer.reason_phrase
-        raise self._refusal(answer.status_code, self.clean(str(detail)))
-
-    def _refusal(self, status: int, detail: str) -> Exception:
-        """What a status that is no success means."""
-        if status in (401, 403) or (status == 400 and "API key" in detail):
-            if not self.key:
-                return ProbeError(f"{self.url} asks for a key; set {KEY_VARIABLE}")
-            return ProbeError(f"{self.url} does not take the key in {KEY_VARIABLE}")
-        if status == 422:
-            return _IncompleteError(detail)
-        if status >= 500 or status in (408, 429):
-            return PassingError(f"it answers {status} ({detail})")
-        if status == 404:
-            return ProbeError(f"{self.url} answers, but it is no NDIF server (404)")
-        return ProbeError(f"{self.url} refuses ({status}): {detail}")
+        raise refusal(self.url, self.key, answer.status_code, self.clean(str(detail)))
 
     def _attempt(
         self, model_key: str, env: dict[str, object], blob: bytes
@@ -260,11 +246,11 @@ class Host:
                 self._post(request, blob)
                 socket.settimeout(self.timeout)
                 while True:
-                    response = _read_response(socket.recv())
+                    response = read_response(socket.recv())
                     if response.status == "RUNNING":
                         state = self._move(state, "running")
                     elif response.status == "ERROR":
-                        raise self._failure(self.clean(response.description))
+                        raise failure(self.url, self.clean(response.description))
                     elif response.status == "COMPLETED":
                         saved = self._saved(response)
                         state = self._move(state, "done")
@@ -276,9 +262,9 @@ class Host:
         except websocket.WebSocketConnectionClosedException:
             raise PassingError("it closed the connection") from None
         except websocket.WebSocketBadStatusException as error:
-            raise self._refusal(error.status_code, "no websocket") from None
+            raise refusal(self.url, self.key, error.status_code, "no websocket") from None
         except (websocket.WebSocketException, OSError) as error:
-            raise PassingError(self.clean(_reason(error))) from None
+            raise PassingError(self.clean(connection_reason(error))) from None
         except (ValueError, KeyError, TypeError):
             raise ProbeError(f"{self.url} answers, but not as an NDIF server does") from None
         finally:
@@ -306,9 +292,6 @@ class Host:
 
     def _saved(self, response: "ResponseModel") -> "dict[str, torch.Tensor]":
         """What a finished job saved: on the response itself, or behind a link."""
-        import torch
-        import zstandard
-
         data = response.data
         if isinstance(data, str):
             data = self._request("GET", data)
@@ -316,45 +299,15 @@ class Host:
         with self.lock:
             self.received += len(data)
             self.seconds_there += (response.meta or {}).get("runtime") or 0
-        plain = zstandard.ZstdDecompressor().decompress(data)
-        try:
-            saved: dict[str, torch.Tensor] = torch.load(
-                io.BytesIO(plain), map_location="cpu", weights_only=True
-            )
-        except pickle.UnpicklingError:
-            raise ProbeError(f"{self.url} sends more than plain tensors; it is not read") from None
-        return saved
-
-    def _failure(self, text: str) -> Exception:
-        """What the server's word on a failed job means."""
-        lines = text.strip().splitlines() or ["it does not say why"]
-        last = lines[-1]
-        smaller = "take smaller batches (solutions.batch_size, attribution.batch_size)"
-        if text.startswith("Could not deploy"):  # its reason may be a whole traceback
-            return ProbeError(f"{self.url}: {lines[0]}")
-        if "try again later" in text and "cancelled" not in text:
-            return PassingError(last.partition(" Please try again later")[0])
-        if "exceeded the execution timeout" in text:
-            return ProbeError(f"{self.url}: {last} {smaller}{_GO_ON}")
-        if "OutOfMemoryError" in text or "out of memory" in text:
-            import torch
-
-            return torch.OutOfMemoryError(f"{self.url}: a job ran out of memory there; {smaller}")
-        if "EndpointConnectionError" in text or "object store" in text.lower():
-            return ProbeError(
-                f"{self.url}: what a job saved is more than the server can send without an object "
-                f"store; {smaller}{_GO_ON}"
-            )
-        if "Traceback" in text:
-            return RuntimeError(f"{self.url}: a job failed there:\n{text}")
-        return ProbeError(f"{self.url}: {last}")
+        return read_saved(self.url, data)
 
     def _move(self, old: str | None, new: str | None) -> str | None:
         """Count a job in another state, and tell."""
         with self.lock:
             self.states.subtract([old] if old else [])
             self.states.update([new] if new else [])
-        self.watch()
+        for watcher in tuple(self._watchers):
+            watcher(self.states)
         return new
 
 
@@ -370,114 +323,3 @@ class Deployment:
 
     env: dict[str, object]
     """What nnsight wants the server to set on the model before each job."""
-
-
-def open_host(
-    remote: str,
-    jobs: int = JOBS,
-    timeout: float = TIMEOUT,
-    say: Callable[[str], None] | None = None,
-) -> Host:
-    """A server by its address; nothing is sent yet.
-
-    Args:
-        remote: `ndif` for the hosted NDIF, or `http://host:port` for a server of one's own.
-        jobs: How many jobs may be under way at once.
-        timeout: See `Host.timeout`.
-        say: See `Host.say`.
-
-    Raises:
-        ProbeError: No such address, or a key that is missing or damaged.
-    """
-    from nnsight.schema.config import CONFIG
-
-    # From the variable alone, for one's own server; nnsight's stored key is for the hosted one.
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    url = remote
-    if remote == HOSTED:
-        url, key = CONFIG.API.HOST, key or (CONFIG.API.APIKEY or "").strip()
-        if not key:
-            raise ProbeError(
-                f"the hosted NDIF asks for a key: set {KEY_VARIABLE}; see docs/remote.md"
-            )
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ProbeError(f"remote is {remote!r}; give {HOSTED} or an address, http://host:8001")
-    if parts.username or parts.password:
-        raise ProbeError(
-            f"leave name and password out of the address; a key goes into {KEY_VARIABLE}"
-        )
-    if not (key.isascii() and key.isprintable() and " " not in key):
-        raise ProbeError(f"{KEY_VARIABLE} holds characters that no key has")
-    say = say or (lambda line: None)
-    return Host(url.rstrip("/"), key, jobs, remote != HOSTED, timeout, say)
-
-
-def in_flight(calls: Iterable[Callable[[], T]], jobs: int) -> Iterator[T]:
-    """What calls return, in their order, with some of them under way at once.
-
-    After an error nothing new is begun, but what is under way is waited for and given out, so that
-    whoever keeps results loses none.
-
-    Args:
-        calls: What to call.
-        jobs: How many may be under way; with one, nothing is called before it is asked for.
-    """
-    if jobs == 1:
-        yield from (call() for call in calls)
-        return
-    waiting: deque[Future[T]] = deque()
-    error: Exception | None = None
-    left = iter(calls)
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        while True:
-            begun = list(itertools.islice(left, jobs - len(waiting))) if error is None else []
-            waiting.extend(pool.submit(call) for call in begun)
-            if not waiting:
-                break
-            try:
-                result = waiting.popleft().result()
-            except Exception as failure:
-                error = error or failure
-            else:
-                yield result
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    if error is not None:
-        raise error
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Takes plain values and the status of a response, and nothing that could run."""
-
-    def find_class(self, module: str, name: str) -> object:
-        from nnsight.schema.response import Status
-
-        if (module, name) == (Status.__module__, Status.__name__):
-            return Status
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-def _read_response(message: str | bytes) -> "ResponseModel":
-    """A status as it comes over the websocket: text, or torch's archive with the result in it."""
-    from nnsight.schema.response import ResponseModel
-
-    if isinstance(message, str):
-        return ResponseModel.model_validate_json(message)
-    try:
-        with zipfile.ZipFile(io.BytesIO(message)) as archive:
-            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-            table = _PlainUnpickler(io.BytesIO(archive.read(name))).load()
-        return ResponseModel(**table)
-    except (zipfile.BadZipFile, StopIteration, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError("not a response") from error
-
-
-def _reason(error: BaseException) -> str:
-    """The inmost cause of a failed connection, in words."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror[0].lower() + error.strerror[1:]
-    return reason(error)

@@ -33,12 +33,11 @@ from probe.errors import ProbeError
 from probe.escaping import PlainConsole
 from probe.extra_passes import measure_states, measure_weights
 from probe.extras import EXTRAS, check_extras
-from probe.hosting import check_host
+from probe.hosting import check_host, load_hosted, open_host
 from probe.imported import Given, GivenAnswer, match, read_given
 from probe.models import (
     check_pair,
     cpu_threads,
-    load_model,
     read_tokenizer,
     resolve_devices,
 )
@@ -48,7 +47,7 @@ from probe.plan import check_reach, lengths_line, make_plan, plan_lines, took_li
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
 from probe.record import now, open_record, phase_seconds, timed, with_earlier_tables
-from probe.remote import Host, open_host
+from probe.remote import Host
 from probe.report import Report, build_report
 from probe.run_folder import RunFolder, cell_name, model_names
 from probe.selection import Selection, Solution, select
@@ -189,7 +188,7 @@ def recipe_host(recipe: Recipe, console: Console) -> Host | None:
     for line in check_host(host):
         say(line)
     for reference in recipe.models():
-        load_model(reference, dtype=options.dtype, host=host)
+        load_hosted(reference, host, options.dtype)
     return host
 
 
@@ -203,14 +202,13 @@ def told_of_jobs(
         return
     task = progress.add_task("jobs", total=None)
 
-    def show() -> None:
-        states = host.states
+    def show(states: Mapping[str, int]) -> None:
         line = f"{states['queued']} queued, {states['running']} running"
         progress.update(task, description=line, completed=states["done"])
 
-    host.watch = show
     try:
-        yield
+        with host.watched(show):
+            yield
     finally:
         record["remote"] = host.table
 

@@ -40,3 +40,6 @@ JOBS = 4
 
 TIMEOUT = 600
 """Seconds without a sign of life from a server after which a batch is sent once more."""
+
+KEY_VARIABLE = "NDIF_API_KEY"
+"""The environment variable that holds the key of a server."""

@@ -11,8 +11,11 @@ import torch
 from nnsight.schema.config import CONFIG
 from nnsight.schema.response import ResponseModel, Status
 
+from probe.concurrency import in_flight
 from probe.errors import ProbeError
-from probe.remote import Host, PassingError, _read_response, in_flight, open_host
+from probe.hosting import open_host
+from probe.remote import Host
+from probe.wire import PassingError, failure, read_response, refusal
 
 KEY = "5f0c6c1e-0f7c-4b53-9d0e-8d6f3b1a2c4d"
 
@@ -61,8 +64,8 @@ def test_the_key_is_in_no_text():
     host = Host("http://localhost:8001", KEY)
     assert KEY not in repr(host)
     assert KEY not in str(host.table)
-    refusal = host._refusal(400, f"Invalid API key format: '{KEY}'.")
-    assert str(refusal) == "http://localhost:8001 does not take the key in NDIF_API_KEY"
+    refused = refusal(host.url, host.key, 400, f"Invalid API key format: '{KEY}'.")
+    assert str(refused) == "http://localhost:8001 does not take the key in NDIF_API_KEY"
     assert host.clean(f"a server's words: {KEY}!") == "a server's words: ***!"
 
 
@@ -77,9 +80,9 @@ def test_the_key_is_in_no_text():
     ],
 )
 def test_refusals(status, detail, kind, message):
-    refusal = Host("http://localhost:8001")._refusal(status, detail)
-    assert type(refusal) is kind
-    assert message in str(refusal)
+    error = refusal("http://localhost:8001", "", status, detail)
+    assert type(error) is kind
+    assert message in str(error)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +107,9 @@ def test_refusals(status, detail, kind, message):
     ],
 )
 def test_failed_jobs(text, kind, message):
-    failure = Host("http://localhost:8001")._failure(text)
-    assert type(failure) is kind
-    assert message in str(failure)
+    error = failure("http://localhost:8001", text)
+    assert type(error) is kind
+    assert message in str(error)
 
 
 def test_a_silent_server_is_not_waited_for():
@@ -174,8 +177,8 @@ def test_in_flight_gives_out_what_is_done_before_it_fails(jobs):
 
 def test_responses_are_read_without_running_anything():
     finished = ResponseModel(id="1", status=Status.COMPLETED, data=b"tensors", meta={"runtime": 2})
-    assert _read_response(finished.pickle()) == finished
-    assert _read_response(finished.model_copy(update={"data": "url"}).model_dump_json()).data
+    assert read_response(finished.pickle()) == finished
+    assert read_response(finished.model_copy(update={"data": "url"}).model_dump_json()).data
 
     class Evil:
         def __reduce__(self):
@@ -184,9 +187,9 @@ def test_responses_are_read_without_running_anything():
     with io.BytesIO() as file:
         torch.save({"id": "1", "status": Evil()}, file, pickle_protocol=4)
         with pytest.raises(ValueError, match="not a response"):
-            _read_response(file.getvalue())
+            read_response(file.getvalue())
     with pytest.raises(ValueError, match="not a response"):
-        _read_response(b"no archive")
+        read_response(b"no archive")
 
 
 def test_results_are_read_without_running_anything():

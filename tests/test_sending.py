@@ -19,6 +19,7 @@ from small_models import MODELS, save_small_model
 import probe
 from probe.attribution import METHODS
 from probe.generation import generate
+from probe.hosting import load_hosted
 from probe.remote import Host
 
 SEQUENCES = [
@@ -83,7 +84,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_there_and_here(folders, name):
     here = probe.load_model(str(folders[name]))
-    there = probe.load_model(str(folders[name]), host=InProcess(here))
+    there = load_hosted(str(folders[name]), InProcess(here))
     assert next(there.network._module.parameters()).device.type == "meta"
     for method in METHODS:
         one, other = (
@@ -100,7 +101,7 @@ def test_every_architecture_there_and_here(folders, name):
 @pytest.mark.parametrize("method", METHODS)
 def test_heads_there_and_here(folders, method):
     here = probe.load_model(str(folders["llama"]))
-    there = probe.load_model(str(folders["llama"]), host=InProcess(here))
+    there = load_hosted(str(folders["llama"]), InProcess(here))
     one, other = (probe.attribute(model, SEQUENCES, method, "head", 2) for model in (here, there))
     assert torch.equal(one.scores, other.scores)
     assert torch.equal(one.entropies, other.entropies)
@@ -109,7 +110,7 @@ def test_heads_there_and_here(folders, method):
 @pytest.mark.parametrize("stop", [(), ("9",)])
 def test_generation_there_and_here(stop):
     here = probe.load_model("probe:tiny-math/sft")
-    there = probe.load_model("probe:tiny-math/sft", host=InProcess(here))
+    there = load_hosted("probe:tiny-math/sft", InProcess(here))
     prompts = [here.tokenizer(f"{n}-7-53=?")["input_ids"] for n in (3, 41, 12)]
     one, other = (
         list(generate(model, prompts, [30, 20, 10], stop=stop, batch_size=2))
@@ -123,7 +124,7 @@ def test_what_comes_home_is_small(tmp_path):
     """At 32 layers, 64 KiB a sequence at most."""
     folder = save_small_model(tmp_path / "deep", "llama", num_hidden_layers=32)
     host = InProcess(probe.load_model(str(folder)))
-    model = probe.load_model(str(folder), host=host)
+    model = load_hosted(str(folder), host)
     before = host.received
     edges = probe.attribute(model, SEQUENCES * 4, batch_size=8)
     assert edges.scores.shape[1:] == (65, 129)

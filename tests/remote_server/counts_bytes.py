@@ -6,11 +6,11 @@ The overhead of a job is the time beyond what the server says it computed, one j
 import sys
 
 import probe
-from probe.remote import open_host
+from probe.hosting import load_hosted, open_host
 
 url, reference = sys.argv[1:3]
 host = open_host(url, jobs=1)
-model = probe.load_model(reference, host=host)
+model = load_hosted(reference, host)
 sequences = [probe.Sequence([3, 4, 5, 6], [7 + n % 16, 8, 9]) for n in range(64)]
 
 

@@ -7,10 +7,10 @@ import torch
 
 import probe
 from probe.generation import generate
-from probe.remote import open_host
+from probe.hosting import load_hosted, open_host
 
 url, reference = sys.argv[1:3]
-model = probe.load_model(reference, host=open_host(url))
+model = load_hosted(reference, open_host(url))
 network = model.network
 
 
