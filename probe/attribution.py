@@ -12,17 +12,18 @@ the answer, and every token of the answer is scored; cut the answer before, not 
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 import torch
 
 from probe.architectures import GUIDE
 from probe.batching import Batching, BatchSize
-from probe.edges import Edge, EdgeScores
-from probe.errors import ProbeError
+from probe.edges import Edge, EdgeScores, checked_edges
+from probe.errors import ProbeError, check_count
 from probe.graph import Graph
-from probe.models import Model
-from probe.sequences import TokenSequence
+from probe.models import Model, as_model
+from probe.sequences import MAX_NEW_TOKENS, Given, TokenSequence, as_sequences
 from probe.tracing import (
     PLENTY,
     Batch,
@@ -123,14 +124,16 @@ _LARGEST_ERROR = {torch.bfloat16: 3e-2, torch.float16: 3e-2}
 
 
 def attribute(
-    model: Model,
-    sequences: Sequence[TokenSequence],
+    model: Model | str | Path,
+    sequences: Given,
     method: str = "eap",
     granularity: Granularity = "qkv",
     batch_size: BatchSize = "auto",
     *,
     ablation: Ablation = "zero",
     ig_steps: int = 5,
+    answer: str | Sequence[str] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     done: Collection[int] = (),
     finished: Callable[[list[int], EdgeScores], None] | None = None,
 ) -> EdgeScores:
@@ -140,8 +143,9 @@ def attribute(
     its batch, beyond rounding.
 
     Args:
-        model: A model from `load_model`.
-        sequences: What to attribute.
+        model: A model from `load_model`, or its reference.
+        sequences: What to attribute: a text, a pair (prompt, answer), a `TokenSequence`, or a list
+            of these. A text without an answer is answered by the model, greedily.
         method: A name in `METHODS`.
         granularity: `qkv`, an attention's query, key and value apart; `block`; or `head`.
         batch_size: How many sequences (for `exact`: edges) run at once; `auto` for as many as make
@@ -149,6 +153,8 @@ def attribute(
         ablation: What is left of a removed output: `zero`, or its `mean` over all positions of
             these sequences.
         ig_steps: Points of the integral of `eap-ig`.
+        answer: The answer to a prompt that is given as text, or one for each of several.
+        max_new_tokens: The longest answer that the model writes itself.
         done: Places of sequences that are left out; their scores stay 0.
         finished: Called with the places of each batch's sequences and their edges, while the
             next batch is running.
@@ -160,12 +166,13 @@ def attribute(
     """
     if method not in METHODS:
         raise ProbeError(f"method {method!r} is not known; one of: {', '.join(METHODS)}")
-    if ig_steps < 1:
-        raise ProbeError(f"ig_steps is {ig_steps}; it must be at least 1")
+    check_count("ig_steps", ig_steps)
+    model = as_model(model)
     if method == "relp" and model.kernels != "eager":
         raise ProbeError("relp needs what fused kernels leave out; load the model with eager ones")
     graph = model.graph(granularity)
-    names = _check(model, sequences)
+    sequences = as_sequences(model, sequences, answer, max_new_tokens)
+    names = [sequence.id for sequence in sequences]
     means = ablation_means(model, sequences, graph, ablation, batch_size)
     steps = ig_steps if method == "eap-ig" else 1
     size = 1 if method == "exact" else batch_size
@@ -216,8 +223,8 @@ def attribute(
 
 
 def exact_effects(
-    model: Model,
-    sequences: Sequence[TokenSequence],
+    model: Model | str | Path,
+    sequences: Given,
     edges: Sequence[Edge],
     granularity: Granularity = "qkv",
     batch_size: BatchSize = "auto",
@@ -228,8 +235,8 @@ def exact_effects(
     """Remove each of some edges and run the model again (paper, Eq. 8).
 
     Args:
-        model: A model from `load_model`.
-        sequences: The sequences that the edges speak of.
+        model: A model from `load_model`, or its reference.
+        sequences: The sequences that the edges speak of, as `attribute` takes them.
         edges: Which edges, in any order.
         granularity: That of the edges.
         batch_size: How many edges run at once, or `auto`.
@@ -243,15 +250,10 @@ def exact_effects(
     Raises:
         ProbeError: As `attribute`, or an edge that the graph does not have.
     """
+    model = as_model(model)
     graph = model.graph(granularity)
-    names = _check(model, sequences)
-    mask = graph.mask
-    for edge in edges:
-        inside = edge.source < mask.shape[0] and edge.target < mask.shape[1]
-        if edge.sequence >= len(sequences) or not inside or not mask[edge.source, edge.target]:
-            raise ProbeError(
-                f"{edge} is no edge of these {len(sequences)} sequences and this graph"
-            )
+    sequences = as_sequences(model, sequences)
+    edges = checked_edges(edges, graph, len(sequences))
     if means is None:
         means = ablation_means(model, sequences, graph, ablation, batch_size)
     wide = torch.promote_types(model.dtype, torch.float32)
@@ -262,7 +264,9 @@ def exact_effects(
     ):
         for edge, value in zip(part, values, strict=True):
             if not value.isfinite():
-                raise ProbeError(f"sequence {names[edge.sequence]}: the loss is NaN or infinite")
+                raise ProbeError(
+                    f"sequence {sequences[edge.sequence].id}: the loss is NaN or infinite"
+                )
             effects[place[edge]] = value
         if progress:
             progress(len(part))
@@ -357,25 +361,3 @@ def _check_sums(model: Model, batch: EdgeBatch) -> None:
                 f"{largest:g}): the row {model.config.model_type!r} of the architecture table is "
                 f"wrong for this checkpoint; see {GUIDE}"
             )
-
-
-def _check(model: Model, sequences: Sequence[TokenSequence]) -> list[str]:
-    """Check what is to be attributed; the names of the sequences for messages."""
-    names = [str(s.id) or str(place) for place, s in enumerate(sequences)]
-    vocabulary = int(model.config.vocab_size)
-    for name, sequence in zip(names, sequences, strict=True):
-        if not sequence.prompt or not sequence.answer:
-            part = "answer" if sequence.prompt else "prompt"
-            raise ProbeError(f"sequence {name}: the {part} is empty; it needs at least one token")
-        if model.context and sequence.length > model.context:
-            raise ProbeError(
-                f"sequence {name}: {sequence.length} tokens are more than the model's context "
-                f"of {model.context}; cut the answer"
-            )
-        for token in (*sequence.prompt, *sequence.answer):
-            if not 0 <= token < vocabulary:
-                raise ProbeError(
-                    f"sequence {name}: token {token} is outside the model's vocabulary "
-                    f"(0 to {vocabulary - 1})"
-                )
-    return names

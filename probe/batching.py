@@ -20,7 +20,7 @@ import torch
 
 from probe.concurrency import in_flight
 from probe.edge_product import GRADIENT_GROUPS
-from probe.errors import ProbeError
+from probe.errors import ProbeError, check_count
 from probe.graph import Graph
 from probe.models import Model
 from probe.remote import Host
@@ -55,10 +55,10 @@ class Batching:
             recompute: Whether the method allows activations to be computed again.
 
         Raises:
-            ProbeError: A size below 1.
+            ProbeError: A size that is neither `auto` nor a whole number from 1 on.
         """
-        if size != "auto" and size < 1:
-            raise ProbeError(f"batch_size is {size}; it must be at least 1, or auto")
+        if size != "auto":
+            check_count("batch_size", size, ", or auto")
         self._device = model.device
         self._host = model.deployment.host if model.deployment else None
         self._bytes = graph.mask.numel() * torch.promote_types(model.dtype, torch.float32).itemsize

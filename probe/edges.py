@@ -31,6 +31,35 @@ class Edge(NamedTuple):
     """The target's place in `Graph.targets`."""
 
 
+def checked_edges(edges: Sequence[Edge], graph: Graph, sequences: int) -> list[Edge]:
+    """Edges of so many sequences and a graph, each one checked.
+
+    Raises:
+        ProbeError: One has a negative or too large number, is of something else, or no edge is
+            there.
+    """
+    mask = graph.mask
+    found = []
+    for given in edges:
+        whole = isinstance(given, tuple) and len(given) == 3 and all(map(_is_number, given))
+        edge = Edge(*map(int, given)) if whole else None
+        if (
+            edge is None
+            or not 0 <= edge.sequence < sequences
+            or not 0 <= edge.source < mask.shape[0]
+            or not 0 <= edge.target < mask.shape[1]
+            or not mask[edge.source, edge.target]
+        ):
+            raise ProbeError(f"{given!r} is no edge of these {sequences} sequences and this graph")
+        found.append(edge)
+    return found
+
+
+def _is_number(value: object) -> bool:
+    """Whether it can count things: `True` cannot."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 Choice = int | str | slice | Sequence[int] | Sequence[str] | Sequence[bool] | torch.Tensor
 """Which sequences: a place, an id, a slice, or a list of places, of ids, or of a bool for each."""
 
@@ -131,9 +160,9 @@ class EdgeScores:
                 return found[0]
             many = f"{len(found)} sequences have" if found else "no sequence has"
             raise ProbeError(f"{many} the id {name!r}; give the place of one, 0 to {len(self) - 1}")
-        if isinstance(name, bool) or not isinstance(name, Integral):
+        if not _is_number(name):
             raise ProbeError(f"{name!r} is neither a sequence's place nor its id")
-        place = int(name)
+        place = int(name)  # type: ignore[call-overload]
         if not -len(self) <= place < len(self):
             raise ProbeError(f"there is no sequence {place}; there are {len(self)}")
         return place % len(self)

@@ -6,6 +6,8 @@ a bug and keeps its traceback. A message says what is wrong, where, and what to 
     raise ProbeError(f"{path}:{line}: not JSON; mend or remove the line")
 """
 
+from numbers import Integral
+
 
 class ProbeError(Exception):
     """A mistake in what was asked for: a wrong name, a damaged file, two models that do not fit."""
@@ -20,3 +22,20 @@ def reason(error: BaseException, line: int = 0) -> str:
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[line].strip()
+
+
+def check_count(name: str, value: object, otherwise: str = "") -> None:
+    """Refuse what is no whole number from 1 on: `2.5`, `0`, `True`, or `"3"`.
+
+    Args:
+        name: What it is called.
+        value: What was given.
+        otherwise: What else it may be, for the message.
+
+    Raises:
+        ProbeError: It is none.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or int(value) < 1:  # type: ignore[call-overload]
+        wanted = "at least 1" if whole else "a whole number"
+        raise ProbeError(f"{name} is {value!r}; it must be {wanted}{otherwise}")

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from probe.errors import ProbeError
 from probe.grading import Grader
 from probe.problems import ID, Problem
+from probe.prompts import encode_prompt
 from probe.reading import Row, read_rows
 from probe.selection import Solution
-from probe.solutions import encode_prompt, graded
+from probe.solutions import graded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

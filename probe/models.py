@@ -211,6 +211,20 @@ def load_model(
     return Model(reference, network, tokenizer, config, architecture, place, module.dtype, chosen)
 
 
+def as_model(model: Model | str | Path) -> Model:
+    """A model, loaded where its reference is given.
+
+    Raises:
+        ProbeError: It is neither, or it cannot be loaded.
+    """
+    if isinstance(model, str | Path):
+        return load_model(str(model))
+    if not isinstance(model, Model):
+        kind = type(model).__name__
+        raise ProbeError(f"model is a {kind}; give a reference, or what probe.load_model returns")
+    return model
+
+
 def _room(*devices: "torch.device") -> dict[int | str, int]:
     """What a model may take of each device, in bytes; nothing of the others."""
     import torch

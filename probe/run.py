@@ -45,6 +45,7 @@ from probe.parallel import Tell, Told, on_each, places_for
 from probe.phases import Side, attribute_with, solve_with
 from probe.plan import check_reach, lengths_line, make_plan, plan_lines, took_line
 from probe.problems import Problem, load_problems
+from probe.prompts import chat_message, no_template
 from probe.recipe import Recipe, read_recipe
 from probe.record import now, open_record, phase_seconds, timed, with_earlier_tables
 from probe.remote import Host
@@ -52,7 +53,6 @@ from probe.report import Report, build_report
 from probe.run_folder import RunFolder, cell_name, model_names
 from probe.selection import Selection, Solution, select
 from probe.sequences import TokenSequence
-from probe.solutions import chat_message, no_template
 
 
 def run_recipe(

@@ -10,58 +10,15 @@ as soon as it is there, so that whoever stores them loses at most what is still 
 import warnings
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING
 
 from probe.errors import ProbeError
 from probe.generation import generate
 from probe.grading import Grader, exact_answer, extract_answer
 from probe.models import Model
 from probe.problems import Problem
-from probe.recipe import CHAT
+from probe.prompts import encode_prompt
 from probe.selection import Solution
 from probe.vocabulary import Engine
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-CHAT_MESSAGE = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
-"""What the prompt `chat` asks."""
-
-
-def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, question: str) -> list[int]:
-    """Tokens of a prompt; `{question}` in it stands for the question.
-
-    Raises:
-        ProbeError: The prompt is a chat, and the tokenizer has no template for one.
-    """
-    chat, message = chat_message(prompt)
-    # Not str.format: prompts hold other braces, as in \boxed{}.
-    text = message.replace("{question}", question)
-    if chat:
-        if not tokenizer.chat_template:
-            raise ProbeError(no_template(tokenizer.name_or_path))
-        turn = [{"role": "user", "content": text}]
-        text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-    # A template writes special tokens itself.
-    tokens: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]
-    return tokens
-
-
-def chat_message(prompt: str) -> tuple[bool, str]:
-    """Whether a recipe's prompt goes through the chat template, and its text in that case."""
-    if prompt == CHAT:
-        return True, CHAT_MESSAGE
-    if prompt.startswith(f"{CHAT}:"):
-        return True, prompt.removeprefix(f"{CHAT}:").strip()
-    return False, prompt
-
-
-def no_template(reference: str) -> str:
-    """The complaint about a model that cannot be asked by `chat`."""
-    return (
-        f"{reference}: the tokenizer has no chat template; give the prompt as text, "
-        "with {question} in it"
-    )
 
 
 def solve(

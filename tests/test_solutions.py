@@ -2,7 +2,8 @@ import pytest
 
 from probe.errors import ProbeError
 from probe.problems import Problem, load_problems
-from probe.solutions import CHAT_MESSAGE, chat_message, encode_prompt, solve
+from probe.prompts import CHAT_MESSAGE, chat_message, encode_prompt
+from probe.solutions import solve
 
 
 @pytest.fixture(scope="module")
