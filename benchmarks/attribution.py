@@ -281,20 +281,20 @@ def mixed(results: Results) -> None:
 def memory(results: Results) -> None:
     """Peak memory of one sequence of 4096 tokens, with and without recomputation."""
     from probe.attribution import make_batch
-    from probe.tracing import Thrift, edge_scores
+    from probe.tracing import MemoryMode, edge_scores
 
     for kernels in ("eager", "liger"):
         with free_after():
             model = random_model("mistral-7b", "cuda", torch.bfloat16, kernels)
             bare = peak(bare_pass(model, 1, 4096))
             batch = make_batch(random_sequences(model, [4096]))
-            for thrift in (Thrift(), Thrift(recompute=True), Thrift(True, True)):
+            for memory in (MemoryMode(), MemoryMode(recompute=True), MemoryMode(True, True)):
                 took = peak(
-                    lambda t=thrift, m=model, b=batch: edge_scores(m, b, m.graph("qkv"), thrift=t)
+                    lambda t=memory, m=model, b=batch: edge_scores(m, b, m.graph("qkv"), memory=t)
                 )
                 results.add(
-                    f"memory, 1 x 4096, {kernels}, recompute {thrift.recompute}, "
-                    f"sources on host {thrift.sources_on_host}",
+                    f"memory, 1 x 4096, {kernels}, recompute {memory.recompute}, "
+                    f"sources on host {memory.sources_on_host}",
                     gib=took,
                     bare_gib=bare,
                     ratio_to_own_bare=took / bare,

@@ -11,7 +11,7 @@ the answer, and every token of the answer is scored; cut the answer before, not 
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -22,13 +22,14 @@ from probe.batching import Batching, BatchSize
 from probe.edges import Edge, EdgeScores, checked_edges
 from probe.errors import ProbeError, check_count
 from probe.graph import Graph
+from probe.layers import exact_dtype
 from probe.models import Model, as_model
 from probe.sequences import MAX_NEW_TOKENS, Given, TokenSequence, as_sequences
 from probe.tracing import (
-    PLENTY,
+    FASTEST,
     Batch,
     EdgeBatch,
-    Thrift,
+    MemoryMode,
     ablated_losses,
     edge_scores,
     source_sums,
@@ -43,18 +44,14 @@ class Options:
     ig_steps: int = 5
     """Points of the integral of `eap-ig`; 1 is `eap`."""
 
-    means: torch.Tensor | None = None
+    baseline: torch.Tensor | None = None
     """What an ablation leaves of each source, [source, d_model]; nothing if not given."""
 
     batch_size: BatchSize = "auto"
     """How many rows `exact` runs at once."""
 
-    thrift: Thrift = PLENTY
+    memory: MemoryMode = FASTEST
     """What is done for the sake of memory."""
-
-
-Method = Callable[[Model, Sequence[TokenSequence], Graph, Options], EdgeBatch]
-"""Scores of a few sequences: about how much the loss grows when an edge is removed."""
 
 
 def eap(
@@ -62,7 +59,7 @@ def eap(
 ) -> EdgeBatch:
     """Edge attribution patching: -<dL/dH, O> (paper, Eq. 9)."""
     batch = make_batch(sequences)
-    return edge_scores(model, batch, graph, means=options.means, thrift=options.thrift)
+    return edge_scores(model, batch, graph, baseline=options.baseline, memory=options.memory)
 
 
 def eap_ig(
@@ -73,14 +70,13 @@ def eap_ig(
     Hanna et al. 2024 (arXiv 2403.17806), "EAP-IG inputs". The scores out of `input` sum to the
     loss with a zero embedding, minus the loss, as the steps become many.
     """
-    batch = make_batch(sequences)
     return edge_scores(
         model,
-        batch,
+        make_batch(sequences),
         graph,
         steps=options.ig_steps,
-        means=options.means,
-        thrift=options.thrift,
+        baseline=options.baseline,
+        memory=options.memory,
     )
 
 
@@ -96,9 +92,9 @@ def relp(
         model,
         make_batch(sequences),
         graph,
-        relevance=True,
-        means=options.means,
-        thrift=options.thrift,
+        relp=True,
+        baseline=options.baseline,
+        memory=options.memory,
     )
 
 
@@ -107,7 +103,7 @@ def exact(
 ) -> EdgeBatch:
     """Run the model again without each edge: L(f without the edge) - L(f) (paper, Eq. 8)."""
     every = graph.mask.nonzero().tolist()
-    edges = [Edge(place, *edge) for place in range(len(sequences)) for edge in every]
+    edges = [Edge(number, *edge) for number in range(len(sequences)) for edge in every]
     first = eap(model, sequences, graph, options)
     scores = torch.zeros_like(first.scores, device="cpu")
     for part, effects in _effects(model, sequences, edges, graph, options):
@@ -116,11 +112,59 @@ def exact(
     return first._replace(scores=scores)
 
 
-METHODS: dict[str, Method] = {"eap": eap, "eap-ig": eap_ig, "relp": relp, "exact": exact}
+def one_pass(ig_steps: int) -> int:
+    """A forward and backward pass for each sequence."""
+    return 1
+
+
+def pass_a_step(ig_steps: int) -> int:
+    """A forward and backward pass for each point of the integral."""
+    return ig_steps
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to score edges: all that the package knows of it."""
+
+    score: Callable[[Model, Sequence[TokenSequence], Graph, Options], EdgeBatch]
+    """Scores a few sequences: about how much the loss grows when an edge is removed."""
+
+    passes: Callable[[int], int] | None = one_pass
+    """How many forward and backward passes a sequence takes with so many `ig_steps`; None for a
+    forward pass for each edge, in batches that the method makes itself."""
+
+    may_recompute: bool = True
+    """Whether activations may be dropped and computed again in the backward pass."""
+
+    kernels: tuple[str, ...] = ("eager", "liger")
+    """What it runs with; see `probe.kernels`."""
+
+    def steps(self, ig_steps: int) -> int:
+        """How many rows a sequence has in a batch."""
+        return self.passes(ig_steps) if self.passes else 1
+
+
+METHODS: dict[str, Method] = {
+    "eap": Method(eap),
+    "eap-ig": Method(eap_ig, passes=pass_a_step),
+    "relp": Method(relp, may_recompute=False, kernels=("eager",)),
+    "exact": Method(exact, passes=None),
+}
 """Every attribution method by its name; the one place to add one."""
 
 # A relative distance from what the model itself computes that is no rounding any more.
 _LARGEST_ERROR = {torch.bfloat16: 3e-2, torch.float16: 3e-2}
+
+
+def method_named(name: str) -> Method:
+    """A method by its name.
+
+    Raises:
+        ProbeError: There is none of that name.
+    """
+    if name not in METHODS:
+        raise ProbeError(f"method {name!r} is not known; one of: {', '.join(METHODS)}")
+    return METHODS[name]
 
 
 def attribute(
@@ -155,8 +199,8 @@ def attribute(
         ig_steps: Points of the integral of `eap-ig`.
         answer: The answer to a prompt that is given as text, or one for each of several.
         max_new_tokens: The longest answer that the model writes itself.
-        done: Places of sequences that are left out; their scores stay 0.
-        finished: Called with the places of each batch's sequences and their edges, while the
+        done: Indices of sequences that are left out; their scores stay 0.
+        finished: Called with the indices of each batch's sequences and their edges, while the
             next batch is running.
 
     Raises:
@@ -164,62 +208,83 @@ def attribute(
             that the model does not have, a score that is not finite (the message names the
             sequence), or sources that do not sum to the residual stream.
     """
-    if method not in METHODS:
-        raise ProbeError(f"method {method!r} is not known; one of: {', '.join(METHODS)}")
+    way = method_named(method)
     check_count("ig_steps", ig_steps)
     model = as_model(model)
-    if method == "relp" and model.kernels != "eager":
-        raise ProbeError("relp needs what fused kernels leave out; load the model with eager ones")
+    if model.kernels not in way.kernels:
+        raise ProbeError(
+            f"{method} needs what {model.kernels} kernels leave out; load the model with "
+            f"{' or '.join(way.kernels)} ones"
+        )
     graph = model.graph(granularity)
     sequences = as_sequences(model, sequences, answer, max_new_tokens)
-    names = [sequence.id for sequence in sequences]
-    means = ablation_means(model, sequences, graph, ablation, batch_size)
-    steps = ig_steps if method == "eap-ig" else 1
-    size = 1 if method == "exact" else batch_size
-    batching = Batching(model, graph, size, steps, recompute=method != "relp")
+    found = _Collected(model, graph, [sequence.id for sequence in sequences], finished)
+    baseline = ablation_means(model, sequences, graph, ablation, batch_size)
+    size = batch_size if way.passes else 1
+    batching = Batching(model, graph, size, way.steps(ig_steps), way.may_recompute)
 
-    def score(places: list[int], thrift: Thrift) -> EdgeBatch:
-        options = Options(ig_steps, means, batch_size, thrift)
-        return METHODS[method](model, [sequences[i] for i in places], graph, options)
+    def score(indices: list[int], memory: MemoryMode) -> EdgeBatch:
+        options = Options(ig_steps, baseline, batch_size, memory)
+        return way.score(model, [sequences[i] for i in indices], graph, options)
 
-    wide = torch.promote_types(model.dtype, torch.float32)
-    scores = torch.zeros(len(sequences), len(graph.sources), len(graph.targets), dtype=wide)
-    losses, entropies = torch.zeros(2, len(sequences), dtype=wide)
-    residual_error = 0.0
+    # A batch is fetched once the next one is on its way, so that a GPU never waits for Python.
+    last: tuple[list[int], EdgeBatch] | None = None
+    for indices, batch in batching.run([s.length for s in sequences], score, done):
+        if last:
+            found.add(*last)
+        last = indices, batch
+    if last:
+        found.add(*last)
+    return found.edges
 
-    def fetch(places: list[int], batch: EdgeBatch) -> None:
-        nonlocal residual_error
+
+class _Collected:
+    """The edges of all sequences, as batches come."""
+
+    def __init__(
+        self,
+        model: Model,
+        graph: Graph,
+        names: list[str],
+        finished: Callable[[list[int], EdgeScores], None] | None,
+    ) -> None:
+        """Make room for the named sequences."""
+        self.model, self.names, self.finished = model, names, finished
+        dtype, count = exact_dtype(model), len(names)
+        scores = torch.zeros(count, *graph.mask.shape, dtype=dtype)
+        losses, entropies = torch.zeros(2, count, dtype=dtype)
+        self.edges = EdgeScores(scores, losses, entropies, graph, 0.0, tuple(names))
+
+    def add(self, indices: list[int], batch: EdgeBatch) -> None:
+        """Check a batch and keep it.
+
+        Raises:
+            ProbeError: A score is not finite, or the sources do not sum to the stream.
+        """
         part = EdgeScores(
             batch.scores.cpu(),
             batch.losses.cpu(),
             batch.entropies.cpu(),
-            graph,
+            self.edges.graph,
             float(batch.residual_error),
-            tuple(names[place] for place in places),
+            tuple(self.names[index] for index in indices),
         )
         finite = part.scores.isfinite().all(2).all(1) & part.losses.isfinite()
         if not finite.all():
-            name = names[places[int((~finite).nonzero()[0])]]
+            name = self.names[indices[int((~finite).nonzero()[0])]]
             raise ProbeError(
-                f"sequence {name}: its loss or a score is NaN or infinite in {model.reference}; "
-                "try another dtype (bfloat16 or float32 instead of float16), or check the weights"
+                f"sequence {name}: its loss or a score is NaN or infinite in "
+                f"{self.model.reference}; try another dtype (bfloat16 or float32 instead of "
+                "float16), or check the weights"
             )
-        _check_sums(model, batch)
-        residual_error = max(residual_error, part.residual_error)
-        scores[places], losses[places] = part.scores, part.losses
-        entropies[places] = part.entropies
-        if finished:
-            finished(places, part)
-
-    # A batch is fetched once the next one is on its way, so that a GPU never waits for Python.
-    last: tuple[list[int], EdgeBatch] | None = None
-    for places, batch in batching.run([s.length for s in sequences], score, done):
-        if last:
-            fetch(*last)
-        last = places, batch
-    if last:
-        fetch(*last)
-    return EdgeScores(scores, losses, entropies, graph, residual_error, tuple(names))
+        _check_sums(self.model, batch)
+        self.edges.scores[indices] = part.scores
+        self.edges.losses[indices] = part.losses
+        self.edges.entropies[indices] = part.entropies
+        worst = max(self.edges.residual_error, part.residual_error)
+        self.edges = replace(self.edges, residual_error=worst)
+        if self.finished:
+            self.finished(indices, part)
 
 
 def exact_effects(
@@ -230,7 +295,7 @@ def exact_effects(
     batch_size: BatchSize = "auto",
     progress: Callable[[int], None] | None = None,
     ablation: Ablation = "zero",
-    means: torch.Tensor | None = None,
+    baseline: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Remove each of some edges and run the model again (paper, Eq. 8).
 
@@ -242,7 +307,7 @@ def exact_effects(
         batch_size: How many edges run at once, or `auto`.
         progress: Called after each batch with the number of edges in it.
         ablation: What is left of a removed output, `zero` or `mean`.
-        means: That of these sequences, where `ablation_means` has given it already.
+        baseline: That of these sequences, where `ablation_means` has given it already.
 
     Returns:
         float32 [edge] (float64 for a float64 model): L(without the edge) - L, in nats.
@@ -252,25 +317,25 @@ def exact_effects(
     """
     model = as_model(model)
     graph = model.graph(granularity)
+    model = as_model(model)
+    graph = model.graph(granularity)
     sequences = as_sequences(model, sequences)
     edges = checked_edges(edges, graph, len(sequences))
-    if means is None:
-        means = ablation_means(model, sequences, graph, ablation, batch_size)
-    wide = torch.promote_types(model.dtype, torch.float32)
-    place = {edge: number for number, edge in enumerate(dict.fromkeys(edges))}
-    effects = torch.zeros(len(place), dtype=wide)
-    for part, values in _effects(
-        model, sequences, list(place), graph, Options(means=means, batch_size=batch_size)
-    ):
+    if baseline is None:
+        baseline = ablation_means(model, sequences, graph, ablation, batch_size)
+    index = {edge: number for number, edge in enumerate(dict.fromkeys(edges))}
+    effects = torch.zeros(len(index), dtype=exact_dtype(model))
+    options = Options(baseline=baseline, batch_size=batch_size)
+    for part, values in _effects(model, sequences, list(index), graph, options):
         for edge, value in zip(part, values, strict=True):
             if not value.isfinite():
                 raise ProbeError(
                     f"sequence {sequences[edge.sequence].id}: the loss is NaN or infinite"
                 )
-            effects[place[edge]] = value
+            effects[index[edge]] = value
         if progress:
             progress(len(part))
-    return effects[[place[edge] for edge in edges]]
+    return effects[[index[edge] for edge in edges]]
 
 
 def _effects(
@@ -288,18 +353,18 @@ def _effects(
     order = sorted(edges)
     batching = Batching(model, graph, options.batch_size, recompute=False)
 
-    def effects(places: list[int], thrift: Thrift) -> torch.Tensor:
-        part = [order[place] for place in places]
+    def effects(indices: list[int], memory: MemoryMode) -> torch.Tensor:
+        part = [order[index] for index in indices]
         whole = sorted({edge.sequence for edge in part})
         batch = make_batch([sequences[i] for i in (*whole, *(edge.sequence for edge in part))])
         removed = [None] * len(whole) + [(edge.source, edge.target) for edge in part]
-        losses = ablated_losses(model, batch, graph, removed, options.means)
+        losses = ablated_losses(model, batch, graph, removed, options.baseline)
         before = losses[[whole.index(edge.sequence) for edge in part]]
         return losses[len(whole) :] - before
 
     lengths = [sequences[edge.sequence].length for edge in order]
-    for places, found in batching.run(lengths, effects):
-        yield [order[place] for place in places], found
+    for indices, found in batching.run(lengths, effects):
+        yield [order[index] for index in indices], found
 
 
 def make_batch(sequences: Sequence[TokenSequence]) -> Batch:
@@ -309,13 +374,13 @@ def make_batch(sequences: Sequence[TokenSequence]) -> Batch:
     input_ids = torch.zeros(len(sequences), length, dtype=torch.int64)
     positions = torch.zeros(len(sequences), scored, dtype=torch.int64)
     labels = torch.full((len(sequences), scored), -100)
-    for place, sequence in enumerate(sequences):
+    for row, sequence in enumerate(sequences):
         fed = [*sequence.prompt, *sequence.answer[:-1]]
         answer = len(sequence.answer)
-        input_ids[place, : len(fed)] = torch.tensor(fed)
-        positions[place] = len(sequence.prompt) - 1
-        positions[place, :answer] += torch.arange(answer)
-        labels[place, :answer] = torch.tensor(list(sequence.answer))
+        input_ids[row, : len(fed)] = torch.tensor(fed)
+        positions[row] = len(sequence.prompt) - 1
+        positions[row, :answer] += torch.arange(answer)
+        labels[row, :answer] = torch.tensor(list(sequence.answer))
     lengths = torch.tensor([sequence.length for sequence in sequences])
     return Batch(input_ids, lengths, positions, labels)
 
@@ -340,8 +405,8 @@ def ablation_means(
     if ablation == "zero" or not sequences:
         return None
 
-    def sums(places: list[int], thrift: Thrift) -> torch.Tensor:
-        return source_sums(model, make_batch([sequences[i] for i in places]), graph)
+    def sums(indices: list[int], memory: MemoryMode) -> torch.Tensor:
+        return source_sums(model, make_batch([sequences[i] for i in indices]), graph)
 
     lengths = [sequence.length for sequence in sequences]
     parts = Batching(model, graph, batch_size, recompute=False).run(lengths, sums)

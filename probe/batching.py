@@ -13,6 +13,7 @@ sources wait in the host's memory. Nothing of this changes a score beyond roundi
 
 import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -24,7 +25,7 @@ from probe.errors import ProbeError, check_count
 from probe.graph import Graph
 from probe.models import Model
 from probe.remote import Host
-from probe.tracing import PLENTY, Thrift
+from probe.tracing import FASTEST, MemoryMode
 
 BatchSize = int | Literal["auto"]
 Result = TypeVar("Result")
@@ -64,19 +65,19 @@ class Batching:
         self._bytes = graph.mask.numel() * torch.promote_types(model.dtype, torch.float32).itemsize
         self._size = size
         self._steps = steps
-        ladder = [PLENTY]
+        ladder = [FASTEST]
         if recompute:
-            ladder.append(Thrift(recompute=True))
+            ladder.append(MemoryMode(recompute=True))
         if model.device.type == "cuda":
-            ladder.append(Thrift(recompute, sources_on_host=True))
-        self._costs = {thrift: bytes_per_token(model, graph, thrift) for thrift in ladder}
+            ladder.append(MemoryMode(recompute, sources_on_host=True))
+        self._costs = {mode: bytes_per_token(model, graph, mode) for mode in ladder}
         self._most: int | None = None
         self._least = 0
 
     def run(
         self,
         lengths: Sequence[int],
-        score: Callable[[list[int], Thrift], Result],
+        score: Callable[[list[int], MemoryMode], Result],
         done: Collection[int] = (),
     ) -> Iterator[tuple[list[int], Result]]:
         """Score all sequences, the longest first.
@@ -97,27 +98,22 @@ class Batching:
         if self._host:
             yield from self._run_there(self._host, lengths, score, todo)
             return
-        # A batch makes garbage for Python to collect. What was there before need not be looked
-        # through each time: with torch and transformers that takes a tenth of a batch's time.
-        gc.freeze()
-        try:
+        with _old_objects_frozen():
             yield from self._run_here(lengths, score, todo)
-        finally:
-            gc.unfreeze()
 
     def _run_here(
         self,
         lengths: Sequence[int],
-        score: Callable[[list[int], Thrift], Result],
+        score: Callable[[list[int], MemoryMode], Result],
         todo: list[int],
     ) -> Iterator[tuple[list[int], Result]]:
         """Score one batch after the other, as many sequences together as memory allows."""
         while todo:
             length = lengths[todo[0]] * self._steps
-            thrift = self._thrift(length)
-            places = todo[: self.rows(length, thrift)]
+            mode = self._mode(length)
+            places = todo[: self.rows(length, mode)]
             try:
-                result = self._watched(len(places) * length, thrift, partial(score, places, thrift))
+                result = self._watched(len(places) * length, mode, partial(score, places, mode))
             except torch.OutOfMemoryError as error:
                 if len(places) > 1:
                     self._most = len(places) * length // 2
@@ -139,7 +135,7 @@ class Batching:
         self,
         host: Host,
         lengths: Sequence[int],
-        score: Callable[[list[int], Thrift], Result],
+        score: Callable[[list[int], MemoryMode], Result],
         todo: list[int],
     ) -> Iterator[tuple[list[int], Result]]:
         """Score on a server, several batches at once; what its memory takes shows only there."""
@@ -149,7 +145,7 @@ class Batching:
             fitting = len(places) if self._most is None else max(1, self._most // length)
             if len(places) <= fitting:
                 try:
-                    return [(places, score(places, PLENTY))]
+                    return [(places, score(places, FASTEST))]
                 except torch.OutOfMemoryError as error:
                     fitting = len(places) // 2
                     if not fitting:
@@ -168,14 +164,14 @@ class Batching:
         for found in in_flight((partial(parts, places) for places in batches), host.jobs):
             yield from found
 
-    def rows(self, length: int, thrift: Thrift = PLENTY) -> int:
+    def rows(self, length: int, mode: MemoryMode = FASTEST) -> int:
         """How many rows of so many tokens run together."""
         if self._size == "auto":
             # A server has a GPU, if it is worth the way; how much memory is left there shows late.
             tokens = ENOUGH_TOKENS.get("cuda" if self._host else self._device.type, 1024)
             free = free_bytes(self._device)
             if free is not None:
-                tokens = min(tokens, int(MARGIN * free / self._costs[thrift]))
+                tokens = min(tokens, int(MARGIN * free / self._costs[mode]))
             count = tokens // length
             if self._host:
                 count = min(count, RESPONSE_BYTES // self._bytes)
@@ -185,14 +181,14 @@ class Batching:
             count = min(count, self._most // length)
         return max(1, count)
 
-    def _thrift(self, length: int) -> Thrift:
+    def _mode(self, length: int) -> MemoryMode:
         """The least that has to be done for one row of so many tokens."""
         free = free_bytes(self._device)
         ladder = list(self._costs)[self._least :]
         if free is not None:
-            for thrift in ladder:
-                if length * self._costs[thrift] <= MARGIN * free:
-                    return thrift
+            for mode in ladder:
+                if length * self._costs[mode] <= MARGIN * free:
+                    return mode
             return ladder[-1]
         return ladder[0]
 
@@ -200,7 +196,7 @@ class Batching:
         self._least += 1
         return self._least < len(self._costs)
 
-    def _watched(self, tokens: int, thrift: Thrift, score: Callable[[], Result]) -> Result:
+    def _watched(self, tokens: int, mode: MemoryMode, score: Callable[[], Result]) -> Result:
         """Score, and remember what a token really took."""
         if self._device.type != "cuda":
             return score()
@@ -208,8 +204,26 @@ class Batching:
         torch.cuda.reset_peak_memory_stats(self._device)
         result = score()
         taken = torch.cuda.max_memory_allocated(self._device) - before
-        self._costs[thrift] = max(taken / tokens, 1.0)
+        self._costs[mode] = max(taken / tokens, 1.0)
         return result
+
+
+@contextmanager
+def _old_objects_frozen() -> Iterator[None]:
+    """Let the garbage collector leave alone what is there now, for a while.
+
+    A batch makes garbage for Python to collect. What was there before need not be looked through
+    each time: with torch and transformers that takes a tenth of a batch's time. Thawing is for all
+    objects or none, so where the user, or an outer call, has frozen some, nothing is done.
+    """
+    ours = gc.get_freeze_count() == 0
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()
 
 
 def layer_numbers(d_model: int, d_ffn: int) -> int:
@@ -221,7 +235,7 @@ def layer_numbers(d_model: int, d_ffn: int) -> int:
     return 5 * d_model + 3 * d_ffn
 
 
-def bytes_per_token(model: Model, graph: Graph, thrift: Thrift) -> float:
+def bytes_per_token(model: Model, graph: Graph, mode: MemoryMode) -> float:
     """Roughly what a batch holds per token.
 
     Measured without fused kernels at 7B Mistral shape, bfloat16, 1 x 4096 tokens: 4.6 MB a token
@@ -233,8 +247,8 @@ def bytes_per_token(model: Model, graph: Graph, thrift: Thrift) -> float:
     layer = layer_numbers(d_model, d_ffn)
     n_sources, n_targets = graph.mask.shape
     numbers = n_layers * d_model + (n_targets / GRADIENT_GROUPS + 1) * d_model
-    numbers += 3 * layer if thrift.recompute else n_layers * layer
-    if not thrift.sources_on_host:
+    numbers += 3 * layer if mode.recompute else n_layers * layer
+    if not mode.sources_on_host:
         numbers += n_sources * d_model
     return float(numbers * model.dtype.itemsize)
 

@@ -171,7 +171,7 @@ def measure(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     batches = [[place for place in batch if rows[place].exact is None] for batch in batches]
     batches = [batch for batch in batches if batch]
-    left = ablation_means(model, sequences if batches else [], graph, ablation, batch_size)
+    baseline = ablation_means(model, sequences if batches else [], graph, ablation, batch_size)
     exact = partial(
         exact_effects,
         model,
@@ -179,7 +179,7 @@ def measure(
         granularity=granularity,
         batch_size=batch_size,
         ablation=ablation,
-        means=left,
+        baseline=baseline,
     )
     calls = (partial(exact, [drawn[place] for place in batch]) for batch in batches)
     for batch, effects in zip(batches, in_flight(calls, model.jobs), strict=True):

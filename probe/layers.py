@@ -12,11 +12,44 @@ import torch
 from probe.architectures import projection_columns
 from probe.graph import Graph
 from probe.models import Model
+from probe.norm_vjp import NormVjp
+from probe.readout import Readout
+from probe.wiring import Wiring
 
 
-def heads_of(model: Model) -> SimpleNamespace:
-    """The numbers of heads and their width, in what a server can unpack without this package."""
-    return SimpleNamespace(**model.heads._asdict())
+def wiring_of(model: Model, graph: Graph) -> Wiring:
+    """How the nodes of a model's graph lie in its layers."""
+    row, key = model.architecture, model.architecture.residual_scale
+    n_sources, n_targets = graph.mask.shape
+    return Wiring(
+        model.n_layers,
+        (n_sources, n_targets),
+        (model.heads.query, model.heads.width),
+        branch_columns_of(model, graph),
+        by_head=graph.granularity == "head",
+        scale=float(getattr(model.config, key)) if key else 1.0,
+        transposed=row.transposed,
+        at_inputs=graph.granularity == "qkv" and row.layout == "split",
+    )
+
+
+def norm_vjp_of(model: Model, constant_rate: bool) -> NormVjp:
+    """The norms of a model; see `NormVjp` for `constant_rate`."""
+    row = model.architecture
+    return NormVjp(row.centred_norms, row.norm_offset, norm_epsilon(model), constant_rate)
+
+
+def readout_of(model: Model) -> Readout:
+    """How a model makes logits."""
+    row, config = model.architecture, model.config
+    divisor = float(getattr(config, row.logits_divisor)) if row.logits_divisor else 1.0
+    cap = getattr(config, row.logits_cap) if row.logits_cap else None
+    return Readout(int(config.vocab_size), exact_dtype(model), divisor, cap)
+
+
+def exact_dtype(model: Model) -> torch.dtype:
+    """The precision of losses and scores: float32, or float64 for a float64 model."""
+    return torch.promote_types(model.dtype, torch.float32)
 
 
 def layers_of(model: Model) -> list[SimpleNamespace]:
@@ -52,12 +85,6 @@ def layers_of(model: Model) -> list[SimpleNamespace]:
 def there(module: SimpleNamespace) -> SimpleNamespace | None:
     """A module, or None where it was taken out of the model."""
     return None if isinstance(module._module, torch.nn.Identity) else module
-
-
-def output_scale(model: Model) -> float:
-    """By what every output is multiplied before it is added to the stream."""
-    key = model.architecture.residual_scale
-    return float(getattr(model.config, key)) if key else 1.0
 
 
 def branch_columns_of(model: Model, graph: Graph) -> list[tuple[int, torch.Tensor]]:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from probe.attribution import attribute
+from probe.attribution import attribute, method_named
 from probe.checkpoints import fingerprint
 from probe.edges import EdgeScores
 from probe.errors import ProbeError
@@ -166,10 +166,11 @@ def attribute_with(
     """
     folder = RunFolder(path)
     options = recipe.attribution
-    steps = options.ig_steps if options.method == "eap-ig" else 1
+    method = method_named(options.method)
+    steps = method.steps(options.ig_steps)
     settings = (options.method, options.granularity, options.ablation, str(steps))
     kernels = recipe.compute.kernels
-    if options.method == "relp" and kernels == "auto":
+    if kernels == "auto" and "liger" not in method.kernels:
         kernels = "eager"
     model: Model | None = None
     weights = fingerprint(reference)

@@ -20,6 +20,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from probe.attribution import method_named
 from probe.batching import ENOUGH_TOKENS, layer_numbers
 from probe.checkpoints import (
     adapter_base,
@@ -130,11 +131,12 @@ class Plan:
 
     @property
     def scoring_seconds(self) -> float | None:
-        """About how long one GPU scores edges; None where a size is not known, or for `exact`."""
+        """About how long one GPU scores edges; None where a size or the passes are not known."""
         options, selection = self.recipe.attribution, self.recipe.selection
-        if options.method == "exact":
+        method = method_named(options.method)
+        if method.passes is None:
             return None
-        passes = options.ig_steps if options.method == "eap-ig" else 1
+        passes = method.passes(options.ig_steps)
         samples = [
             min(selection.samples, need.questions or selection.samples) for need in self.benchmarks
         ]

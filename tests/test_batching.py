@@ -1,21 +1,23 @@
 """Batches: every place once, no more rows than allowed, and none lost where memory runs out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import probe
-from probe.attribution import METHODS
+from probe.attribution import METHODS, Method
 from probe.batching import ENOUGH_TOKENS, Batching, bytes_per_token
-from probe.tracing import PLENTY, Thrift
+from probe.tracing import FASTEST, MemoryMode
 
 GRAPH = probe.Graph.build(4, "qkv")
 SEQUENCES = [probe.Sequence([5, 6, 7], [4 + n] * (1 + n % 5), str(n)) for n in range(11)]
 
 
 def run(batching, lengths, done=()):
-    return [places for places, _ in batching.run(lengths, lambda places, thrift: None, done)]
+    return [places for places, _ in batching.run(lengths, lambda places, memory: None, done)]
 
 
 @given(
@@ -51,18 +53,18 @@ def test_a_size_below_one(tiny_model, size):
         Batching(tiny_model, GRAPH, size)
 
 
-def forgetful(most_tokens, sequences, seen, without=PLENTY):
+def forgetful(most_tokens, sequences, seen, without=FASTEST):
     """A method that has memory for so many tokens, and for any number once it saves enough."""
     method = METHODS["eap"]
 
     def limited(model, part, graph, options):
         tokens = sum(len(s.prompt) + len(s.answer) - 1 for s in part)
-        seen.append((tokens, options.thrift))
-        if tokens > most_tokens and options.thrift == without:
+        seen.append((tokens, options.memory))
+        if tokens > most_tokens and options.memory == without:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return method(model, part, graph, options)
+        return method.score(model, part, graph, options)
 
-    return limited
+    return replace(method, score=limited)
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_not_lost(tiny_model, monkeypatch):
@@ -81,7 +83,7 @@ def test_one_sequence_that_does_not_fit_computes_its_activations_again(tiny_mode
     seen = []
     monkeypatch.setitem(METHODS, "eap", forgetful(5, SEQUENCES, seen))
     edges = probe.attribute(tiny_model, SEQUENCES, batch_size=2)
-    assert Thrift(recompute=True) in [thrift for _, thrift in seen]
+    assert MemoryMode(recompute=True) in [memory for _, memory in seen]
     assert (edges.scores - truth.scores).abs().max() <= 1e-5 * truth.scores.abs().max()
 
 
@@ -89,14 +91,14 @@ def test_a_sequence_that_cannot_fit_says_so(tiny_model, monkeypatch):
     def never(model, part, graph, options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(METHODS, "eap", never)
+    monkeypatch.setitem(METHODS, "eap", Method(never))
     with pytest.raises(probe.ProbeError, match="7 tokens does not fit into the memory of cpu"):
         probe.attribute(tiny_model, SEQUENCES)
 
 
 def test_saving_memory_costs_less(tiny_model):
     plain, recomputed, on_host = (
-        bytes_per_token(tiny_model, GRAPH, thrift)
-        for thrift in (PLENTY, Thrift(True), Thrift(True, True))
+        bytes_per_token(tiny_model, GRAPH, memory)
+        for memory in (FASTEST, MemoryMode(True), MemoryMode(True, True))
     )
     assert plain > recomputed > on_host > 0

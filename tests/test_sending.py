@@ -6,12 +6,15 @@
 import io
 import json
 import linecache
+from dataclasses import make_dataclass
 from importlib.metadata import version
+from weakref import WeakValueDictionary
 
+import cloudpickle.cloudpickle
 import pytest
 import torch
 import zstandard
-from nnsight.intervention.serialization import CustomCloudUnpickler
+from nnsight.intervention.serialization import CustomCloudPickler, CustomCloudUnpickler
 from nnsight.schema.request import RequestModel
 from nnsight.tracing.tracer import _saves, dec, inc
 from small_models import MODELS, save_small_model
@@ -36,6 +39,16 @@ class WithoutProbe(CustomCloudUnpickler):
         return super().find_class(module, name)
 
 
+@pytest.fixture(autouse=True)
+def nothing_goes_as_bytecode(monkeypatch):
+    """What has no source goes as bytecode, which another Python than this one cannot read."""
+
+    def refuse(self, function):
+        raise AssertionError(f"{function.__module__}.{function.__qualname__} has no source")
+
+    monkeypatch.setattr(cloudpickle.CloudPickler, "_dynamic_function_reduce", refuse)
+
+
 class InProcess(Host):
     """A server that is this process, with one model."""
 
@@ -54,6 +67,9 @@ class InProcess(Host):
         assert json.loads(model_key.split(":", 1)[1])["revision"] is None
         network = self.model.network
         lines = dict(linecache.cache)  # a job registers its source there
+        known = cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID
+        # Another process does not know the classes that come, and makes them from their source.
+        cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID = WeakValueDictionary()
         try:
             objects = network._remoteable_persistent_objects()
             tracer = RequestModel.deserialize(blob, objects, True, WithoutProbe)
@@ -66,6 +82,7 @@ class InProcess(Host):
                 finally:
                     dec()
         finally:
+            cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID = known
             linecache.cache.clear()
             linecache.cache.update(lines)
         with io.BytesIO() as file:
@@ -74,6 +91,13 @@ class InProcess(Host):
         self.received += len(data)
         file = io.BytesIO(zstandard.ZstdDecompressor().decompress(data))
         return torch.load(file, weights_only=True)
+
+
+def test_bytecode_is_noticed():
+    """A dataclass has methods that its author did not write: they have no source."""
+    made = make_dataclass("Made", ["x"])
+    with io.BytesIO() as file, pytest.raises(AssertionError, match="has no source"):
+        CustomCloudPickler(file).dump(made)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from small_models import MODELS, save_small_model
 
 import probe
 from probe.attribution import make_batch
-from probe.trace_functions import norm_pull
-from probe.tracing import Thrift, ablated_losses, edge_scores, source_sums
+from probe.norm_vjp import NormVjp
+from probe.tracing import MemoryMode, ablated_losses, edge_scores, source_sums
 
 DEVICES = [
     "cpu",
@@ -36,7 +36,7 @@ DEVICES = [
         (True, 0.0, True),
     ],
 )
-def test_a_pull_through_a_norm_is_its_derivative(device, shape, dtype, centred, offset, held):
+def test_a_vjp_through_a_norm_is_its_derivative(device, shape, dtype, centred, offset, held):
     torch.manual_seed(0)
     gradients = torch.randn(shape, dtype=dtype, device=device)
     value = 3 + torch.randn(shape[1:], dtype=dtype, device=device)
@@ -49,8 +49,8 @@ def test_a_pull_through_a_norm_is_its_derivative(device, shape, dtype, centred, 
     truth = torch.stack(
         [torch.autograd.grad(normed, wide, g.double(), retain_graph=True)[0] for g in gradients]
     )
-    pull = norm_pull(centred, offset, 1e-5, held)(value, weight)
-    gradients = torch.stack([pull(gradient) for gradient in gradients])
+    vjp = NormVjp(centred, offset, 1e-5, held).at(value, weight)
+    gradients = torch.stack([vjp(gradient) for gradient in gradients])
     largest = 1e-5 if dtype == torch.float32 else 5e-3
     assert (gradients.double() - truth).abs().max() <= largest * truth.abs().max()
 
@@ -77,7 +77,7 @@ def test_activations_computed_again_change_nothing(name, granularity, tmp_path, 
     module.set_attn_implementation("eager")
     expected = edge_scores(model, batch, graph)
     once = len(runs)
-    again = edge_scores(model, batch, graph, thrift=Thrift(recompute=True))
+    again = edge_scores(model, batch, graph, memory=MemoryMode(recompute=True))
     assert len(runs) == 3 * once  # both layers compute them again
     assert torch.equal(again.scores, expected.scores)
     torch.testing.assert_close(again.scores, plain.scores, rtol=1e-4, atol=1e-5)
@@ -95,7 +95,7 @@ def scored(model, batch, graph):
 
 
 def scored_again(model, batch, graph):
-    return edge_scores(model, batch, graph, thrift=Thrift(recompute=True))
+    return edge_scores(model, batch, graph, memory=MemoryMode(recompute=True))
 
 
 def ablated(model, batch, graph):
