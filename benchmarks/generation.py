@@ -29,8 +29,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, MistralConfig
 
+import probe.continuous
 import probe.flash
-import probe.generation
 from probe.architectures import architecture_of
 from probe.generation import generate
 from probe.models import Model
@@ -88,7 +88,7 @@ def random_model(shape: dict[str, int | None], device: str, dtype: torch.dtype) 
 @contextmanager
 def settings(requests: int | None = None, flash: bool = True, **options: object) -> Iterator[None]:
     """Let the continuous engine have other settings for a while."""
-    usual, usable = probe.generation.REQUESTS, probe.flash.usable
+    usual, usable = probe.continuous.REQUESTS, probe.flash.usable
     finish = ContinuousBatchingConfig.__post_init__
 
     def changed(config: ContinuousBatchingConfig) -> None:
@@ -96,14 +96,14 @@ def settings(requests: int | None = None, flash: bool = True, **options: object)
         for name, value in options.items():
             setattr(config, name, value)
 
-    probe.generation.REQUESTS = requests or usual
+    probe.continuous.REQUESTS = requests or usual
     if not flash:
         probe.flash.usable = lambda *given: False
     ContinuousBatchingConfig.__post_init__ = changed
     try:
         yield
     finally:
-        probe.generation.REQUESTS, probe.flash.usable = usual, usable
+        probe.continuous.REQUESTS, probe.flash.usable = usual, usable
         ContinuousBatchingConfig.__post_init__ = finish
 
 

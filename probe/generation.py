@@ -1,9 +1,10 @@
 """Generation: greedy answers to prompts, by one of two engines.
 
 `continuous` is the continuous batching of transformers: an answer that ends makes room for the
-next prompt at once. `static` is `generate` on batches of similar prompts: a batch lasts as long
-as its longest answer. Without a choice, a GPU gets the first and a CPU the second; where the
-first cannot run, the reason is said and the second goes on from there.
+next prompt at once. The module of that name tries first what this version of transformers has.
+`static` is `generate` on batches of similar prompts: a batch lasts as long as its longest answer.
+Without a choice, a GPU gets the first and a CPU the second; where the first cannot run, the reason
+is said and the second goes on from there.
 
 Both end an answer by the same rule: at the first end-of-sequence token, at the token that
 completes a stop string, or at the limit of that prompt. This last token belongs to the answer.
@@ -13,16 +14,14 @@ completes a stop string, or at the limit of that prompt. This last token belongs
     ...         print(answer.place, model.tokenizer.decode(answer.tokens))
 """
 
-import logging
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 
-from probe import flash
+from probe import continuous
 from probe.concurrency import in_flight
 from probe.errors import ProbeError, reason
 from probe.models import Model
@@ -31,24 +30,9 @@ from probe.vocabulary import Engine
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
-    from transformers.generation.continuous_batching import ContinuousBatchingManager
-    from transformers.generation.continuous_batching.continuous_api import OutputRouter
-    from transformers.generation.continuous_batching.requests import GenerationOutput
 
 CONTINUOUS_ON = ("cuda",)
 """Kinds of device where `auto` is continuous."""
-
-BATCH_TOKENS = 2048
-"""Tokens in one forward pass of the continuous engine, prompts and answers together."""
-
-REQUESTS = 256
-"""Answers that the continuous engine writes at once."""
-
-PAGE = 256
-"""Tokens in a block of its cache, which is transformers' own choice."""
-
-MEMORY = 0.8
-"""The share of the device's free memory that its cache may take, until the last answer."""
 
 
 class Answer(NamedTuple):
@@ -88,7 +72,8 @@ def generate(
         batch_size: How many prompts run at once in a static batch.
         skip: Places of prompts that need no answer; a static batch of such alone is skipped.
         engine: `auto`, `continuous` or `static`.
-        say: Is told in one line where `auto` had to leave the continuous engine, and why.
+        say: Is told in one line where the continuous engine, or the best way to use it, had to be
+            left, and why.
 
     Yields:
         What is finished: a static batch, or all answers that have ended since the last time.
@@ -102,10 +87,10 @@ def generate(
     left = {place for place in range(len(prompts)) if place not in skip}
     if engine == "continuous" and model.deployment:
         raise ProbeError("a server generates in static batches; use engine auto or static")
-    continuous = engine == "continuous" or (engine == "auto" and model.device.type in CONTINUOUS_ON)
-    if left and continuous:
+    on_gpu = model.device.type in CONTINUOUS_ON
+    if left and (engine == "continuous" or (engine == "auto" and on_gpu)):
         try:
-            for finished in _continuous(model, prompts, limits, left, ending):
+            for finished in _continuous(model, prompts, limits, left, ending, say):
                 left.difference_update(answer.place for answer in finished)
                 yield finished
         except Exception as error:
@@ -234,137 +219,18 @@ def _continuous(
     limits: Sequence[int],
     wanted: set[int],
     ending: _Ending,
+    say: Callable[[str], object],
 ) -> Iterator[list[Answer]]:
     """Every prompt is a request to transformers, which keeps as many going as memory allows."""
-    with _manager(model, prompts, limits, wanted, ending) as manager:
-        left = set(wanted)
-        while left:
-            finished = []
-            result = manager.get_result(timeout=0.5)
-            while result is not None:
-                if result.error is not None:
-                    raise RuntimeError(result.error)
-                place = int(result.request_id)
-                tokens = ending.cut(list(result.generated_tokens), limits[place])
-                finished.append(Answer(place, tokens))
-                left.remove(place)
-                waiting = not manager.output_router.output_queue.empty()
-                result = manager.get_result(timeout=0.5) if waiting else None
-            if finished:
-                yield finished
-            elif not manager.is_running():
-                raise RuntimeError(f"it ended with {len(left)} answers unfinished")
-
-
-@contextmanager
-def _manager(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    wanted: set[int],
-    ending: _Ending,
-) -> "Iterator[ContinuousBatchingManager]":
-    """The engine of transformers, running; after it, its cache is free and the model as before."""
-    module = model.network._module
-    attention = module.config._attn_implementation
-    if attention == "eager":
-        # Its counterpart here leaves out what a model's own may do, such as Gemma 2's soft cap.
-        raise RuntimeError(f"there is none for the attention of {model.config.model_type}")
-    # It logs what it raises, and more.
-    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
-    sizes = sorted((len(prompts[place]) + limits[place] for place in wanted), reverse=True)
-    manager = None
-    try:
-        with _current(model.device):
-            manager = _prepare(model, sizes, ending)
-            # All before the start, so that what runs together does not depend on the clock.
-            for place in sorted(wanted):
-                manager.add_request(
-                    list(prompts[place]),
-                    request_id=str(place),
-                    max_new_tokens=limits[place],
-                    streaming=bool(ending.stop),
-                    eos_token_id=ending.ends or -1,
-                )
-            manager.start()
-        yield manager
-    finally:
-        with _current(model.device):
-            if manager is not None:
-                manager.stop(hard_stop=True)
-            module.config._attn_implementation = attention
-
-
-def _prepare(model: Model, sizes: list[int], ending: _Ending) -> "ContinuousBatchingManager":
-    """Make the engine and its cache, for prompts with answers of these sizes, largest first."""
-    from transformers import ContinuousBatchingConfig
-    from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
-
-    module = model.network._module
-    options = ContinuousBatchingConfig(
-        max_batch_tokens=BATCH_TOKENS,
-        max_requests_per_batch=min(REQUESTS, len(sizes)),
-        max_blocks_per_request=-(-sizes[0] // PAGE) + 1,
-        max_memory_percent=MEMORY,
-        # Sharing pays for long common prompts; ours are short.
-        allow_block_sharing=False,
-    )
-    half = model.dtype in (torch.bfloat16, torch.float16)
-    if half and (is_flash_attn_2_available() or is_flash_attn_3_available()):
-        pass  # transformers switches to that package by itself
-    elif flash.usable(model.device, model.dtype, model.heads.width):
-        module.config._attn_implementation = flash.register()
-    else:
-        module.config._attn_implementation = flash.paged(module.config._attn_implementation)
-        if hasattr(options, "auto_switch_to_flash"):
-            options.auto_switch_to_flash = False
-    # As much as can be used at once, and a quarter that it keeps free; or else what memory allows.
-    needed = sum(-(-size // PAGE) + 1 for size in sizes[:REQUESTS])
-    for number in (needed + needed // 4 + 1, None):
-        options.num_blocks = number
-        manager: ContinuousBatchingManager = module.init_continuous_batching(
-            generation_config=ending.config(max(sizes)), continuous_batching_config=options
-        )
-        if ending.stop:
-            manager.output_router = _stopping_router(manager, ending)
-        try:
-            manager.warmup()
-        except MemoryError:
-            if number is None:
-                raise
-        else:
-            break
-    return manager
-
-
-def _stopping_router(manager: "ContinuousBatchingManager", ending: _Ending) -> "OutputRouter":
-    """What hands on answers, and ends those that have written a stop string.
-
-    This happens in the engine's own thread, between the same steps each time.
-    """
-    from transformers.generation.continuous_batching.continuous_api import OutputRouter
-
-    class Stopping(OutputRouter):
-        def deliver_batch(self, outputs: "list[GenerationOutput]") -> None:
-            done = []
-            for output in outputs:
-                if output.is_finished():
-                    done.append(output)
-                elif output.request_id not in ended and ending.stopped(output.generated_tokens):
-                    ended.add(output.request_id)
-                    manager.cancel_request(output.request_id)
-                    done.append(output)
-            super().deliver_batch(done)
-
-    ended: set[str] = set()
-    return Stopping()
-
-
-@contextmanager
-def _current(device: torch.device) -> Iterator[None]:
-    """Make a GPU the current one, whose memory the engine asks for."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(device):
-        yield
+    requests = {
+        str(place): continuous.Request(list(prompts[place]), limits[place])
+        for place in sorted(wanted)
+    }
+    stopped = ending.stopped if ending.stop else None
+    rules = continuous.Rules(ending.ends, stopped, ending.config)
+    with continuous.running(model, requests, rules, say) as batches:
+        for finished in batches:
+            yield [
+                Answer(int(name), ending.cut(tokens, limits[int(name)]))
+                for name, tokens in finished
+            ]

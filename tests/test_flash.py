@@ -5,7 +5,7 @@ import torch
 from small_models import MODELS, save_small_model
 
 import probe
-from probe import flash
+from probe import continuous, flash
 from probe.generation import generate
 
 
@@ -62,7 +62,7 @@ def test_every_architecture_asks_for_it_as_it_is_given(tmp_path, monkeypatch, na
 def test_what_it_cannot_do_is_refused():
     states = torch.zeros(1, 2, 3, 8)
     with pytest.raises(NotImplementedError, match="flash attention of torch has no softcap"):
-        flash.paged_attention(torch.nn.Module(), states, states, states, None, softcap=30.0)
+        continuous.paged_attention(torch.nn.Module(), states, states, states, None, softcap=30.0)
 
 
 def test_it_is_for_half_precision_on_a_gpu():

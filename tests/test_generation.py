@@ -7,6 +7,7 @@ from small_models import MODELS, save_small_model
 
 import probe
 import probe.generation
+from probe import continuous
 from probe.errors import ProbeError
 from probe.generation import generate
 from probe.problems import load_problems
@@ -99,8 +100,8 @@ def test_a_special_token_may_be_a_stop_string(tiny, prompts, monkeypatch, engine
 
 
 def test_more_prompts_than_run_at_once(tiny, prompts, monkeypatch):
-    monkeypatch.setattr(probe.generation, "REQUESTS", 3)
-    monkeypatch.setattr(probe.generation, "BATCH_TOKENS", 16)
+    monkeypatch.setattr(continuous, "REQUESTS", 3)
+    monkeypatch.setattr(continuous, "BATCH_TOKENS", 16)
     batches = list(generate(tiny, prompts, [64] * len(prompts), engine="continuous"))
     assert len(batches) > 1  # those that have ended do not wait for the others
     found = {answer.place: answer.tokens for batch in batches for answer in batch}
@@ -131,10 +132,10 @@ def test_nothing_is_left_behind(tiny, prompts):
 def test_auto_goes_on_with_static_batches_where_continuous_fails(tiny, prompts, monkeypatch):
     """What was answered before the failure is not answered again."""
     expected = answers(tiny, prompts, engine="static")
-    continuous = probe.generation._continuous
+    usual = probe.generation._continuous
 
     def fails(*given):
-        yield next(continuous(*given))
+        yield next(usual(*given))
         raise RuntimeError("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr(probe.generation, "_continuous", fails)
