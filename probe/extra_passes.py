@@ -10,33 +10,21 @@ the run folder under `extras`, with what it was computed from, and is computed o
 import gc
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from rich.progress import Progress
 
 from probe.checkpoints import fingerprint
 from probe.errors import ProbeError
 from probe.models import Model, load_model
-from probe.recipe import Pair, Recipe
-from probe.run_folder import Damaged, RunFolder, cell_name, edges_key
+from probe.recipe import Recipe
+from probe.run_folder import Damaged, RunFolder, cell_name
+from probe.run_names import TEXTS, edges_key, states_file, weights_file
 from probe.states import compare_states
 from probe.weights import weight_changes
 
 if TYPE_CHECKING:
     from probe.phases import Side
-
-Text = Literal["before", "after"]
-TEXTS: tuple[Text, ...] = ("before", "after")
-
-
-def states_file(pair: Pair, benchmark: str, text: Text) -> str:
-    """Where in the run folder the comparison of both models on one's answers is."""
-    return f"extras/{pair.name}.{benchmark}.on-{text}.json"
-
-
-def weights_file(pair: Pair) -> str:
-    """Where in the run folder the change of each matrix is."""
-    return f"extras/{pair.name}.weights.json"
 
 
 def measure_states(

@@ -4,21 +4,22 @@ A recipe chooses them, `report.extra = ["overlap", "mass"]`. Those of a run's ed
 nothing, and two of them are in every report; the others cost a pass, and are on request. The
 cross-text control has its table where the recipe asks for it (`attribution.control`).
 
-An extra is a row of `EXTRAS`: columns, and a function from a cell to rows.
+An extra is a row of `EXTRAS`: columns, and a function of `probe.extra_rows` from a case to rows.
 
-    >>> extra_tables(RunFolder(Path("runs/tiny-math")), read_recipe("tiny-math"), [])[0].title
+    >>> tables, missing = extra_tables(RunFolder(Path("runs/tiny-math")), read_recipe("tiny-math"))
+    >>> tables[0].title
     'Overlap of the circuits'
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from probe import mass
 from probe.errors import ProbeError
 from probe.extra_rows import (
-    Cell,
-    Missing,
+    Case,
     Row,
     concentration_rows,
     control_rows,
@@ -29,10 +30,27 @@ from probe.extra_rows import (
     weight_rows,
 )
 from probe.recipe import Recipe
-from probe.report import ExtraTable
-from probe.run_folder import RunFolder
+from probe.run_folder import Missing, RunFolder
 
 _CHANGE = ("change %", "low %", "high %")
+
+
+@dataclass(frozen=True)
+class ExtraTable:
+    """A table beside the cells, that every format shows in the same way."""
+
+    title: str
+    """What it shows, in a few words."""
+
+    note: str
+    """How to read it, in a sentence or two; may be empty."""
+
+    columns: tuple[str, ...]
+    """The heading of each column."""
+
+    rows: tuple[tuple[str | float | None, ...], ...]
+    """Texts and numbers; None where a number is not defined. Numbers of one column are shown with
+    the same digits."""
 
 
 class Extra(NamedTuple):
@@ -47,8 +65,8 @@ class Extra(NamedTuple):
     columns: tuple[str, ...]
     """Its columns, behind those that say where a row belongs."""
 
-    rows: Callable[[Cell], list[Row]]
-    """The rows of one cell."""
+    rows: Callable[[Case], list[Row]]
+    """The rows of one case."""
 
     needs: Literal["edges", "states", "weights"] = "edges"
     """What it is computed from; all but edges cost another pass."""
@@ -162,42 +180,50 @@ def check_extras(recipe: Recipe) -> None:
             )
 
 
-def extra_tables(folder: RunFolder, recipe: Recipe, missing: list[str]) -> tuple[ExtraTable, ...]:
+def extra_tables(
+    folder: RunFolder, recipe: Recipe
+) -> tuple[tuple[ExtraTable, ...], tuple[str, ...]]:
     """Compute the tables that a recipe asks for, from what the run folder holds.
 
-    Args:
-        folder: The run.
-        recipe: Its recipe.
-        missing: Gets a line for what is not there though the edges of its cell are.
+    Returns:
+        The tables that have rows; and a line for what is not there though the edges of its
+        comparison are.
     """
     chosen = {name: EXTRAS[name] for name in recipe.report.extra}
     if recipe.attribution.control == "cross-text":
         chosen = {"cross-text control": CONTROL, **chosen}
-    alphas = recipe.selection.alpha
-    tables = []
+    tables: list[ExtraTable] = []
+    missing: list[str] = []
     for name, extra in chosen.items():
         rows: list[Row] = []
-        seen = set()
-        for choice in recipe.benchmarks:
-            for pair in recipe.pairs:
-                for alpha in alphas if "alpha" in extra.where else sorted(alphas)[-1:]:
-                    cell = Cell(folder, recipe, pair, choice.name, alpha)
-                    values: dict[str, str | float] = {
-                        "benchmark": choice.name,
-                        "pair": pair.name,
-                        "alpha": alpha,
-                    }
-                    place = tuple(values[part] for part in extra.where)
-                    if place in seen or not folder.edges_file(cell.name, "after").exists():
-                        continue
-                    seen.add(place)
-                    try:
-                        rows += [(*place, *row) for row in extra.rows(cell)]
-                    except Missing as error:
-                        # Of the edges that every table needs, the report itself says it.
-                        if extra is CONTROL or extra.needs != "edges":
-                            missing.append(f"{name} of {cell.name}: {error}")
+        for where, case in _cases(extra, folder, recipe):
+            try:
+                rows += [(*where, *row) for row in extra.rows(case)]
+            except Missing as error:
+                # Of the edges that every table needs, the report itself says it.
+                if extra is CONTROL or extra.needs != "edges":
+                    missing.append(f"{name} of {case.name}: {error}")
         if rows:
             columns = (*extra.where, *extra.columns)
             tables.append(ExtraTable(extra.title, extra.note, columns, tuple(rows)))
-    return tuple(tables)
+    return tuple(tables), tuple(missing)
+
+
+def _cases(
+    extra: Extra, folder: RunFolder, recipe: Recipe
+) -> Iterator[tuple[tuple[str | float, ...], Case]]:
+    """What a table has rows for, each with the values that tell its rows apart."""
+    seen = set()
+    largest = max(recipe.selection.alpha, default=None)
+    for comparison in recipe.comparisons(by="benchmark"):
+        if "alpha" not in extra.where and comparison.alpha != largest:
+            continue
+        values: dict[str, str | float] = {
+            "benchmark": comparison.benchmark,
+            "pair": comparison.pair.name,
+            "alpha": comparison.alpha,
+        }
+        where = tuple(values[part] for part in extra.where)
+        if where not in seen and folder.edges_file(comparison.name, "after").exists():
+            seen.add(where)
+            yield where, Case(folder, recipe, comparison)

@@ -11,11 +11,12 @@ too.
 """
 
 import difflib
+import itertools
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, cast, get_type_hints
+from typing import Annotated, Literal, cast, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -27,6 +28,7 @@ from probe.sections import STRICT, Count, Name, Positive
 from probe.sections import Asked as Asked
 from probe.sections import AttributionOptions as AttributionOptions
 from probe.sections import BenchmarkChoice as BenchmarkChoice
+from probe.sections import Comparison as Comparison
 from probe.sections import Compute as Compute
 from probe.sections import FaithfulnessOptions as FaithfulnessOptions
 from probe.sections import Pair as Pair
@@ -131,6 +133,19 @@ class Recipe:
     def models(self) -> tuple[str, ...]:
         """Every model once, in the order of the pairs."""
         return tuple(dict.fromkeys(m for pair in self.pairs for m in (pair.before, pair.after)))
+
+    def comparisons(self, by: Literal["pair", "benchmark"] = "pair") -> tuple[Comparison, ...]:
+        """Every pair on every benchmark at every alpha.
+
+        Args:
+            by: What changes slowest; alpha changes fastest.
+        """
+        names, alphas = [choice.name for choice in self.benchmarks], self.selection.alpha
+        if by == "pair":
+            return tuple(Comparison(*c) for c in itertools.product(self.pairs, names, alphas))
+        return tuple(
+            Comparison(p, b, a) for b, p, a in itertools.product(names, self.pairs, alphas)
+        )
 
 
 INCLUDED = ("pairs", "benchmarks", "published", "published_changes")

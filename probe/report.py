@@ -19,6 +19,8 @@ import numpy as np
 
 from probe.agreement import Agreement, agreement_from
 from probe.edges import EdgeScores
+from probe.extras import ExtraTable as ExtraTable
+from probe.extras import extra_tables
 from probe.metrics import METRICS, TOKEN_METRICS, compute_metric, metric_named
 from probe.recipe import Pair, Recipe, ReportOptions, recipe_from
 from probe.run_folder import (
@@ -147,24 +149,6 @@ Row = TypeVar("Row", Cell, Accuracy)
 
 
 @dataclass(frozen=True)
-class ExtraTable:
-    """A table beside the cells, that every format shows in the same way."""
-
-    title: str
-    """What it shows, in a few words."""
-
-    note: str
-    """How to read it, in a sentence or two; may be empty."""
-
-    columns: tuple[str, ...]
-    """The heading of each column."""
-
-    rows: tuple[tuple[str | float | None, ...], ...]
-    """Texts and numbers; None where a number is not defined. Numbers of one column are shown with
-    the same digits."""
-
-
-@dataclass(frozen=True)
 class Report:
     """Everything a run has to say."""
 
@@ -240,17 +224,18 @@ def build_report(path: str | Path) -> Report:
                     continue
                 where = pair.name, benchmark, alpha
                 cells += _cells(where, before, after, recipe.report, permutations)
-    faithfulness = _faithfulness(folder, recipe, missing)
+    faithfulness, unmeasured = _faithfulness(folder, recipe)
     known = tuple(_beside_published(row, recipe) for row in accuracy if row)
     judged = tuple(_beside_published(cell, recipe) for cell in _judged(cells))
-    from probe.extras import extra_tables  # needs this module in turn
-
-    extras = extra_tables(folder, recipe, missing)
+    extras, lacking = extra_tables(folder, recipe)
+    missing = [*missing, *unmeasured, *lacking]
     return Report(recipe, judged, known, tuple(missing), faithfulness, extras, path=folder.path)
 
 
-def _faithfulness(folder: RunFolder, recipe: Recipe, missing: list[str]) -> tuple[Agreement, ...]:
+def _faithfulness(folder: RunFolder, recipe: Recipe) -> tuple[tuple[Agreement, ...], list[str]]:
+    """How near each method came, model by model; and a line for each model that is missing."""
     found: list[Agreement] = []
+    missing: list[str] = []
     for name in first_names(recipe).values():
         try:
             table = folder.read_json(faithfulness_file(name))
@@ -262,7 +247,7 @@ def _faithfulness(folder: RunFolder, recipe: Recipe, missing: list[str]) -> tupl
             found += [agreement_from(row) for row in rows]
         except (Damaged, TypeError) as error:
             missing.append(f"faithfulness of {name}: {error}")
-    return tuple(found)
+    return tuple(found), missing
 
 
 def _accuracy(folder: RunFolder, recipe: Recipe, pair: Pair, benchmark: str) -> Accuracy | None:

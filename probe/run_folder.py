@@ -23,7 +23,6 @@ What is read is checked against what it should hold; what does not fit is comput
 """
 
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -40,9 +39,12 @@ from safetensors.torch import save_file
 from probe.edges import EdgeScores
 from probe.errors import ProbeError, reason
 from probe.graph import Graph
-from probe.recipe import Asked, Pair, Recipe
+from probe.recipe import Comparison, Pair
+from probe.run_names import edges_key as edges_key
+from probe.run_names import faithfulness_file as faithfulness_file
+from probe.run_names import first_names as first_names
+from probe.run_names import model_names as model_names
 from probe.selection import Selection, Solution
-from probe.sequences import TokenSequence
 
 SCHEMA = 1
 FOLDERS = ("solutions", "selection", "edges", "faithfulness", "extras")
@@ -51,6 +53,10 @@ PARTS = (*FOLDERS, "figures", "run.json", "report.json")
 
 class Damaged(Exception):
     """A file of the run is not what it should be; the message says in which way."""
+
+
+class Missing(Exception):
+    """What is asked for is not in the run folder, or is of no use; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +289,42 @@ class RunFolder:
         except ProbeError as error:
             raise Damaged(f"damaged ({error})") from error
 
+    def read_sides(self, comparison: str, *sides: str) -> list[EdgeScores]:
+        """Edges of the same questions.
+
+        Args:
+            comparison: The name of a comparison.
+            sides: Names of sides, as in file names.
+
+        Raises:
+            Missing: A side is not there, damaged, or of other questions.
+        """
+        files = [self.edges_file(comparison, side) for side in sides]
+        try:
+            edges = [self.read_edges(file) for file in files]
+            questions = [self.sequence_ids(file) for file in files if file.exists()]
+        except Damaged as error:
+            raise Missing(str(error)) from error
+        if None in edges:
+            raise Missing(self.left_out(comparison) or "not computed yet")
+        if questions.count(questions[0]) < len(sides):
+            raise Missing(f"{', '.join(sides[:-1])} and {sides[-1]} are of different questions")
+        return [side for side in edges if side is not None]
+
+    def read_measured(self, file: str) -> dict[str, object]:
+        """What an extra pass has left.
+
+        Raises:
+            Missing: Nothing, or something damaged.
+        """
+        try:
+            table = self.read_json(file)
+        except Damaged as error:
+            raise Missing(str(error)) from error
+        if table is None:
+            raise Missing("not measured yet; run the recipe again")
+        return table
+
 
 def run_path(place: str | Path) -> Path:
     """The run folder that a path means: itself, or the one that this file or folder lies in."""
@@ -296,44 +338,7 @@ def run_path(place: str | Path) -> Path:
 
 def cell_name(pair: Pair, benchmark: str, alpha: float) -> str:
     """The part of a file name that says which cell of a run it belongs to."""
-    return f"{pair.name}.{benchmark}.alpha-{alpha:g}"
-
-
-def model_names(recipe: Recipe) -> dict[Asked, str]:
-    """A file name for each model as it is asked.
-
-    A model that two pairs ask in the same way has one name, and so is asked once.
-    """
-    names: dict[Asked, str] = {}
-    for pair in recipe.pairs:
-        for asked in pair.asked():
-            if asked not in names:
-                parts = asked.model.removeprefix("probe:").rstrip("/").split("/")[-2:]
-                name = plain = "--".join(part.strip(".~ ") for part in parts if part.strip(".~ "))
-                number = 2
-                while name in names.values():
-                    name, number = f"{plain}-{number}", number + 1
-                names[asked] = name
-    return names
-
-
-def first_names(recipe: Recipe) -> dict[str, str]:
-    """The first of the names that `model_names` gives each model."""
-    names: dict[str, str] = {}
-    for asked, name in model_names(recipe).items():
-        names.setdefault(asked.model, name)
-    return names
-
-
-def faithfulness_file(model: str) -> str:
-    """Where in the run folder the exact effects of a model's edges are, by its first name."""
-    return f"faithfulness/{model}.json"
-
-
-def edges_key(model: str, settings: Sequence[str], sequences: Sequence[TokenSequence]) -> str:
-    """A short name for all that a set of edges depends on: weights, settings, every token."""
-    parts = [model, list(settings), [[s.id, list(s.prompt), list(s.answer)] for s in sequences]]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return Comparison(pair, benchmark, alpha).name
 
 
 def _line(solution: Solution) -> str:

@@ -138,6 +138,29 @@ class Pair:
         )
 
 
+class Comparison(NamedTuple):
+    """One pair on one benchmark at one alpha."""
+
+    pair: Pair
+    """The pair."""
+
+    benchmark: str
+    """The benchmark's name."""
+
+    alpha: float
+    """Scored length as a share of the reference length."""
+
+    @property
+    def name(self) -> str:
+        """The part of a file name that says which comparison of a run it belongs to."""
+        return f"{self.pair.name}.{self.benchmark}.alpha-{self.alpha:g}"
+
+    @property
+    def key(self) -> tuple[str, str, float]:
+        """Names of pair and benchmark, and alpha."""
+        return self.pair.name, self.benchmark, self.alpha
+
+
 @dataclass(frozen=True, config=STRICT)
 class BenchmarkChoice:
     """A benchmark to solve."""

@@ -18,10 +18,10 @@ from probe.edges import EdgeScores
 from probe.graph import Graph
 from probe.metrics import Array
 from probe.report import Report
-from probe.run_folder import RunFolder, cell_name
+from probe.run_folder import RunFolder
 
 
-class Change(NamedTuple):
+class ChangedEdge(NamedTuple):
     """One edge whose strength changed."""
 
     source: str
@@ -76,7 +76,7 @@ class Strength:
             change = (self.after - self.before) / self.before
         return np.where(np.isfinite(change) & self.graph.mask.numpy(), change, np.nan)
 
-    def largest(self, count: int) -> list[Change]:
+    def largest(self, count: int) -> list[ChangedEdge]:
         """The edges whose strength differs most between the models, the largest first.
 
         Differences, not relative changes, decide: an edge of no strength may double by chance.
@@ -84,12 +84,12 @@ class Strength:
         difference = np.abs(self.after - self.before)
         order = np.argsort(-difference, axis=None, kind="stable")[:count]
         found = []
-        for place in order:
-            row, column = np.unravel_index(place, difference.shape)
+        for index in order:
+            row, column = np.unravel_index(index, difference.shape)
             if difference[row, column]:
                 nodes = self.graph.sources[row], self.graph.targets[column]
                 ends = float(self.before[row, column]), float(self.after[row, column])
-                found.append(Change(*nodes, *ends))
+                found.append(ChangedEdge(*nodes, *ends))
         return found
 
 
@@ -97,19 +97,11 @@ def read_strengths(report: Report) -> Iterator[Strength]:
     """The strengths of each cell of a report, read from its run folder one after the other."""
     folder = RunFolder(report.path)
     here = {(cell.pair, cell.benchmark, cell.alpha) for cell in report.cells}
-    for pair in report.recipe.pairs:
-        for benchmark in report.recipe.benchmarks:
-            for alpha in report.recipe.selection.alpha:
-                if (pair.name, benchmark.name, alpha) not in here:
-                    continue
-                name = cell_name(pair, benchmark.name, alpha)
-                sides = []
-                for side in ("before", "after"):
-                    edges = folder.read_edges(folder.edges_file(name, side))
-                    assert edges is not None, "the report has just read them"
-                    sides.append(_whole_attentions(edges))
-                (before, graph), (after, _) = sides
-                yield Strength(pair.name, benchmark.name, alpha, graph, before, after)
+    for comparison in report.recipe.comparisons():
+        if comparison.key in here:
+            sides = folder.read_sides(comparison.name, "before", "after")
+            (before, graph), (after, _) = map(_whole_attentions, sides)
+            yield Strength(*comparison.key, graph, before, after)
 
 
 def _whole_attentions(edges: EdgeScores) -> tuple[Array, Graph]:
@@ -119,8 +111,8 @@ def _whole_attentions(edges: EdgeScores) -> tuple[Array, Graph]:
     if graph.granularity == "head":
         coarse = Graph.build(graph.n_layers, "qkv", parallel=graph.parallel)
         # a0.h1 and a0.bias are part of a0, a0.q.h1 of a0.q.
-        rows = _places(graph.sources, coarse.sources, ".")
-        columns = _places(graph.targets, coarse.targets, ".h")
+        rows = _wholes(graph.sources, coarse.sources, ".")
+        columns = _wholes(graph.targets, coarse.targets, ".h")
         graph = coarse
     total = torch.zeros(graph.mask.shape, dtype=torch.float64)
     for scores in edges.scores:  # one by one: those of heads are large
@@ -134,6 +126,6 @@ def _whole_attentions(edges: EdgeScores) -> tuple[Array, Graph]:
     return (total / len(edges.scores)).numpy(), graph
 
 
-def _places(nodes: Sequence[str], wholes: Sequence[str], end: str) -> torch.Tensor:
+def _wholes(nodes: Sequence[str], wholes: Sequence[str], end: str) -> torch.Tensor:
     """Of which whole each node is a part, by its name up to `end`."""
     return torch.tensor([wholes.index(name.partition(end)[0]) for name in nodes])

@@ -26,7 +26,7 @@ def recipe(*extras, control="none", **changes):
 
 def test_every_table_has_a_row_for_each_column(half_run):
     names = [name for name, extra in EXTRAS.items() if extra.needs == "edges"]
-    tables = extra_tables(half_run, recipe(*names), [])
+    tables, _ = extra_tables(half_run, recipe(*names))
     assert [table.title for table in tables] == [EXTRAS[name].title for name in names]
     for table in tables:
         assert len(set(table.columns)) == len(table.columns)
@@ -40,7 +40,7 @@ def test_every_table_has_a_row_for_each_column(half_run):
 def test_what_a_scale_does_not_change(half_run):
     """The pair of `half_run` is twice as strong after, and nothing else."""
     names = ("overlap", "concentration", "mass")
-    overlap, concentration, mass = extra_tables(half_run, recipe(*names), [])
+    (overlap, concentration, mass), _ = extra_tables(half_run, recipe(*names))
     row = dict(zip(overlap.columns, overlap.rows[0], strict=True))
     assert row["edges"] == row["nodes"] == 1
     assert row["ranks"] == pytest.approx(1)
@@ -64,7 +64,7 @@ def test_intervals_are_of_the_same_questions(half_run):
     for side, scores in (("before", before), ("after", after)):
         edges = EdgeScores(scores, torch.ones(8), torch.ones(8), graph)
         half_run.write_edges(half_run.edges_file(CELL, side), edges, list("abcdefgh"), "key")
-    (table,) = extra_tables(half_run, recipe("mass"), [])
+    (table,), _ = extra_tables(half_run, recipe("mass"))
     rows = {row[3]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     row = rows["from input"]
     assert 0 < row["low %"] < row["change %"] < row["high %"]
@@ -78,26 +78,27 @@ def test_intervals_are_of_the_same_questions(half_run):
 
 def test_the_control_is_shown_where_its_edges_are(half_run):
     asked = recipe(control="cross-text")
-    missing = []
-    assert extra_tables(half_run, asked, missing) == ()
-    assert missing == [f"cross-text control of {CELL}: not computed yet"]
+    assert extra_tables(half_run, asked) == (
+        (),
+        (f"cross-text control of {CELL}: not computed yet",),
+    )
 
     before = half_run.read_edges(half_run.edges_file(CELL, "before"))
     after = half_run.read_edges(half_run.edges_file(CELL, "after"))
     for side, edges in (("before-on-after", before), ("after-on-before", after)):
         half_run.write_edges(half_run.edges_file(CELL, side), edges, list("abcde"), "key")
-    missing = []
-    (table,) = extra_tables(half_run, asked, missing)
-    assert missing == []
+    (table,), missing = extra_tables(half_run, asked)
+    assert missing == ()
     row = dict(zip(table.columns, table.rows[0], strict=True))
     assert row["metric"] == "Act.Intens."
     assert row["model %"] == row["change %"] == pytest.approx(100)
     assert row["text %"] == row["both %"] == 0
 
     half_run.write_edges(half_run.edges_file(CELL, side), edges, list("abcdx"), "key")
-    missing = []
-    assert extra_tables(half_run, asked, missing) == ()
-    assert missing == [f"cross-text control of {CELL}: of different questions"]
+    tables, (line,) = extra_tables(half_run, asked)
+    assert tables == ()
+    assert line.startswith(f"cross-text control of {CELL}: before, before-on-after, ")
+    assert line.endswith("and after are of different questions")
 
 
 def test_a_report_holds_the_tables_of_its_recipe(half_run):
@@ -116,7 +117,7 @@ def test_a_report_holds_the_tables_of_its_recipe(half_run):
 def test_without_resamples_there_is_no_interval(half_run):
     asked = recipe("concentration")
     asked = replace(asked, report=replace(asked.report, resamples=0))
-    (table,) = extra_tables(half_run, asked, [])
+    (table,), _ = extra_tables(half_run, asked)
     row = dict(zip(table.columns, table.rows[0], strict=True))
     assert row["of"] == "Gini coefficient"
     assert row["before"] > 0
@@ -128,7 +129,7 @@ def test_scores_of_zero_are_not_defined(half_run):
     edges = EdgeScores(torch.zeros(3, *graph.mask.shape), torch.ones(3), torch.ones(3), graph)
     for side in ("before", "after"):
         half_run.write_edges(half_run.edges_file(CELL, side), edges, list("abc"), "key")
-    (table,) = extra_tables(half_run, recipe("concentration"), [])
+    (table,), _ = extra_tables(half_run, recipe("concentration"))
     assert set(table.rows[0][4:]) == {None}
 
 
