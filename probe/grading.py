@@ -1,9 +1,10 @@
 r"""Grading: is the final answer of a solution the benchmark's answer?
 
-The final answer is found by its mark, and `math-verify` decides whether it means the same as the
-gold answer. Both come from outside, and an expression can be made to run for ever inside sympy,
-where no signal reaches it; so grading happens in a process of its own that is ended and started
-anew when one comparison outlasts its time. Nothing is ever evaluated as Python.
+The final answer is found by its mark (`probe.marks`), and `probe.equality` and `math-verify` decide
+whether it means the same as the gold answer. Both come from outside, and an expression can be made
+to run for ever inside sympy, or to fill the memory; so grading happens in a process of its own that
+has little memory, and is ended and started anew when one comparison outlasts its time. Nothing is
+ever evaluated as Python.
 
     >>> extract_answer("50-7=43;43-67=-24#-24")
     '-24'
@@ -13,6 +14,7 @@ anew when one comparison outlasts its time. Nothing is ever evaluated as Python.
 """
 
 import json
+import math
 import queue
 import re
 import signal
@@ -23,60 +25,21 @@ from contextlib import suppress
 from types import TracebackType
 
 from probe.equality import plain, same_formula, same_number
+from probe.marks import exact_answer, extract_answer, last_boxed
+
+__all__ = ["Grader", "exact_answer", "extract_answer", "last_boxed", "same_answer"]
 
 SECONDS = 10.0
+MEMORY = 2 * 1024**3
+"""Most bytes that the grading process may have; math-verify and sympy take a fifth of a GB."""
+
+LONGEST = 20_000
+"""Longest text that is read as mathematics; a longer one is only compared as it stands."""
+
 STARTUP_SECONDS = 120.0
 
 _POWER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])")
 _DOLLAR = re.compile(r"(?<!\\)\$")
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_STATED = re.compile(r"[Tt]he (?:final )?answer is:?[ \t]*")
-_LINE = re.compile(r"\s*((?:\\begin\{(?s:.{0,1000}?)\\end\{\w+\}|\$\$(?s:.{0,1000}?)\$\$|[^\n])+)")
-_LEFTOVER = re.compile(r"\s*(?:ки\s*|\.?\s*I hope it is correct\.?\s*)+$")
-_HASHES = re.compile(r"#+ *([^#\n]+)")
-
-
-def extract_answer(text: str) -> str | None:
-    r"""Find the final answer of a solution, or None.
-
-    In this order, each time the last one: `\boxed{X}`, `The answer is: X`, `#### X` (or `#X`). A
-    step marker of the Math-Shepherd models after X is left out.
-    """
-    if boxed := last_boxed(text):
-        return boxed
-    stated = [found.end() for found in _STATED.finditer(text)]
-    found = [_LINE.match(text, stated[-1])] if stated else list(_HASHES.finditer(text))
-    if not found or not found[-1]:
-        return None
-    return _LEFTOVER.sub("", found[-1][1]).strip().rstrip(".") or None
-
-
-def exact_answer(text: str, gold: str) -> tuple[str, bool]:
-    """Find the final answer of a solution as a text, and whether it is the gold one.
-
-    The final answer is what a mark points at, as in `extract_answer`, or else the whole solution.
-    A solution that is the gold answer as a whole is right whatever marks it holds. White space
-    between words does not count; capitals do.
-    """
-    words = gold.split()
-    for final in (text, extract_answer(text)):
-        if final is not None and final.split() == words:
-            return final.strip(), True
-    return (extract_answer(text) or text).strip(), False
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Give what stands in the last `\boxed{...}` that is closed and not empty."""
-    last, last_start = None, -1
-    opened: list[int | None] = []  # where the content of each open brace starts, if it is a box
-    for brace in _BRACES.finditer(text):
-        if brace[0].endswith("{") and brace[0] != r"\{":
-            opened.append(brace.end() if len(brace[0]) > 1 else None)
-        elif brace[0] == "}" and opened:
-            start = opened.pop()
-            if start is not None and start > last_start and text[start : brace.start()].strip():
-                last, last_start = text[start : brace.start()].strip(), start
-    return last
 
 
 class Grader:
@@ -134,7 +97,7 @@ class Grader:
     def _start(self) -> subprocess.Popen[str]:
         lines: queue.Queue[str | None] = queue.Queue()
         process = subprocess.Popen(
-            [sys.executable, "-m", "probe.grading"],
+            [sys.executable, "-m", "probe.grading", str(self.seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -176,6 +139,8 @@ def same_answer(gold: str, answer: str) -> bool:
     """
     if plain(gold) == plain(answer):
         return True
+    if max(len(gold), len(answer)) > LONGEST:
+        return False
     if (same := same_number(gold, answer)) is not None:
         return same
     from math_verify import LatexExtractionConfig, parse, verify
@@ -196,19 +161,45 @@ def same_answer(gold: str, answer: str) -> bool:
     return bool(verify(*sides, timeout_seconds=None))
 
 
-def _serve() -> None:
+def _serve(seconds: float) -> None:
     """Answer one JSON line with another until the input ends."""
     import logging
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+    sys.set_int_max_str_digits(0)  # an answer may be longer than 4300 digits, up to LONGEST
     # What it cannot parse is an answer that is wrong, not an event.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     same_answer("1", "1.0")  # imports and builds its grammar before the first time limit runs
+    _limit_memory()
     print("ready", flush=True)
     for line in sys.stdin:
         gold, answer = json.loads(line)
-        print(json.dumps(same_answer(gold, answer)), flush=True)
+        # Where the main process was killed, nobody else would end a comparison that hangs.
+        _alarm(math.ceil(2 * seconds) + 10)
+        try:
+            same = same_answer(gold, answer)
+        except Exception:  # math-verify and sympy fail in every way on what is no formula
+            same = False
+        _alarm(0)
+        print(json.dumps(same), flush=True)
+
+
+def _limit_memory() -> None:
+    """Let what needs more than `MEMORY` fail, where the system can do that."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, ValueError, OSError):  # Windows has none, macOS and containers may refuse
+        return
+
+
+def _alarm(seconds: int) -> None:
+    """End this process after some seconds, wherever it is; 0 for never."""
+    if hasattr(signal, "alarm"):  # Windows has none
+        signal.alarm(seconds)
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(float(sys.argv[1]))

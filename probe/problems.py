@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from probe.checkpoints import PACKAGE_DATA
 from probe.errors import ProbeError, reason
-from probe.grading import last_boxed
+from probe.marks import last_boxed
 from probe.reading import Row, read_rows
 from probe.vocabulary import Grading
 
@@ -230,10 +230,10 @@ def _boxed_answer(row: Row) -> str:
 def _whole_answer(row: Row) -> str:
     """Write a whole number without leading zeros or decimals: 025 is 25 and 27.0 is 27."""
     text = _boxed_answer(row)
-    found = re.fullmatch(r"\s*\$?(-?)0*(\d+)(?:\.0*)?\$?\s*", text)
+    found = re.fullmatch(r"\$?(-?)(\d+)(?:\.0*)?\$?", text.strip())
     if found is None:
         raise ProbeError(f"{row.where}: the answer {text!r} is no whole number")
-    return found[1] + found[2]
+    return found[1] + (found[2].lstrip("0") or "0")
 
 
 def _listed(value: object) -> list[str]:

@@ -13,7 +13,8 @@ from contextlib import closing
 
 from probe.errors import ProbeError
 from probe.generation import generate
-from probe.grading import Grader, exact_answer, extract_answer
+from probe.grading import Grader
+from probe.marks import exact_answer, extract_answer
 from probe.models import Model
 from probe.problems import Problem
 from probe.prompts import encode_prompt

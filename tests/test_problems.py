@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probe.errors import ProbeError
-from probe.grading import last_boxed, same_answer
+from probe.grading import same_answer
+from probe.marks import last_boxed
 from probe.problems import BENCHMARKS, Benchmark, Problem, load_problems
 from probe.reading import read_rows
 
@@ -269,6 +270,7 @@ def test_an_id_is_one_that_tells_rows_apart(tmp_path, ids, expected):
         ("aime24", {"problem": "q", "answer": "033"}, "33"),
         ("aime24", {"problem": "q", "solution": r"\boxed{000}"}, "0"),
         ("amc23", {"question": "q", "answer": -1.0}, "-1"),
+        ("amc23", {"question": "q", "answer": "0" * 10**6 + "7"}, "7"),
     ],
 )
 def test_golds_in_the_wild(tmp_path, benchmark, row, gold):
