@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from probe.errors import ProbeError, reason
+from probe.foreign import missing_shards, no_model, no_weights
 
 PACKAGE_DATA = Path(__file__).parent / "data"
 PACKAGE_PREFIX = "probe:"
@@ -64,10 +65,7 @@ def local_folder(reference: str) -> Path | None:
     folder = Path(reference).expanduser()
     if folder.is_dir():
         if not any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
-            raise ProbeError(
-                f"{folder} holds no config.json and no adapter_config.json, so it is not a model "
-                "folder"
-            )
+            raise ProbeError(no_model(folder))
         return folder
     if reference.count("/") != 1 or reference.startswith((".", "~", "/")):
         raise ProbeError(f"model folder {reference!r} does not exist; give a folder or a hub id")
@@ -83,10 +81,23 @@ def find_checkpoint(reference: str) -> Checkpoint | None:
     folder = local_folder(reference) or _cached_folder(reference)
     if folder is None:
         return None
-    if (folder / CONFIG).is_file():
+    if not is_adapter(folder):
         return Checkpoint(folder)
     base = find_checkpoint(adapter_base(folder))
     return base and Checkpoint(base.folder, folder)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is an adapter, by its weights where its configs leave that open.
+
+    Trainers leave a whole model's config beside an adapter, and an adapter's files beside a model
+    that they were merged into: where there are weights of a whole model, it is one.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    if not (folder / CONFIG).is_file():
+        return True
+    return not weights_in(folder, WEIGHTS) and bool(weights_in(folder, ADAPTER_WEIGHTS))
 
 
 def adapter_base(folder: Path) -> str:
@@ -103,14 +114,20 @@ def adapter_base(folder: Path) -> str:
     base = table.get("base_model_name_or_path") if isinstance(table, dict) else None
     if not isinstance(base, str) or not base:
         raise ProbeError(f"{config} names no base model; set base_model_name_or_path in it")
+    # A path that is not absolute may be meant from where the adapter lies.
+    beside = [place / base for place in (folder, folder.parent)]
+    if not Path(base).expanduser().is_dir():
+        base = next((str(path.resolve()) for path in beside if path.is_dir()), base)
     try:
         inner = local_folder(base)
     except ProbeError as error:
+        if Path(base).is_dir():
+            raise ProbeError(f"the base of the adapter {folder}: {error}") from error
         raise ProbeError(
             f"the adapter {folder} is for the base {base!r}, which does not exist; correct "
-            f"base_model_name_or_path in {ADAPTER_CONFIG}"
+            f"base_model_name_or_path in {config}: the folder of the base, or its hub id"
         ) from error
-    if inner and not (inner / CONFIG).is_file():
+    if inner and is_adapter(inner):
         raise ProbeError(f"the base of the adapter {folder}, {base}, is an adapter too; merge it")
     return base
 
@@ -128,11 +145,30 @@ def fetch_checkpoint(reference: str, weights: bool = True) -> Checkpoint:
     folder = local_folder(reference)
     if folder is None:
         folder = _cached_folder(reference)
-        if folder is None or (weights and not _weights_in(folder)):
+        if folder is None or (weights and not _own_weights(folder)):
             folder = _download(reference, weights)
-    if (folder / CONFIG).is_file():
+    if weights and not _own_weights(folder):
+        raise ProbeError(no_weights(folder, is_adapter(folder)))
+    if not is_adapter(folder):
         return Checkpoint(folder)
-    return Checkpoint(fetch_checkpoint(adapter_base(folder), weights).folder, folder)
+    base = adapter_base(folder)
+    try:
+        return Checkpoint(fetch_checkpoint(base, weights).folder, folder)
+    except ProbeError as error:
+        raise ProbeError(f"the base of the adapter {folder}: {error}") from error
+
+
+def check_folder(reference: str) -> None:
+    """Check that a reference which names a folder names weights.
+
+    Raises:
+        ProbeError: It is a folder without weights, or an adapter whose base is one.
+    """
+    folder = local_folder(reference)
+    while folder is not None:
+        if not _own_weights(folder):
+            raise ProbeError(no_weights(folder, is_adapter(folder)))
+        folder = local_folder(adapter_base(folder)) if is_adapter(folder) else None
 
 
 def weight_files(reference: str) -> list[Path]:
@@ -143,8 +179,34 @@ def weight_files(reference: str) -> list[Path]:
     found = find_checkpoint(reference)
     if found is None:
         return []
-    parts = [_weights_in(folder) for folder in found if folder]
+    parts = [base_files(found)]
+    if found.adapter:
+        parts.append(weights_in(found.adapter, ADAPTER_WEIGHTS))
     return [path for part in parts for path in part] if all(parts) else []
+
+
+def base_files(checkpoint: Checkpoint) -> list[Path]:
+    """The weight files of a model, without those of its adapter."""
+    return weights_in(checkpoint.folder, WEIGHTS)
+
+
+def weights_in(folder: Path, patterns: tuple[str, str]) -> list[Path]:
+    """The weight files of a folder, in the first format that is there whole.
+
+    As in transformers, a single file goes before an index, whatever else lies beside it.
+    """
+    for pattern in patterns:
+        single = folder / pattern.replace("*", "")
+        if single.is_file():
+            return [single]
+        index = next(iter(folder.glob(f"{single.name}.index.json")), None)
+        if index:
+            files = _shards(index)  # which may have any names
+        else:
+            files = [] if missing_shards(folder) else sorted(folder.glob(pattern))
+        if files:
+            return files
+    return []
 
 
 def fingerprint(reference: str) -> str:
@@ -197,17 +259,9 @@ def _cached_folder(reference: str) -> Path | None:
     return None
 
 
-def _weights_in(folder: Path) -> list[Path]:
-    """The weight files of a folder, in the first format that is there whole."""
-    adapter = not (folder / CONFIG).is_file()
-    for pattern in ADAPTER_WEIGHTS if adapter else WEIGHTS:
-        files = sorted(folder.glob(pattern))
-        index = next(iter(folder.glob(f"{pattern.replace('*', '')}.index.json")), None)
-        if index:
-            files = _shards(index)  # which may have any names
-        if files:
-            return files
-    return []
+def _own_weights(folder: Path) -> list[Path]:
+    """The weight files of a model's or an adapter's folder, without those of the adapter's base."""
+    return weights_in(folder, ADAPTER_WEIGHTS if is_adapter(folder) else WEIGHTS)
 
 
 def _shards(index: Path) -> list[Path]:

@@ -9,7 +9,6 @@ memory.
     (4, 160)
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from probe.vocabulary import DType, Granularity
 if TYPE_CHECKING:
     import torch
     from nnsight.modeling.transformers import TransformersModel
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from probe.remote import Deployment
     from probe.vocabulary import Kernels
@@ -168,9 +167,10 @@ def load_model(
     """
     import torch
     from nnsight.modeling.transformers import TransformersModel
-    from transformers import AutoModelForCausalLM
 
+    from probe.fitting import check_weights, load_weights
     from probe.kernels import fuse, resolve_kernels
+    from probe.tensor_files import is_finite
 
     check_dtype(dtype)
     place, *more = resolve_devices(device)
@@ -186,23 +186,20 @@ def load_model(
     )
     # Over several devices a model's layers are laid out evenly.
     layout = {"device_map": "balanced", "max_memory": _room(place, *more)} if more else {}
-    checkpoint = fetch_checkpoint(reference)
-    # An adapter's change is small: it would be lost in sums of a short dtype.
-    exact = "float32" if checkpoint.adapter and dtype in ("bfloat16", "float16") else dtype
-    try:
-        module = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=getattr(torch, exact), **experts, **layout
-        )
-        if checkpoint.adapter:
-            module = _merged(module, checkpoint.adapter).to(getattr(torch, dtype))
-    except Exception as error:
-        # safetensors has an exception type of its own for a damaged file, and it is not an OSError
-        if isinstance(error, OSError | ValueError) or "safetensor" in type(error).__name__.lower():
-            raise ProbeError(_cannot_read("the weights", reference, error)) from error
-        raise
+    check_weights(reference)
+    module = load_weights(
+        fetch_checkpoint(reference), config, getattr(torch, dtype), **experts, **layout
+    )
+    config.vocab_size = module.config.vocab_size  # an adapter may bring tokens
     module.requires_grad_(False).eval()
     if not more:
         module.to(place)  # type: ignore[arg-type]
+    for name, parameter in module.named_parameters():
+        if not is_finite(parameter):
+            raise ProbeError(
+                f"{reference}: {name} holds a number that is NaN or infinite in {dtype}; try "
+                "bfloat16 or float32, or train and save the model again"
+            )
     if chosen == "liger":
         fuse(module)
     # Without a device the pipeline inside would move the model to the first GPU there is.
@@ -230,25 +227,6 @@ def _room(*devices: "torch.device") -> dict[int | str, int]:
     import torch
 
     return {device.index or 0: torch.cuda.mem_get_info(device)[0] for device in devices}
-
-
-def _merged(module: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
-    """Merge an adapter into its base."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ProbeError(
-            f"{adapter} is a PEFT adapter, which needs: pip install circuit-probe[peft]"
-        ) from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-            merged: PreTrainedModel = PeftModel.from_pretrained(module, adapter).merge_and_unload()
-    except RuntimeError as error:  # sizes that do not fit
-        raise ProbeError(
-            f"the adapter {adapter} does not fit its base: {reason(error, line=-1)}"
-        ) from error
-    return merged
 
 
 def check_dtype(dtype: str) -> None:
