@@ -23,7 +23,7 @@ from probe.concurrency import in_flight
 from probe.edge_product import GRADIENT_GROUPS
 from probe.errors import ProbeError, check_count
 from probe.graph import Graph
-from probe.models import Model
+from probe.models import Model, cpu_threads
 from probe.remote import Host
 from probe.tracing import FASTEST, MemoryMode
 
@@ -61,6 +61,7 @@ class Batching:
         if size != "auto":
             check_count("batch_size", size, ", or auto")
         self._device = model.device
+        self._threads = model.threads
         self._host = model.deployment.host if model.deployment else None
         self._bytes = graph.mask.numel() * torch.promote_types(model.dtype, torch.float32).itemsize
         self._size = size
@@ -199,7 +200,8 @@ class Batching:
     def _watched(self, tokens: int, mode: MemoryMode, score: Callable[[], Result]) -> Result:
         """Score, and remember what a token really took."""
         if self._device.type != "cuda":
-            return score()
+            with cpu_threads(self._threads):
+                return score()
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         result = score()

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from probe.checkpoints import fingerprint
 from probe.errors import ProbeError
-from probe.models import Model, load_model
+from probe.models import Model, cpu_threads, load_model
 from probe.recipe import Recipe
 from probe.run_folder import Damaged, RunFolder, cell_name
 from probe.run_names import TEXTS, edges_key, states_file, weights_file
@@ -55,16 +55,18 @@ def measure_states(
                 if _is_there(folder, name, key, progress):
                     progress.update(task, advance=len(sequences))
                     continue
+                dtype, threads = recipe.compute.dtype, recipe.compute.threads
                 models = models or (
-                    load_model(pair.before, places[0], recipe.compute.dtype),
-                    load_model(pair.after, places[-1], recipe.compute.dtype),
+                    load_model(pair.before, places[0], dtype, threads=threads),
+                    load_model(pair.after, places[-1], dtype, threads=threads),
                 )
-                found = compare_states(
-                    *models,
-                    sequences,
-                    recipe.attribution.batch_size,
-                    lambda count: progress.update(task, advance=count),
-                )
+                with cpu_threads(models[0].threads):
+                    found = compare_states(
+                        *models,
+                        sequences,
+                        recipe.attribution.batch_size,
+                        lambda count: progress.update(task, advance=count),
+                    )
                 ids = [sequence.id for sequence in sequences]
                 folder.write_json(name, {"key": key, "ids": ids, **asdict(found)})
         del models

@@ -21,7 +21,7 @@ from probe.edges import EdgeScores
 from probe.errors import ProbeError
 from probe.hosting import load_hosted
 from probe.imported import GivenAnswer, imported
-from probe.models import Model, cpu_threads, load_model, read_tokenizer
+from probe.models import Model, load_model, read_tokenizer
 from probe.parallel import Tell, Told
 from probe.problems import Problem
 from probe.recipe import Asked, Recipe
@@ -56,7 +56,8 @@ def load_there(
     """A model where the recipe runs it: on the server if there is one, or on a device here."""
     if host is not None:
         return load_hosted(reference, host, recipe.compute.dtype)
-    return load_model(reference, device, recipe.compute.dtype, kernels)
+    options = recipe.compute
+    return load_model(reference, device, options.dtype, kernels, options.threads)
 
 
 def solve_with(
@@ -126,7 +127,7 @@ def solve_with(
                     say=lambda text: tell(Told(text=text)),
                 )
             start, tokens = time.monotonic(), 0
-            with cpu_threads(recipe.compute.threads), closing(batches):
+            with closing(batches):
                 for batch in batches:
                     folder.append_solutions(file, batch)
                     done |= {solution.id: solution for solution in batch}
@@ -175,20 +176,19 @@ def attribute_with(
     model: Model | None = None
     weights = fingerprint(reference)
     error = 0.0
-    with cpu_threads(recipe.compute.threads):
-        for side in sides:
-            file = folder.edges_file(side.cell, side.side)
-            key = edges_key(weights, (*settings, recipe.compute.dtype), side.sequences)
-            edges = _read_edges(folder, file, key, tell)
-            if edges is None:
-                model = model or load_there(recipe, reference, place, host, kernels)
-                try:
-                    edges = _attribute(recipe, model, side, folder, key, tell)
-                except ProbeError as mistake:
-                    raise ProbeError(f"{side.cell}, {side.side}: {mistake}") from mistake
-            else:
-                tell(Told(len(side.sequences)))
-            error = max(error, edges.residual_error)
+    for side in sides:
+        file = folder.edges_file(side.cell, side.side)
+        key = edges_key(weights, (*settings, recipe.compute.dtype), side.sequences)
+        edges = _read_edges(folder, file, key, tell)
+        if edges is None:
+            model = model or load_there(recipe, reference, place, host, kernels)
+            try:
+                edges = _attribute(recipe, model, side, folder, key, tell)
+            except ProbeError as mistake:
+                raise ProbeError(f"{side.cell}, {side.side}: {mistake}") from mistake
+        else:
+            tell(Told(len(side.sequences)))
+        error = max(error, edges.residual_error)
     del model
     gc.collect()
     return error

@@ -167,7 +167,7 @@ def _first_difference(here: object, there: object, key: str = "") -> str:
 def _device_name(device: torch.device, threads: int | None) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({threads or torch.get_num_threads()} threads)"
+    return f"{device} ({threads or f'up to {torch.get_num_threads()}'} threads)"
 
 
 def now() -> str:

@@ -190,7 +190,7 @@ class Compute:
     """Fused kernels (`liger`), those of transformers (`eager`), or fused ones where they run."""
 
     threads: Count | None = None
-    """Threads of a run on CPU; torch's own choice if not given. Small models want 1."""
+    """Threads of a run on CPU; by each model's size if not given (docs/performance.md)."""
 
     remote: str = ""
     """`ndif` or `http://host:port`: the NDIF server that runs the models; nothing to run them

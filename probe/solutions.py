@@ -8,18 +8,22 @@ as soon as it is there, so that whoever stores them loses at most what is still 
 """
 
 import warnings
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
+from typing import TypeVar
 
 from probe.errors import ProbeError
 from probe.generation import generate
 from probe.grading import Grader
 from probe.marks import exact_answer, extract_answer
-from probe.models import Model
+from probe.models import Model, cpu_threads
 from probe.problems import Problem
 from probe.prompts import encode_prompt
 from probe.selection import Solution
 from probe.vocabulary import Engine
+
+
+_T = TypeVar("_T")
 
 
 def solve(
@@ -75,7 +79,7 @@ def solve(
     )
     # Closed at once where the reader breaks off, as an engine may have a thread and much memory.
     with Grader() as grader, closing(answers):
-        for finished in answers:
+        for finished in in_threads(answers, model.threads):
             texts = model.tokenizer.batch_decode(
                 [answer.tokens for answer in finished], skip_special_tokens=True
             )
@@ -83,6 +87,17 @@ def solve(
                 graded(grader, problems[place], prompts[place], tokens, text)
                 for (place, tokens), text in zip(finished, texts, strict=True)
             ]
+
+
+def in_threads(items: Iterator[_T], threads: int | None) -> Iterator[_T]:
+    """Let each item be made with so many CPU threads; None for as many as torch uses."""
+    while True:
+        with cpu_threads(threads):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
 
 
 def graded(
