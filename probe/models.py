@@ -10,7 +10,6 @@ memory.
 """
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,9 +193,10 @@ def load_model(
     # Over several devices a model's layers are laid out evenly.
     layout = {"device_map": "balanced", "max_memory": _room(place, *more)} if more else {}
     check_weights(reference)
-    module = load_weights(
-        fetch_checkpoint(reference), config, getattr(torch, dtype), **experts, **layout
-    )
+    with without_bars():
+        module = load_weights(
+            fetch_checkpoint(reference), config, getattr(torch, dtype), **experts, **layout
+        )
     config.vocab_size = module.config.vocab_size  # an adapter may bring tokens
     module.requires_grad_(False).eval()
     if not more:
@@ -279,9 +279,9 @@ def resolve_devices(device: str) -> "list[torch.device]":
 
 
 PARAMETERS_PER_THREAD = 100_000_000
-"""What makes another CPU thread worth its while. On two idle cores a second thread made scoring 1.05
-times as fast at 1.2 million parameters, 1.3 at 56 and 1.6 at 163 million; on two cores with much
-other work, 8 times as slow at 1.2 and 6 times at 56 million (docs/performance.md)."""
+"""What makes another CPU thread worth its while. On two idle cores, a second thread made scoring
+1.05 times as fast at 1.2 million parameters, 1.3 at 56 and 1.6 at 163 million; on two cores with
+much other work, 8 times as slow at 1.2 and 6 times at 56 million (docs/performance.md)."""
 
 
 def threads_for(parameters: int) -> int:
@@ -297,6 +297,20 @@ def threads_for(parameters: int) -> int:
     if os.environ.get("OMP_NUM_THREADS"):
         return most
     return min(most, 1 + parameters // PARAMETERS_PER_THREAD)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Let transformers show no progress bar, a line for each file of weights, for a while."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

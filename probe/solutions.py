@@ -22,7 +22,6 @@ from probe.prompts import encode_prompt
 from probe.selection import Solution
 from probe.vocabulary import Engine
 
-
 _T = TypeVar("_T")
 
 

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from conftest import DATA, save_random_model
 
 import probe
@@ -132,3 +133,16 @@ def test_a_model_on_two_cards_is_the_model_on_one(tmp_path, name, method):
         for device in ("cuda:0", "cuda:0,cuda:1")
     )
     assert (one.scores - two.scores).abs().max() <= 1e-5 * one.scores.abs().max()
+
+
+def test_loading_shows_no_bar_of_its_own(capfd):
+    before = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.enable_progress_bar()
+    try:
+        probe.load_model("probe:tiny-math/sft")
+        assert transformers.utils.logging.is_progress_bar_enabled()
+        captured = capfd.readouterr()
+        assert captured.out + captured.err == ""
+    finally:
+        if not before:
+            transformers.utils.logging.disable_progress_bar()
