@@ -16,7 +16,6 @@ ever evaluated as Python.
 import json
 import math
 import queue
-import re
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import threading
 from contextlib import suppress
 from types import TracebackType
 
-from probe.equality import plain, same_formula, same_number
+from probe.equality import same_answer
 from probe.marks import exact_answer, extract_answer, last_boxed
 
 __all__ = ["Grader", "exact_answer", "extract_answer", "last_boxed", "same_answer"]
@@ -33,13 +32,7 @@ SECONDS = 10.0
 MEMORY = 2 * 1024**3
 """Most bytes that the grading process may have; math-verify and sympy take a fifth of a GB."""
 
-LONGEST = 20_000
-"""Longest text that is read as mathematics; a longer one is only compared as it stands."""
-
 STARTUP_SECONDS = 120.0
-
-_POWER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])")
-_DOLLAR = re.compile(r"(?<!\\)\$")
 
 
 class Grader:
@@ -130,35 +123,6 @@ class Grader:
                     if pipe:
                         pipe.close()
         self._process = None
-
-
-def same_answer(gold: str, answer: str) -> bool:
-    """Whether two final answers are the same text, number or formula, or the same to math-verify.
-
-    There is no time limit here. 3.2e4 is read as 3.2 times a power of ten.
-    """
-    if plain(gold) == plain(answer):
-        return True
-    if max(len(gold), len(answer)) > LONGEST:
-        return False
-    if (same := same_number(gold, answer)) is not None:
-        return same
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    # Its LaTeX route is a grammar; its route for plain expressions ends in an eval inside sympy.
-    route = [LatexExtractionConfig()]
-    texts = [_POWER.sub(r"\1 \\times 10^{\2}", text) for text in (gold, answer)]
-    # Formulas in prose have dollars of their own; between two of ours, what is left is the prose.
-    texts = [text if _DOLLAR.search(text) else f"${text}$" for text in texts]
-    sides = [parse(text, route, parsing_timeout=None) for text in texts]
-    if all(sides) and sides[0][-1] != sides[1][-1]:
-        try:
-            same = same_formula(sides[0][0], sides[1][0])
-        except Exception:  # sympy fails in every way on what is no formula: then it is undecided
-            same = None
-        if same is not None:
-            return same
-    return bool(verify(*sides, timeout_seconds=None))
 
 
 def _serve(seconds: float) -> None:

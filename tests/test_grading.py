@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from probe.grading import LONGEST, MEMORY, Grader
+from probe.equality import LONGEST
+from probe.grading import MEMORY, Grader
 from probe.marks import extract_answer
 from probe.problems import load_problems
 
