@@ -213,7 +213,7 @@ def attribute(
     model = as_model(model)
     if model.kernels not in way.kernels:
         raise ProbeError(
-            f"{method} needs what {model.kernels} kernels leave out; load the model with "
+            f"{method} needs what fused kernels leave out; load the model with "
             f"{' or '.join(way.kernels)} ones"
         )
     graph = model.graph(granularity)

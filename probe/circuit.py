@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 
+from probe.graph import Node
 from probe.strength import Strength
 from probe.wording import number
 
@@ -53,8 +54,9 @@ def draw_circuit(strength: Strength, count: int = EDGES) -> Figure:
     for edge in reversed(changes):
         side = 1 if edge.after > edge.before else -1
         counts[side] += 1
-        target, _, branch = edge.target.partition(".")
-        start, end = nodes.index(edge.source) + _OUTPUT, nodes.index(target) + _PORTS[branch]
+        target = Node.parse(edge.target)
+        start = nodes.index(edge.source) + _OUTPUT
+        end = nodes.index(target.block) + _PORTS[target.branch]
         width = 0.5 + 3.5 * abs(edge.after - edge.before) / largest
         _arc(axes, start, end, side, width, len(nodes))
     axes.set_xlim(-1.05, 1.05)
@@ -72,7 +74,7 @@ def draw_circuit(strength: Strength, count: int = EDGES) -> Figure:
 def _node(axes: Axes, height: int, node: str, points: float) -> None:
     """A box with the node's name, and the letters of its branches where there is room."""
     half, tall = _BOX
-    attention = node[0] == "a"
+    attention = Node.parse(node).kind == "attention"
     axes.add_patch(
         Rectangle(
             (-half, height - tall / 2),

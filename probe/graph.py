@@ -12,9 +12,10 @@ edge included, and `Graph.mask` says which entries are.
     ('a0.q', 'a0.k', 'a0.v', 'm0', 'logits')
 """
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -92,20 +93,73 @@ class Graph:
     @cached_property
     def mask(self) -> torch.Tensor:
         """Where the matrix holds an edge: bool [source, target], source before target."""
-        written = torch.tensor([_time(name) for name in self.sources])
-        read = torch.tensor([self._read_time(name) for name in self.targets])
+        written = torch.tensor([Node.parse(name).time for name in self.sources])
+        read = torch.tensor([self._read_time(Node.parse(name)) for name in self.targets])
         return written[:, None] < read[None, :]
 
-    def _read_time(self, target: str) -> int:
-        if target == "logits":
+    def layer(self, name: str) -> int:
+        """A node's layer; the input counts as -1, the logits as the one behind the last."""
+        node = Node.parse(name)
+        return self.n_layers if node.kind == "logits" else node.layer
+
+    def _read_time(self, target: "Node") -> int:
+        if target.kind == "logits":
             return 2 * self.n_layers + 1
         # A branch reads what was written before its own block; in parallel, before its layer.
-        return _time(target) - (self.parallel and target[0] == "m")
+        return target.time - (self.parallel and target.kind == "ffn")
 
 
-def _time(name: str) -> int:
-    """When a block writes: input, a0, m0, a1, ... are 0, 1, 2, 3, ..."""
-    if name == "input":
-        return 0
-    block = name.partition(".")[0]
-    return 2 * int(block[1:]) + (1 if block[0] == "a" else 2)
+class Node(NamedTuple):
+    """A source or target, by the parts of its name: the one place that reads them."""
+
+    kind: Literal["input", "attention", "ffn", "logits"]
+    """What it is, or is a part of."""
+
+    layer: int = -1
+    """The layer that it is in; -1 for the two ends."""
+
+    branch: str = ""
+    """`q`, `k` or `v` of an attention; empty for all of them."""
+
+    part: str = ""
+    """`h0` for a head, `bias` for what is added behind all heads; empty for all of it."""
+
+    @classmethod
+    def parse(cls, name: str) -> "Node":
+        """Read a name: `input`, `a3`, `a3.q`, `a3.q.h0`, `a3.h0`, `a3.bias`, `m3`, `logits`.
+
+        Raises:
+            ProbeError: It is no name of a node.
+        """
+        found = _NODE.fullmatch(name)
+        if found is None:
+            raise ProbeError(f"{name!r} is no node; nodes are input, a0, a0.q, a0.h1, m0, logits")
+        if found["end"]:
+            return cls("input" if name == "input" else "logits")
+        if found["ffn"]:
+            return cls("ffn", int(found["ffn"]))
+        return cls("attention", int(found["layer"]), found["branch"] or "", found["part"] or "")
+
+    @property
+    def block(self) -> str:
+        """The name of the whole that it is a part of: `a3` of `a3.q.h0`."""
+        if self.layer < 0:
+            return self.kind
+        return f"{'a' if self.kind == 'attention' else 'm'}{self.layer}"
+
+    @property
+    def of_heads(self) -> str:
+        """Its name without the head: `a3.q` of `a3.q.h0`, `a3` of `a3.h0` and of `a3.bias`."""
+        return f"{self.block}.{self.branch}" if self.branch else self.block
+
+    @property
+    def time(self) -> int:
+        """When its block writes: input, a0, m0, a1, ... are 0, 1, 2, 3, ..."""
+        return 0 if self.kind == "input" else 2 * self.layer + (2 if self.kind == "ffn" else 1)
+
+
+_NODE = re.compile(
+    r"(?P<end>input|logits)"
+    r"|a(?P<layer>\d+)(\.(?P<branch>[qkv]))?(\.(?P<part>h\d+|bias))?"
+    r"|m(?P<ffn>\d+)"
+)

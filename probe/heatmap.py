@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
+from probe.graph import Node
 from probe.strength import Strength
 
 COLOURS = "cividis"
@@ -82,13 +83,13 @@ def _label(axes: Axes, strength: Strength) -> None:
         places = list(range(len(nodes)))
         if len(nodes) > FEW:
             step = math.ceil(graph.n_layers / 10)
-            blocks = [node.partition(".")[0] for node in nodes]
+            blocks = [Node.parse(node).block for node in nodes]
             places = [blocks.index(f"a{layer}") for layer in range(0, graph.n_layers, step)]
             places += [len(nodes) - 1] if nodes[-1] == "logits" else []
         axis.set_major_locator(FixedLocator(places))
         axis.set_ticklabels(
             [
-                nodes[place].partition(".")[0] if len(nodes) > FEW else nodes[place]
+                Node.parse(nodes[place]).block if len(nodes) > FEW else nodes[place]
                 for place in places
             ]
         )

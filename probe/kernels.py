@@ -12,7 +12,11 @@ rules need it, runs without.
 
 import logging
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from inspect import unwrap
+from types import CellType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -52,22 +56,62 @@ def resolve_kernels(
 
 
 def fuse(module: "PreTrainedModel") -> None:
-    """Let a model's norms, gates and rotations run as one kernel each.
-
-    Only this model changes, but for the rotation: transformers calls it as a function of the
-    architecture's module, so it changes for all models of the architecture in this process.
-    """
+    """Let a model's norms, gates and rotations run as one kernel each; no other model changes."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    # It tells of every backend that it could use and that is not installed.
-    logging.getLogger("liger_kernel.backends").setLevel(logging.ERROR)
     names = vars(sys.modules[type(module).__module__])
     before = dict(names)
     own_forward = module.forward
-    MODEL_TYPE_TO_APPLY_LIGER_FN[module.config.model_type](
-        model=module, cross_entropy=False, fused_linear_cross_entropy=False
-    )
+    # It tells of every backend that it could use and that is not installed.
+    with _errors_only("liger_kernel.backends"):
+        MODEL_TYPE_TO_APPLY_LIGER_FN[module.config.model_type](
+            model=module, cross_entropy=False, fused_linear_cross_entropy=False
+        )
     assert module.forward == own_forward
-    for name, value in before.items():
-        if name != "apply_rotary_pos_emb":
-            names[name] = value
+    rotation = names[ROTATION]
+    names.update(before)
+    rotate_by(module, rotation)
+
+
+ROTATION = "apply_rotary_pos_emb"
+"""What every attention of transformers calls, as a function of its architecture's module."""
+
+
+def rotate_by(module: "PreTrainedModel", rotation: Callable[..., object]) -> None:
+    """Let one model rotate queries and keys by another function.
+
+    Args:
+        module: The model.
+        rotation: Takes and gives what transformers' own function does.
+    """
+    for part in module.modules():
+        forward = type(part).forward
+        if isinstance(forward, FunctionType) and ROTATION in unwrap(forward).__code__.co_names:
+            part.forward = MethodType(_with_global(forward, ROTATION, rotation), part)
+
+
+def _with_global(function: FunctionType, name: str, value: object) -> FunctionType:
+    """A copy of a function, and of what it wraps, for which a global is something else."""
+    wrapped = getattr(function, "__wrapped__", None)
+    cells = function.__closure__ or ()
+    if wrapped is not None:
+        inner = _with_global(wrapped, name, value)
+        cells = tuple(CellType(inner) if c.cell_contents is wrapped else c for c in cells)
+    names = {**function.__globals__, name: value}
+    copy = FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, cells or None
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+@contextmanager
+def _errors_only(logger: str) -> Iterator[None]:
+    """Let a logger tell of nothing but errors, for a while."""
+    found = logging.getLogger(logger)
+    before = found.level
+    found.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        found.setLevel(before)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from probe.graph import Graph
+from probe.graph import Graph, Node
 from probe.metrics import Array
 
 
@@ -50,10 +50,10 @@ Groups = list[tuple[str, npt.NDArray[np.bool_]]]
 
 def kinds(graph: Graph) -> Groups:
     """Edges by what writes and what reads: input, attention, FFN, logits."""
-    words = {"input": "input", "a": "attention", "m": "FFN", "logits": "logits"}
 
     def kind(name: str) -> str:
-        return words[name if name in words else name[0]]
+        found = Node.parse(name).kind
+        return "FFN" if found == "ffn" else found
 
     return _groups(graph, [kind(s) for s in graph.sources], [kind(t) for t in graph.targets])
 
@@ -62,7 +62,7 @@ def layers(graph: Graph) -> Groups:
     """Edges by the layer that writes and the layer that reads."""
 
     def layer(name: str) -> str:
-        return name if name in ("input", "logits") else f"layer {_layer(name, graph)}"
+        return name if Node.parse(name).layer < 0 else f"layer {graph.layer(name)}"
 
     return _groups(graph, [layer(s) for s in graph.sources], [layer(t) for t in graph.targets])
 
@@ -72,8 +72,8 @@ def distances(graph: Graph) -> Groups:
 
     The input counts as layer -1, the logits as the layer behind the last.
     """
-    written = np.array([_layer(name, graph) for name in graph.sources])
-    read = np.array([_layer(name, graph) for name in graph.targets])
+    written = np.array([graph.layer(name) for name in graph.sources])
+    read = np.array([graph.layer(name) for name in graph.targets])
     steps = (read[None, :] - written[:, None])[graph.mask.numpy()]
     return [(f"{step}", steps == step) for step in range(steps.max() + 1)]
 
@@ -97,9 +97,3 @@ def _groups(graph: Graph, sources: Sequence[str], targets: Sequence[str]) -> Gro
         of_edge = np.array(names)[places]
         found += [(f"{word} {name}", of_edge == name) for name in dict.fromkeys(names)]
     return found
-
-
-def _layer(name: str, graph: Graph) -> int:
-    if name == "input":
-        return -1
-    return graph.n_layers if name == "logits" else int(name.partition(".")[0][1:])

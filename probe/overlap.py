@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from probe.graph import Graph
+from probe.graph import Graph, Node
 from probe.metrics import Array, strengths
 from probe.statistics import halves
 
@@ -149,7 +149,7 @@ def _ends(graph: Graph) -> npt.NDArray[np.int64]:
     """The nodes of each real edge, as numbers: [edge, end]."""
     targets = graph.targets
     if graph.granularity == "qkv":
-        targets = tuple(target.partition(".")[0] for target in targets)
+        targets = tuple(Node.parse(target).block for target in targets)
     numbers = {
         name: number for number, name in enumerate(dict.fromkeys([*graph.sources, *targets]))
     }

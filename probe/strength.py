@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from probe.edges import EdgeScores
-from probe.graph import Graph
+from probe.graph import Graph, Node
 from probe.metrics import Array
 from probe.report import Report
 from probe.run_folder import RunFolder
@@ -110,9 +110,8 @@ def _whole_attentions(edges: EdgeScores) -> tuple[Array, Graph]:
     rows = columns = None
     if graph.granularity == "head":
         coarse = Graph.build(graph.n_layers, "qkv", parallel=graph.parallel)
-        # a0.h1 and a0.bias are part of a0, a0.q.h1 of a0.q.
-        rows = _wholes(graph.sources, coarse.sources, ".")
-        columns = _wholes(graph.targets, coarse.targets, ".h")
+        rows = _wholes(graph.sources, coarse.sources)
+        columns = _wholes(graph.targets, coarse.targets)
         graph = coarse
     total = torch.zeros(graph.mask.shape, dtype=torch.float64)
     for scores in edges.scores:  # one by one: those of heads are large
@@ -126,6 +125,6 @@ def _whole_attentions(edges: EdgeScores) -> tuple[Array, Graph]:
     return (total / len(edges.scores)).numpy(), graph
 
 
-def _wholes(nodes: Sequence[str], wholes: Sequence[str], end: str) -> torch.Tensor:
-    """Of which whole each node is a part, by its name up to `end`."""
-    return torch.tensor([wholes.index(name.partition(end)[0]) for name in nodes])
+def _wholes(nodes: Sequence[str], wholes: Sequence[str]) -> torch.Tensor:
+    """Of which whole each node is a part, heads and biases of their attention or branch."""
+    return torch.tensor([wholes.index(Node.parse(name).of_heads) for name in nodes])

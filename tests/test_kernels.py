@@ -1,11 +1,13 @@
 """Fused kernels: where they run, and that they change nothing beyond rounding."""
 
+import sys
+
 import pytest
 import torch
 from small_models import save_small_model
 
 import probe
-from probe.kernels import FUSED, fuse, resolve_kernels
+from probe.kernels import FUSED, fuse, resolve_kernels, rotate_by
 
 CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -34,6 +36,27 @@ def test_relp_refuses_fused_kernels(tiny):
         probe.attribute(replace(tiny, kernels="liger"), SEQUENCES, "relp")
 
 
+@pytest.mark.parametrize("name", FUSED)
+def test_only_this_model_rotates_otherwise(name, tmp_path):
+    folder = str(save_small_model(tmp_path / "m", name))
+    changed, other = probe.load_model(folder), probe.load_model(folder)
+    module = changed.network._module
+    file = sys.modules[type(module).__module__]
+    own, calls = file.apply_rotary_pos_emb, []
+
+    def rotation(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    rotate_by(module, rotation)
+    assert file.apply_rotary_pos_emb is own
+    there = probe.attribute(other, SEQUENCES)
+    assert not calls
+    here = probe.attribute(changed, SEQUENCES)
+    assert len(calls) >= changed.n_layers
+    assert torch.equal(here.scores, there.scores)
+
+
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("name", FUSED)
@@ -57,6 +80,6 @@ def test_only_this_model_is_changed(tmp_path):
     from transformers.models.llama import modeling_llama
 
     folder = save_small_model(tmp_path / "m", "llama")
-    before = modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP
+    before = dict(vars(modeling_llama))
     fuse(AutoModelForCausalLM.from_pretrained(folder))
-    assert (modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP) == before
+    assert vars(modeling_llama) == before
