@@ -2,15 +2,19 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import save_random_model
+from rich.console import Console
 
 import probe
-from probe import architectures, metrics, problems
-from probe.rendering import render
+from probe import architectures, attribution, metrics, problems
+from probe.plan import make_plan
+from probe.recipe import read_recipe
+from probe.rendering import FORMATS, render
 from probe.report import build_report
 
 PAGE = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -49,6 +53,44 @@ def test_a_metric(monkeypatch, half_run):
         assert "Strongest" in render(report, style) or name in render(report, style)
 
 
+def test_a_method(monkeypatch, tiny, tmp_path):
+    """With a metric beside it, through everything that asks for either."""
+    (method,) = add(monkeypatch, attribution, "METHODS")
+    (metric,) = add(monkeypatch, metrics, "METRICS")
+    sequences = [probe.TokenSequence([5, 6, 7, 8], [9, 10, 11])]
+    one, other, both = (
+        probe.attribute(tiny, sequences, name).scores for name in ("eap", "relp", method)
+    )
+    assert torch.equal(both, (one + other) / 2)
+    with pytest.raises(probe.ProbeError, match=f"{method} needs what fused kernels leave out"):
+        probe.attribute(replace(tiny, kernels="liger"), sequences, method)
+
+    recipe = read_recipe(
+        "tiny-math",
+        {
+            "attribution.method": method,
+            "compute.kernels": "auto",
+            "faithfulness.edges": "6",
+            "faithfulness.methods": f'["{method}", "eap"]',
+            "faithfulness.sequences": "1",
+            "report.resamples": "20",
+            "selection.alpha": "[0.1]",
+            "selection.samples": "3",
+            "solutions.questions": "30",
+        },
+    )
+    assert make_plan(recipe).scoring_seconds > 0
+    report = probe.run_recipe(recipe, output=tmp_path / "run", console=Console(quiet=True))
+    assert {metric} <= {cell.metric for cell in report.cells}
+    assert {row.method for row in report.faithfulness} == {method, "eap"}
+    for style in set(FORMATS) - {"latex"}:  # which is the table of the paper
+        text = render(report, style)
+        assert metric in text or metrics.METRICS[metric].label in text
+    for error in ("acdc", ""):
+        with pytest.raises(probe.ProbeError, match=f"known.*{method}|one of: .*{method}"):
+            probe.attribute(tiny, sequences, error)
+
+
 def test_a_benchmark(monkeypatch, tmp_path):
     (name,) = add(monkeypatch, problems, "BENCHMARKS")
     path = tmp_path / "capitals.jsonl"
@@ -71,7 +113,7 @@ def test_an_architecture(monkeypatch, tmp_path):
     assert torch.isfinite(edges.scores).all()
 
 
-@pytest.mark.parametrize("table", ["METHODS", "EXTRAS"])
+@pytest.mark.parametrize("table", ["EXTRAS"])
 def test_the_tables_that_it_names(table):
     row = next(line for line in PAGE.splitlines() if f"`{table}`" in line)
     modules = re.findall(r"`(probe/\w+\.py)`", row)
