@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from probe.recipe import Recipe
+    from probe.vocabulary import Grading
 
 
 class Group(click.Group):
@@ -194,14 +195,24 @@ def recipe(
 @main.command()
 @click.argument("before")
 @click.argument("after")
-@click.option("--benchmark", "benchmarks", multiple=True, help="May be repeated [default: gsm8k].")
+@click.option(
+    "--benchmark",
+    "benchmarks",
+    multiple=True,
+    metavar="NAME|PATH",
+    help="A benchmark, or a file of one's own; may be repeated [default: gsm8k].",
+)
+@click.option(
+    "--grading",
+    type=click.Choice(["math", "exact"]),
+    help="How answers are compared; a file of one's own needs it.",
+)
 @click.option("--alpha", type=float, multiple=True, help="Likewise [default: 0.03, 0.1, 0.3, 0.5].")
 @click.option(
     "--prompt",
-    default="chat",
-    show_default=True,
     metavar="TEXT|chat",
-    help="Text with {question} in it (\\n breaks the line), or the tokenizer's chat template.",
+    help="Text with {question} in it (\\n breaks the line), or the tokenizer's chat template "
+    "[default: chat, or {question} where there is no template].",
 )
 @click.option("--save-recipe", type=click.Path(), help="Write the recipe that this is to a file.")
 @run_options
@@ -209,8 +220,9 @@ def compare(
     before: str,
     after: str,
     benchmarks: tuple[str, ...],
+    grading: "Grading | None",
     alpha: tuple[float, ...],
-    prompt: str,
+    prompt: str | None,
     save_recipe: str | None,
     output: str | None,
     paths: tuple[str, ...],
@@ -228,6 +240,7 @@ def compare(
     \b
     Examples:
       probe compare Qwen/Qwen2.5-0.5B-Instruct ./my-grpo-checkpoint --benchmark gsm8k --limit 200
+      probe compare ./base ./adapter --benchmark questions.jsonl --grading exact
       probe compare ./base ./adapter --prompt "Q: {question} A:" --save-recipe mine.toml
     """
     from pathlib import Path
@@ -238,12 +251,15 @@ def compare(
     chosen = compare_recipe(
         before,
         after,
-        benchmarks or ("gsm8k",),
+        benchmarks,
         alpha=alpha,
         # A shell has no easy way to write a line break.
-        prompt=prompt.replace("\\n", "\n"),
+        prompt=prompt and prompt.replace("\\n", "\n"),
+        grading=grading,
         benchmark_paths=paths,
         overrides=_overrides(settings, solutions, keys),
+        download=not dry_run,
+        say=lambda line: click.echo(line, err=True),
     )
     if save_recipe:
         write_recipe(chosen, Path(save_recipe))

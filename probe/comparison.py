@@ -3,33 +3,39 @@
 `compare` makes the recipe out of a few arguments and runs it, so that everything a recipe can do
 is at hand, and `save_recipe` writes down what it was.
 
-    >>> report = compare("probe:tiny-math/sft", "probe:tiny-math/grpo", ["tiny-math"],
-    ...                  prompt="{question}")
+    >>> report = compare("probe:tiny-math/sft", "probe:tiny-math/grpo")
     >>> report.recipe.name
     'sft-vs-grpo'
 """
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from probe.checkpoints import PACKAGE_PREFIX
+from probe.checkpoints import PACKAGE_PREFIX, find_checkpoint
+from probe.errors import ProbeError
+from probe.models import read_tokenizer
+from probe.problems import BENCHMARKS
+from probe.reading import FORMATS
 from probe.recipe import CHAT, Recipe, place_benchmarks, recipe_from, write_recipe
 from probe.report import Report
 from probe.run import run_recipe
 from probe.run_folder import RunFolder
+from probe.vocabulary import Grading
 
 
 def compare(
     before: str,
     after: str,
-    benchmarks: Sequence[str] = ("gsm8k",),
+    benchmarks: Sequence[str] = (),
     *,
     alpha: Sequence[float] = (),
-    prompt: str = CHAT,
+    prompt: str | None = None,
+    grading: Grading | None = None,
     benchmark_paths: Sequence[str] = (),
     overrides: Mapping[str, str | int | float] | None = None,
     output: str | Path | None = None,
@@ -42,9 +48,13 @@ def compare(
     Args:
         before: The model before: a folder, a hub id or a `probe:` name.
         after: The model after, likewise; a PEFT adapter stands for its base with it.
-        benchmarks: Names in `probe.problems.BENCHMARKS`.
+        benchmarks: Names in `probe.problems.BENCHMARKS`, or files or folders with questions of
+            one's own; `gsm8k` if not given, and for models that ship what they were trained for.
         alpha: Scored lengths, as shares of the reference length; the paper's four if none.
-        prompt: `chat`, or a literal prompt with `{question}` in it.
+        prompt: `chat`, or a literal prompt with `{question}` in it. If not given, `chat`, and just
+            the question where a tokenizer has no chat template.
+        grading: How answers to all benchmarks are compared: `math` or `exact`; a file of one's own
+            needs it.
         benchmark_paths: Local files or folders, `NAME=PATH`; just `PATH` for a single benchmark.
         overrides: Any key of a recipe, as in `{"solutions.questions": 200}`.
         output: The run folder; `runs/BEFORE-vs-AFTER` if not given, with a number where that holds
@@ -56,14 +66,18 @@ def compare(
     Raises:
         ProbeError: Anything that the user can mend.
     """
+    told = console or Console(stderr=True, highlight=False)
     recipe = compare_recipe(
         before,
         after,
         benchmarks,
         alpha=alpha,
         prompt=prompt,
+        grading=grading,
         benchmark_paths=benchmark_paths,
         overrides=overrides,
+        download=True,
+        say=lambda line: told.print(line, soft_wrap=True, markup=False),
     )
     if save_recipe is not None:
         write_recipe(recipe, Path(save_recipe))
@@ -73,29 +87,74 @@ def compare(
 def compare_recipe(
     before: str,
     after: str,
-    benchmarks: Sequence[str] = ("gsm8k",),
+    benchmarks: Sequence[str] = (),
     *,
     alpha: Sequence[float] = (),
-    prompt: str = CHAT,
+    prompt: str | None = None,
+    grading: Grading | None = None,
     benchmark_paths: Sequence[str] = (),
     overrides: Mapping[str, str | int | float] | None = None,
+    download: bool = False,
+    say: Callable[[str], object] = warnings.warn,
 ) -> Recipe:
     """The recipe that `compare` runs; its arguments are the same.
+
+    With `download`, tokenizers that are not here are fetched to see whether they have a chat
+    template; otherwise they are taken to have one. `say` is told in one line where there is none.
 
     Raises:
         ProbeError: A bad value.
     """
     name = "-vs-".join(map(_short, (before, after)))
+    if prompt is None:
+        plain = next(
+            (model for model in (before, after) if not _has_template(model, download)), None
+        )
+        prompt = CHAT if plain is None else "{question}"
+        if plain:
+            say(
+                f"{plain}: the tokenizer has no chat template, so the prompt is the question as it "
+                "stands; another one is --prompt TEXT, with {question} in it"
+            )
+    if not benchmarks:
+        ships = all(model.startswith(PACKAGE_PREFIX) for model in (before, after))
+        benchmarks = ("tiny-math",) if ships else ("gsm8k",)
     pair = {"name": name, "before": before, "after": after, "prompt": prompt}
     table: dict[str, object] = {
         "name": name,
         "description": f"{before} compared with {after}",
         "pairs": [pair],
-        "benchmarks": [{"name": benchmark} for benchmark in benchmarks],
+        "benchmarks": _choices(benchmarks, grading),
         "selection": {"alpha": list(alpha)} if alpha else {},
     }
     recipe = recipe_from(table, f"{before} and {after}", overrides)
     return place_benchmarks(recipe, benchmark_paths)
+
+
+def _choices(benchmarks: Sequence[str], grading: Grading | None) -> list[dict[str, object]]:
+    """Benchmarks as a recipe has them; one that is not known and is a path goes by its stem."""
+    choices: list[dict[str, object]] = []
+    for benchmark in benchmarks:
+        choice: dict[str, object] = {"name": benchmark}
+        is_path = "/" in benchmark or Path(benchmark).suffix in FORMATS
+        if benchmark not in BENCHMARKS and (is_path or Path(benchmark).expanduser().exists()):
+            stem = name = _short(Path(benchmark.rstrip("/")).stem)
+            number = 2
+            while name in [other["name"] for other in choices]:
+                name, number = f"{stem}-{number}", number + 1
+            choice = {"name": name, "path": benchmark}
+        choices.append(choice | ({"grading": grading} if grading else {}))
+    return choices
+
+
+def _has_template(reference: str, download: bool) -> bool:
+    """Whether a tokenizer has a chat template; one that cannot be read is taken to."""
+    try:
+        if not download and find_checkpoint(reference) is None:
+            return True
+        return bool(read_tokenizer(reference).chat_template)
+    except ProbeError:  # the check of the recipe says what is wrong with this model
+        return True
 
 
 def default_folder(recipe: Recipe) -> Path:

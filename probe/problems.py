@@ -172,7 +172,11 @@ def load_problems(
     elif path and grading:
         problems = _problems(read_rows(path), _answer)
     else:
-        hint = '; for questions of your own, say grading = "exact" or "math"' if path else ""
+        hint = (
+            '; for questions of your own, say grading = "exact" or "math" (--grading)'
+            if path
+            else ""
+        )
         raise ProbeError(
             f"benchmark {benchmark!r} is not known; one of: {', '.join(BENCHMARKS)}{hint}"
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from conftest import DATA
+from transformers import AutoTokenizer
 
 import probe
 from probe.cli import main
@@ -91,7 +92,7 @@ def test_models_of_one_name_have_a_run_folder_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for place in ("base", "ft", "b/ft"):
         shutil.copytree(DATA / "oracle" / "llama" / "model", tmp_path / place)
-    recipes = [compare_recipe("base", after) for after in ("ft", "b/ft", "c/ft")]
+    recipes = [compare_recipe("base", after, prompt="chat") for after in ("ft", "b/ft", "c/ft")]
     folders = []
     for recipe in (*recipes[:2], *recipes[:2]):
         folder = RunFolder(default_folder(recipe))
@@ -105,7 +106,7 @@ def test_models_of_one_name_have_a_run_folder_each(tmp_path, monkeypatch):
 
 def test_a_mistake_is_told(tmp_path):
     with pytest.raises(ProbeError, match="the tokenizer has no chat template; give the prompt as"):
-        probe.compare(SFT, GRPO, ["tiny-math"], output=tmp_path / "run")
+        probe.compare(SFT, GRPO, ["tiny-math"], prompt="chat", output=tmp_path / "run")
     with pytest.raises(ProbeError, match=r"a/b and a/c: .*a prompt needs \{question\}"):
         compare_recipe("a/b", "a/c", prompt="hello")
     with pytest.raises(ProbeError, match="did you mean 'samples'"):
@@ -134,3 +135,55 @@ def test_models_that_are_asked_by_their_chat_template(tmp_path):
     ]
     assert reports[0].cells == reports[1].cells
     assert len(reports[0].cells) > 0
+
+
+def test_models_that_ship_need_no_more_than_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--limit", "20", "--set", "selection.samples=3", "--set", "report.resamples=0"]
+    result = CliRunner().invoke(main, ["compare", SFT, GRPO, "--alpha", "0.5", *small])
+    assert result.exit_code == 0, result.output
+    assert "the tokenizer has no chat template, so the prompt is the question" in result.stderr
+    assert "tiny-math · sft-vs-grpo · 3 samples" in result.stdout
+    run = {"solutions.questions": 20, "selection.samples": 3, "report.resamples": 0}
+    report = probe.compare(SFT, GRPO, alpha=[0.5], overrides=run)
+    assert report.path == Path("runs/sft-vs-grpo")
+    assert "On tiny-math" in result.stdout
+    assert report.accuracy[0].questions == 20
+
+
+def test_questions_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"question": f"{n}+{n}+1=?", "answer": str(2 * n + 1)}) for n in range(9)]
+    for place in ("mine.jsonl", "other/mine.jsonl"):
+        Path(place).parent.mkdir(exist_ok=True)
+        Path(place).write_text("\n".join(lines))
+    arguments = ["compare", SFT, GRPO, "--benchmark", "mine.jsonl", "--dry-run"]
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 2
+    assert 'say grading = "exact" or "math" (--grading)' in refused.stderr
+    done = CliRunner().invoke(main, [*arguments, "--grading", "exact"])
+    assert done.exit_code == 0, done.output
+    assert "mine.jsonl" in done.stdout
+    both = compare_recipe(
+        SFT, GRPO, ["mine.jsonl", "./other/mine.jsonl", "gsm8k"], prompt="chat", grading="math"
+    )
+    assert [(c.name, c.path, c.grading) for c in both.benchmarks] == [
+        ("mine", "mine.jsonl", "math"),
+        ("mine-2", "./other/mine.jsonl", "math"),
+        ("gsm8k", None, "math"),
+    ]
+
+
+def test_the_prompt_follows_the_tokenizer(tmp_path):
+    told = []
+    shutil.copytree(DATA / "oracle" / "llama" / "model", tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    chat = compare_recipe(str(tmp_path / "chat"), "not/here", say=told.append)
+    assert (chat.pairs[0].prompt, told) == ("chat", [])
+    plain = compare_recipe(str(tmp_path / "chat"), SFT, say=told.append)
+    assert plain.pairs[0].prompt == "{question}"
+    assert told[0].startswith(f"{SFT}: the tokenizer has no chat template")
+    explicit = compare_recipe(SFT, GRPO, prompt="chat", say=told.append)
+    assert (explicit.pairs[0].prompt, len(told)) == ("chat", 1)
