@@ -1,21 +1,34 @@
 """Edge scores: what attribution finds, question by question, with the names of its nodes.
 
->>> edges = probe.attribute(model, sequences)
+>>> edges = probe.attribute("probe:tiny-math/sft", ["50-7-67-53=?", "9-4=?"])
 >>> edges
-EdgeScores(2 sequences, 77 edges of qkv, mean loss 0.04 nats)
->>> edges[1] - edges[1] == 0 * edges[1]
-True
+EdgeScores(2 sequences, 77 edges of qkv, mean loss 0.105 nats)
+>>> edges["1"].top(1)
+[ScoredEdge(source='a3', target='m3', score=-0.345742404460907)]
 """
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from numbers import Integral, Real
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, replace
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from probe.errors import ProbeError
-from probe.graph import Graph
+from probe.choice import Choice, chosen_places, is_number
+from probe.errors import ProbeError, check_count, reason
+from probe.files import write_whole
+from probe.graph import Graph, Node
+from probe.notebook import data_frame, html_table
+
+if TYPE_CHECKING:
+    import networkx
+    import pandas
+    from matplotlib.axes import Axes
 
 
 class Edge(NamedTuple):
@@ -41,7 +54,7 @@ def checked_edges(edges: Sequence[Edge], graph: Graph, sequences: int) -> list[E
     mask = graph.mask
     found = []
     for given in edges:
-        whole = isinstance(given, tuple) and len(given) == 3 and all(map(_is_number, given))
+        whole = isinstance(given, tuple) and len(given) == 3 and all(map(is_number, given))
         edge = Edge(*map(int, given)) if whole else None
         if (
             edge is None
@@ -55,13 +68,20 @@ def checked_edges(edges: Sequence[Edge], graph: Graph, sequences: int) -> list[E
     return found
 
 
-def _is_number(value: object) -> bool:
-    """Whether it can count things: `True` cannot."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+class ScoredEdge(NamedTuple):
+    """One edge by the names of its nodes."""
+
+    source: str
+    """The node that writes: `a0`."""
+
+    target: str
+    """The branch that reads: `m3`, `a3.q`."""
+
+    score: float
+    """Its score, in nats."""
 
 
-Choice = int | str | slice | Sequence[int] | Sequence[str] | Sequence[bool] | torch.Tensor
-"""Which sequences: a place, an id, a slice, or a list of places, of ids, or of a bool for each."""
+_TENSORS = ("scores", "losses", "entropies")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -129,7 +149,7 @@ class EdgeScores:
         Raises:
             ProbeError: There is no such sequence, or an id is that of several.
         """
-        places = self._places(choice)
+        places = chosen_places(choice, self.ids)
         return replace(
             self,
             scores=self.scores[places],
@@ -137,35 +157,6 @@ class EdgeScores:
             entropies=self.entropies[places],
             ids=tuple(self.ids[place] for place in places),
         )
-
-    def _places(self, choice: Choice) -> list[int]:
-        if isinstance(choice, slice):
-            return list(range(len(self)))[choice]
-        if hasattr(choice, "tolist"):  # of torch or numpy
-            choice = choice.tolist()
-        if isinstance(choice, str | Integral):
-            return [self._place(choice)]
-        if not isinstance(choice, Sequence):
-            raise ProbeError(f"{choice!r} chooses no sequences; give places, ids or bools")
-        if choice and all(isinstance(chosen, bool) for chosen in choice):
-            if len(choice) != len(self):
-                raise ProbeError(f"{len(choice)} bools do not fit {len(self)} sequences")
-            return [place for place, chosen in enumerate(choice) if chosen]
-        return [self._place(name) for name in choice]
-
-    def _place(self, name: object) -> int:
-        if isinstance(name, str):
-            found = [place for place, known in enumerate(self.ids) if known == name]
-            if len(found) == 1:
-                return found[0]
-            many = f"{len(found)} sequences have" if found else "no sequence has"
-            raise ProbeError(f"{many} the id {name!r}; give the place of one, 0 to {len(self) - 1}")
-        if not _is_number(name):
-            raise ProbeError(f"{name!r} is neither a sequence's place nor its id")
-        place = int(name)  # type: ignore[call-overload]
-        if not -len(self) <= place < len(self):
-            raise ProbeError(f"there is no sequence {place}; there are {len(self)}")
-        return place % len(self)
 
     def __eq__(self, other: object) -> bool:
         """Whether graph, sequences and every number are the same."""
@@ -214,6 +205,143 @@ class EdgeScores:
         things = f"{count} sequence{'s' * (count != 1)}, {edges} edges of {self.graph.granularity}"
         return f"EdgeScores({things}{loss})"
 
+    def _repr_html_(self) -> str:
+        """The strongest edges, for a notebook."""
+        edges = self.top() if len(self) else []
+        return html_table(repr(self), ScoredEdge._fields, edges)
+
+    def top(self, k: int = 10) -> list[ScoredEdge]:
+        """The strongest edges by |score|; of several sequences, by that of the mean score.
+
+        Args:
+            k: How many; all where there are fewer.
+
+        Raises:
+            ProbeError: `k` is no whole number from 1 on, or there are no sequences.
+        """
+        check_count("k", k)
+        mean, mask = self._mean(), self.graph.mask
+        sizes = mean.abs().masked_fill(~mask, -1).flatten()
+        places = sizes.argsort(descending=True, stable=True)[: min(k, int(mask.sum()))].tolist()
+        cells = (divmod(place, mask.shape[1]) for place in places)
+        sources, targets = self.graph.sources, self.graph.targets
+        return [ScoredEdge(sources[i], targets[j], float(mean[i, j])) for i, j in cells]
+
+    def score(self, source: str, target: str) -> float:
+        """The mean score of one edge over the sequences, in nats; of one, `edges["q7"].score`.
+
+        Raises:
+            ProbeError: There is no such edge, or there are no sequences.
+        """
+        row = _node("source", source, self.graph.sources)
+        column = _node("target", target, self.graph.targets)
+        if not self.graph.mask[row, column]:
+            raise ProbeError(f"there is no edge from {source} to {target}, which reads before it")
+        return float(self._mean()[row, column])
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per sequence and edge: `id`, `source`, `target`, `score`.
+
+        Raises:
+            ProbeError: There is no pandas.
+        """
+        rows, columns = (part.tolist() for part in self.graph.mask.nonzero(as_tuple=True))
+        count, sources, targets = len(self), self.graph.sources, self.graph.targets
+        return data_frame(
+            {
+                "id": [name for name in self.ids for _ in rows],
+                "source": [sources[row] for row in rows] * count,
+                "target": [targets[column] for column in columns] * count,
+                "score": self.scores[:, self.graph.mask].flatten().tolist(),
+            }
+        )
+
+    def to_networkx(self) -> "networkx.DiGraph[str]":
+        """The graph with the mean `score` of every edge, and its size as `weight`.
+
+        A node is what writes or reads: `a0` writes, its branches `a0.q`, `a0.k` and `a0.v` read.
+        Its `block`, `a0` of all four, tells what belongs together.
+
+        Raises:
+            ProbeError: There is no networkx, or there are no sequences.
+        """
+        try:
+            import networkx
+        except ImportError as error:
+            raise ProbeError("to_networkx needs networkx: pip install networkx") from error
+        mean, graph = self._mean(), networkx.DiGraph()
+        for name in dict.fromkeys((*self.graph.sources, *self.graph.targets)):
+            graph.add_node(name, block=Node.parse(name).block)
+        for row, column in self.graph.mask.nonzero().tolist():
+            score = float(mean[row, column])
+            names = self.graph.sources[row], self.graph.targets[column]
+            graph.add_edge(*names, score=score, weight=abs(score))
+        return graph
+
+    def plot(self, axes: "Axes | None" = None) -> "Axes":
+        """Draw the mean scores as an image, source against target.
+
+        Args:
+            axes: Where to; a new figure if not given.
+
+        Raises:
+            ProbeError: There are no sequences.
+        """
+        import numpy as np
+        from matplotlib import pyplot
+
+        from probe.matrix import draw_matrix
+
+        mean, mask = self._mean(), self.graph.mask
+        if axes is None:
+            _, axes = pyplot.subplots(layout="constrained")
+        known = mean[mask].abs()
+        limit = float(known.max()) or 1.0
+        values = np.where(mask.numpy(), mean.numpy(), np.nan)
+        image = draw_matrix(axes, self.graph, values, "RdBu_r", limit)
+        axes.figure.colorbar(image, ax=axes, shrink=0.9, label="score (nats)")
+        return axes
+
+    def save(self, path: str | Path, key: str = "") -> None:
+        """Write everything to a safetensors file, as a run folder holds it.
+
+        Args:
+            path: The file.
+            key: A name for what the edges were computed from, by which a run knows its own.
+
+        Raises:
+            ProbeError: The file cannot be written.
+        """
+        metadata = {
+            "ids": json.dumps(list(self.ids)),
+            "key": key,
+            "graph": json.dumps(asdict(self.graph)),
+            "residual_error": repr(self.residual_error),
+        }
+        tensors = dict(zip(_TENSORS, (n.contiguous() for n in self._numbers()), strict=True))
+        try:
+            write_whole(Path(path), lambda place: save_file(tensors, place, metadata))
+        except (OSError, SafetensorError) as error:
+            raise ProbeError(f"cannot write {path}: {reason(error)}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> "EdgeScores":
+        """Read a file that `save` or a run has written.
+
+        Raises:
+            ProbeError: There is no such file, or it holds something else.
+        """
+        try:
+            return read_edges(Path(path))[0]
+        except ValueError as error:
+            raise ProbeError(f"cannot read {path}: {error}") from error
+
+    def _mean(self) -> torch.Tensor:
+        """Mean score over sequences, float64 [source, target]."""
+        if not len(self):
+            raise ProbeError("there are no sequences, so edges have no mean score")
+        return self.scores.mean(0, dtype=torch.float64)
+
     def _numbers(self) -> tuple[torch.Tensor, ...]:
         return self.scores, self.losses, self.entropies
 
@@ -232,3 +360,33 @@ class EdgeScores:
         pairs = zip(self._numbers(), other._numbers(), strict=True)
         error = max(self.residual_error, other.residual_error)
         return replace(self._of(a + sign * b for a, b in pairs), residual_error=error)
+
+
+def read_edges(path: Path) -> tuple[EdgeScores, str]:
+    """Read a file of edges, and the key that it was written with.
+
+    Raises:
+        ValueError: The file is not there, torn, or of something else; the message says in which
+            way.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            scores, losses, entropies = (file.get_tensor(name) for name in _TENSORS)
+        graph = TypeAdapter(Graph).validate_json(metadata["graph"])
+        ids = tuple(map(str, json.loads(metadata["ids"])))
+        error = float(metadata["residual_error"])
+        edges = EdgeScores(scores, losses, entropies, graph, error, ids)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, ProbeError) as damage:
+        raise ValueError(reason(damage)) from damage
+    if not edges.scores.isfinite().all():
+        raise ValueError("scores that are not finite")
+    return edges, metadata.get("key", "")
+
+
+def _node(kind: str, name: str, known: tuple[str, ...]) -> int:
+    """The place of a node."""
+    if name in known:
+        return known.index(name)
+    parts = [node for node in known if node.startswith(f"{name}.")]
+    raise ProbeError(f"there is no {kind} {name!r}; there are: {', '.join(parts or known)}")

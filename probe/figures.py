@@ -28,9 +28,9 @@ from rich.progress import Progress
 
 from probe.circuit import draw_circuit
 from probe.errors import ProbeError
+from probe.files import write_whole
 from probe.heatmap import draw_heatmap
 from probe.report import Cell, Report
-from probe.run_folder import write_whole
 from probe.strength import read_strengths
 from probe.wording import compared, diversity_cells, percent, published_average, published_diversity
 

@@ -204,7 +204,7 @@ def _attribute(
     for file in folder.parts(path):
         edges = _read_edges(folder, file, key, tell)
         if edges is not None:
-            for row, name in enumerate(folder.sequence_ids(file)):
+            for row, name in enumerate(edges.ids):
                 kept[int(name)] = row, edges
     tell(Told(len(kept)))
 

@@ -212,14 +212,13 @@ def build_report(path: str | Path) -> Report:
                 files = [folder.edges_file(name, side) for side in ("before", "after")]
                 try:
                     before, after = (folder.read_edges(file) for file in files)
-                    here = [folder.sequence_ids(file) for file in files if file.exists()]
                 except Damaged as error:
                     missing.append(f"{name}: {error}")
                     continue
                 if before is None or after is None:
                     missing.append(f"{name}: {folder.left_out(name) or 'not computed yet'}")
                     continue
-                if here[0] != here[1]:
+                if before.ids != after.ids:
                     missing.append(f"{name}: before and after are of different questions")
                     continue
                 where = pair.name, benchmark, alpha

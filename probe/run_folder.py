@@ -27,18 +27,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from probe.edges import EdgeScores
+from probe.edges import EdgeScores, read_edges
 from probe.errors import ProbeError, reason
-from probe.graph import Graph
+from probe.files import write_whole
 from probe.recipe import Comparison, Pair
 from probe.run_names import edges_key as edges_key
 from probe.run_names import faithfulness_file as faithfulness_file
@@ -244,18 +242,13 @@ class RunFolder:
             ids: The question of each sequence.
             key: What the edges were computed from, by `edges_key`.
         """
-        metadata = {
-            "ids": json.dumps(list(ids)),
-            "key": key,
-            "graph": json.dumps(asdict(edges.graph)),
-            "residual_error": repr(edges.residual_error),
-        }
-        tensors = {
-            "scores": edges.scores.float().contiguous(),
-            "losses": edges.losses.float(),
-            "entropies": edges.entropies.float(),
-        }
-        write_whole(path, lambda place: save_file(tensors, place, metadata))
+        replace(
+            edges,
+            scores=edges.scores.float(),
+            losses=edges.losses.float(),
+            entropies=edges.entropies.float(),
+            ids=tuple(ids),
+        ).save(path, key)
 
     def read_edges(self, path: Path, key: str | None = None) -> EdgeScores | None:
         """Read scores, losses and entropies; None where there is no such file.
@@ -270,24 +263,12 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                scores, losses, entropies = (
-                    file.get_tensor(name) for name in ("scores", "losses", "entropies")
-                )
-            graph = TypeAdapter(Graph).validate_json(metadata["graph"])
-            ids = tuple(map(str, json.loads(metadata["ids"])))
-            residual_error = float(metadata["residual_error"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise Damaged(f"damaged ({reason(error)})") from error
-        if key is not None and metadata.get("key") != key:
-            raise Damaged("computed from other solutions or settings")
-        if not torch.isfinite(scores).all():
-            raise Damaged("damaged (scores that are not finite)")
-        try:
-            return EdgeScores(scores, losses, entropies, graph, residual_error, ids)
-        except ProbeError as error:
+            edges, found = read_edges(path)
+        except ValueError as error:
             raise Damaged(f"damaged ({error})") from error
+        if key is not None and found != key:
+            raise Damaged("computed from other solutions or settings")
+        return edges
 
     def read_sides(self, comparison: str, *sides: str) -> list[EdgeScores]:
         """Edges of the same questions.
@@ -301,15 +282,15 @@ class RunFolder:
         """
         files = [self.edges_file(comparison, side) for side in sides]
         try:
-            edges = [self.read_edges(file) for file in files]
-            questions = [self.sequence_ids(file) for file in files if file.exists()]
+            found = [self.read_edges(file) for file in files]
         except Damaged as error:
             raise Missing(str(error)) from error
-        if None in edges:
+        edges = [side for side in found if side is not None]
+        if len(edges) < len(found):
             raise Missing(self.left_out(comparison) or "not computed yet")
-        if questions.count(questions[0]) < len(sides):
+        if any(side.ids != edges[0].ids for side in edges):
             raise Missing(f"{', '.join(sides[:-1])} and {sides[-1]} are of different questions")
-        return [side for side in edges if side is not None]
+        return edges
 
     def read_measured(self, file: str) -> dict[str, object]:
         """What an extra pass has left.
@@ -343,10 +324,3 @@ def cell_name(pair: Pair, benchmark: str, alpha: float) -> str:
 
 def _line(solution: Solution) -> str:
     return json.dumps(asdict(solution), ensure_ascii=False) + "\n"
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside its place, and move it there once it is whole."""
-    beside = path.with_name(f".{path.name}.new")
-    write(beside)
-    os.replace(beside, path)

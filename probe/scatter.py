@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from probe.agreement import Agreement, MeasuredEdge, Stratum
-from probe.run_folder import write_whole
+from probe.files import write_whole
 
 # Colours that colour-blind readers tell apart (Okabe and Ito), and shapes that need no colour.
 STRATA: dict[Stratum, tuple[str, str, str]] = {
