@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from probe.checkpoints import ADAPTER_WEIGHTS, weights_in
-from probe.errors import ProbeError, reason
+from probe.errors import ProbeError, install, reason
 from probe.tensor_files import open_tensors, read_headers
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _peft(adapter: Path) -> ModuleType:
         import peft
     except ImportError as error:
         raise ProbeError(
-            f"{adapter} is a PEFT adapter, which needs: pip install circuit-probe[peft]"
+            f"{adapter} is a PEFT adapter, which needs, in a checkout of probe: {install('peft')}"
         ) from error
     return peft
 

@@ -16,7 +16,6 @@ this version does not have is named in one line, and the next best is taken, bef
 """
 
 import gc
-import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -264,8 +263,7 @@ def _manager(
             if manager is not None:
                 manager.stop(hard_stop=True)
             module.config._attn_implementation = attention
-            if reminder is not None:
-                reminder.remove()
+            reminder.remove()
 
 
 def _prepare(
@@ -284,13 +282,12 @@ def _prepare(
         max_memory_percent=MEMORY,
         # Sharing pays for long common prompts; ours are short.
         allow_block_sharing=False,
+        auto_switch_to_flash=False,
     )
-    if hasattr(options, "auto_switch_to_flash"):
-        options.auto_switch_to_flash = False
     if way.name == flash.NAME:
         _register()
     # Set by hand: what is set in public looks on the hub for every name with `flash` in it.
-    module.config._attn_implementation = paged(way.name)
+    module.config._attn_implementation = way.name
     # As much as can be used at once, and a quarter that it keeps free; or else what memory allows.
     needed = sum(-(-size // PAGE) + 1 for size in sizes[:REQUESTS])
     longest = max(request.limit for request in requests.values())
@@ -334,13 +331,11 @@ def _stopping_router(manager: "ContinuousBatchingManager", stopped: Stopped) -> 
     return Stopping()
 
 
-def _reminder(module: torch.nn.Module) -> "RemovableHandle | None":
+def _reminder(module: torch.nn.Module) -> "RemovableHandle":
     """Give the cache what a layer forgets to hand on, as GPT-NeoX does in transformers 5.24."""
     from transformers.generation.continuous_batching import PagedAttentionCache
 
     usual = PagedAttentionCache.update
-    if "kwargs" not in inspect.signature(usual).parameters:
-        return None
 
     def remind(network: torch.nn.Module, args: tuple[object, ...], step: dict[str, Any]) -> None:
         cache = step.get("cache")
@@ -348,24 +343,16 @@ def _reminder(module: torch.nn.Module) -> "RemovableHandle | None":
             return
 
         def update(
-            key: torch.Tensor,
-            value: torch.Tensor,
-            layer: int,
+            *states: Any,  # noqa: ANN401 - in whatever way this version calls it
             kwargs: dict[str, Any] | None = None,
+            **named: Any,  # noqa: ANN401
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            return usual(cache, key, value, layer, dict(step) if kwargs is None else kwargs)
+            handed = dict(step) if kwargs is None else kwargs
+            return usual(cache, *states, kwargs=handed, **named)
 
         cache.update = update
 
     return module.register_forward_pre_hook(remind, with_kwargs=True)
-
-
-def paged(attention: str) -> str:
-    """The name of an attention when it works on the paged cache; older versions differ."""
-    from transformers import ContinuousBatchingConfig
-
-    known = ContinuousBatchingConfig.__dataclass_fields__
-    return attention if "auto_switch_to_flash" in known else f"paged|{attention}"
 
 
 def _register() -> None:
@@ -373,9 +360,8 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
 
-    name = paged(flash.NAME)
-    AttentionInterface.register(name, paged_attention)
-    AttentionMaskInterface.register(name, flash_attention_mask)
+    AttentionInterface.register(flash.NAME, paged_attention)
+    AttentionMaskInterface.register(flash.NAME, flash_attention_mask)
 
 
 def paged_attention(
@@ -410,21 +396,17 @@ def paged_attention(
         if given.get(name) is not None:
             raise NotImplementedError(f"flash attention of torch has no {name}")
     cache = given.get("cache")
-    if cache is not None and "kwargs" not in inspect.signature(cache.update).parameters:
-        indices = {name: given[name] for name in ("read_index", "write_index")}
-        key, value = cache.update(key, value, module.layer_idx, **indices)
-    else:
-        if cache is not None:  # says in `given` what is this layer's
-            key, value = cache.update(key, value, module.layer_idx, given)
-        key, value = (states.squeeze(0).transpose(0, 1) for states in (key, value))
+    if cache is not None:  # until 5.23; says in `given` what is this layer's
+        key, value = cache.update(key, value, module.layer_idx, kwargs=given)
+    key, value = (states.squeeze(0).transpose(0, 1) for states in (key, value))
     kind = "sliding_attention" if sliding_window else "full_attention"
     ends_query, ends_key, longest_query, longest_key = (
         part[kind] if isinstance(part, dict) else part
         for part in (
             given["cu_seq_lens_q"],
             given["cu_seq_lens_k"],
-            given["max_length_q" if "max_length_q" in given else "max_seqlen_q"],
-            given["max_length_k" if "max_length_k" in given else "max_seqlen_k"],
+            given["max_length_q"],
+            given["max_length_k"],
         )
     )
     output = flash.varlen(

@@ -24,6 +24,15 @@ def reason(error: BaseException, line: int = 0) -> str:
     return lines[line].strip()
 
 
+def install(extra: str = "") -> str:
+    """The command that installs this package; it is on no index, where the name may be another's.
+
+    Args:
+        extra: Which optional part to install with it, such as `peft`.
+    """
+    return f'pip install -e ".[{extra}]"' if extra else "pip install -e ."
+
+
 def check_count(name: str, value: object, otherwise: str = "") -> None:
     """Refuse what is no whole number from 1 on: `2.5`, `0`, `True`, or `"3"`.
 

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from probe.errors import ProbeError
+from probe.errors import ProbeError, install
 from probe.escaping import html as escape
 from probe.figures import ENTROPIES, draw_diversity, draw_entropy
 from probe.heatmap import COLOURS, LIMITS
@@ -252,7 +252,8 @@ def _making(report: Report) -> list[str]:
     facts += [(name, str(record.get(name) or "-")) for name in ("started", "finished")]
     table = ExtraTable("Where, with what, for how long", "", ("", ""), tuple(facts))
     versions = dict(_items(record.get("versions")))
-    command = f'pip install "circuit-probe=={versions.get("probe", "")}"\nprobe recipe recipe.toml'
+    version = versions.get("probe", "")
+    command = f"{install()}  # in a checkout of probe {version}\nprobe recipe recipe.toml"
     return [
         "<h2>How it was made</h2>",
         f"<p>{escape(steps)}</p>",

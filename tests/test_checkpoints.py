@@ -132,7 +132,7 @@ def test_adapters_that_cannot_be_used(adapter, tmp_path, monkeypatch):
     with pytest.raises(ProbeError, match="cannot read the config of the adapter"):
         probe.load_model(folder)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ProbeError, match=r"needs: pip install circuit-probe\[peft\]"):
+    with pytest.raises(ProbeError, match=r'in a checkout of probe: pip install -e "\.\[peft\]"$'):
         probe.load_model(str(adapter))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from probe.cli import main
+from probe.errors import install
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -93,3 +94,17 @@ def test_the_own_benchmark(tmp_path):
     for line in solutions.read_text().splitlines():
         solution = json.loads(line)
         assert solution["text"] == solution["gold"]
+
+
+def test_nothing_is_installed_by_a_name_that_is_on_no_index():
+    """Whoever takes the name would be installed; a checkout or a wheel works."""
+    folders = ("probe", "docs", "examples", "recipes", "benchmarks", ".ci")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    files += [*ROOT.glob("*.md"), ROOT / "pyproject.toml"]
+    texts = [path for path in files if path.suffix in {".md", ".py", ".toml", ".html", ".js", ""}]
+    assert len(texts) > 80
+    for path in texts:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"(pip|uv|pipx) [^\n]*circuit-probe(?!\S*\.whl)", text), path
+    assert install() == "pip install -e ."
+    assert install("peft") == 'pip install -e ".[peft]"'
