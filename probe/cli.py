@@ -137,9 +137,14 @@ def _overrides(
 
 def _run(chosen: "Recipe", output: "str | Path | None", fresh: bool, dry_run: bool) -> None:
     if dry_run:
+        from pathlib import Path
+
+        from probe.checks import check_here, check_output
         from probe.escaping import PlainConsole
         from probe.plan import make_plan, plan_view
 
+        check_here(chosen)
+        check_output(chosen, Path(output or f"runs/{chosen.name}"), fresh)
         PlainConsole().print(plan_view(make_plan(chosen)))
         return
     from probe.rendering import print_report

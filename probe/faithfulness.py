@@ -25,6 +25,7 @@ from rich.progress import Progress
 from probe.agreement import Agreement, MeasuredEdge, Stratum, compare_all
 from probe.attribution import ablation_means, attribute, exact_effects
 from probe.checkpoints import fingerprint
+from probe.checks import check_methods
 from probe.concurrency import in_flight
 from probe.edges import Edge
 from probe.errors import ProbeError
@@ -44,7 +45,6 @@ from probe.record import timed
 from probe.remote import Host
 from probe.report import build_report
 from probe.run import (
-    check_methods,
     cut,
     progress_bar,
     recipe_host,

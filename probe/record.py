@@ -60,19 +60,7 @@ def open_record(
     models = {model: fingerprint(model) for model in recipe.models()}
     times: object = {}
     if folder.record.exists() and not fresh:
-        old = folder.read_record()
-        for what, here, there in (
-            ("recipe", _fixed(table), _fixed(old.get("recipe"))),
-            ("weights", models, old.get("models")),
-            ("solutions", solutions, old.get("given_solutions")),
-        ):
-            difference = _first_difference(here, there)
-            if difference:
-                raise ProbeError(
-                    f"{folder.path} holds a run of another {what} ({difference}); "
-                    "give another --output, or start over with --fresh"
-                )
-        times = old.get("seconds", {})
+        times = check_goes_on(folder, recipe, models, solutions).get("seconds", {})
     folder.open(fresh)
     record: dict[str, object] = {
         "schema": SCHEMA,
@@ -96,6 +84,38 @@ def open_record(
     }
     folder.write_json("run.json", record)
     return record
+
+
+def check_goes_on(
+    folder: RunFolder,
+    recipe: Recipe,
+    models: Mapping[str, str] | None,
+    solutions: Mapping[str, Mapping[str, str | int]] | None = None,
+) -> dict[str, object]:
+    """Check that a folder's run can go on with this recipe; what it has recorded.
+
+    Args:
+        folder: The run folder.
+        recipe: The recipe.
+        models: Fingerprint of each model; None where they are not here.
+        solutions: What is known of solutions made elsewhere; None where that is not known yet.
+
+    Raises:
+        ProbeError: The folder holds a run of something else.
+    """
+    old = folder.read_record()
+    for what, here, there in (
+        ("recipe", _fixed(recipe_table(recipe)), _fixed(old.get("recipe"))),
+        ("weights", models, old.get("models")),
+        ("solutions", solutions, old.get("given_solutions")),
+    ):
+        difference = "" if here is None else _first_difference(here, there)
+        if difference:
+            raise ProbeError(
+                f"{folder.path} holds a run of another {what} ({difference}); "
+                "give another --output, or start over with --fresh"
+            )
+    return old
 
 
 def with_earlier_tables(folder: RunFolder, recipe: Recipe) -> Recipe:

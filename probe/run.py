@@ -27,12 +27,12 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from probe.attribution import METHODS
 from probe.checkpoints import fetch_checkpoint, weight_files
+from probe.checks import check_here, check_output
 from probe.errors import ProbeError
 from probe.escaping import PlainConsole
 from probe.extra_passes import measure_states, measure_weights
-from probe.extras import EXTRAS, check_extras
+from probe.extras import EXTRAS
 from probe.hosting import check_host, load_hosted, open_host
 from probe.imported import Given, GivenAnswer, match, read_given
 from probe.models import (
@@ -80,6 +80,8 @@ def run_recipe(
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
     console = console or PlainConsole(stderr=True)
+    folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
+    check_output(recipe, folder.path, fresh)
     problems = check_recipe(recipe)
     given, answers = _read_given(recipe, problems)
     host = recipe_host(recipe, console)
@@ -87,7 +89,6 @@ def run_recipe(
         if host is None and not weight_files(reference):
             console.print(f"downloading {reference}")
             fetch_checkpoint(reference)
-    folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
     if not fresh:
         recipe = with_earlier_tables(folder, recipe)
     tables = {name: file.table for name, file in given.items()}
@@ -146,9 +147,7 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
         ProbeError: An unknown method or benchmark, a missing model, a pair that does not fit, a
             broken benchmark file, a device that is not here.
     """
-    check_methods(recipe)
-    check_extras(recipe)
-    resolve_devices(recipe.compute.device_here)
+    check_here(recipe)
     check_reach(recipe)
     options = recipe.solutions
     questions = None if options.questions == "all" else options.questions
@@ -211,21 +210,6 @@ def told_of_jobs(
             yield
     finally:
         record["remote"] = host.table
-
-
-def check_methods(recipe: Recipe) -> None:
-    """Check that a recipe's methods are known.
-
-    Raises:
-        ProbeError: One is not.
-    """
-    for key, methods in (
-        ("attribution.method", (recipe.attribution.method,)),
-        ("faithfulness.methods", recipe.faithfulness.methods),
-    ):
-        for method in methods:
-            if method not in METHODS:
-                raise ProbeError(f"{key} is {method!r}; known: {', '.join(METHODS)}")
 
 
 def _read_given(

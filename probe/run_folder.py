@@ -64,14 +64,11 @@ class RunFolder:
     path: Path
     """The folder."""
 
-    def open(self, fresh: bool = False) -> None:
-        """Make the folder, or check that it can be gone on with.
-
-        Args:
-            fresh: Throw away what an earlier run left there.
+    def check(self) -> None:
+        """Check that this is a run's folder, or may become one.
 
         Raises:
-            ProbeError: It cannot be written to, or holds files that are not a run's.
+            ProbeError: It is a file, or holds files that are not a run's.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ProbeError(f"{self.path} is a file; give a folder with --output")
@@ -81,6 +78,17 @@ class RunFolder:
                 f"{self.path} holds files but no run.json, so it is not a run folder; "
                 "give an empty or new one with --output"
             )
+
+    def open(self, fresh: bool = False) -> None:
+        """Make the folder, or check that it can be gone on with.
+
+        Args:
+            fresh: Throw away what an earlier run left there.
+
+        Raises:
+            ProbeError: It cannot be written to, or holds files that are not a run's.
+        """
+        self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):

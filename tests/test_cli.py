@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from conftest import DATA
 
 import probe
 from probe.cli import main
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 HEAVY = (
     "torch",
@@ -155,6 +158,52 @@ def test_dry_run_of_a_recipe_whose_models_are_not_here():
     )
     assert result.exit_code == 0
     assert "Downloads: nobody/model, openai/gsm8k" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (["--device", "gpu"], "device 'gpu' is not known"),
+        (["--device", "cuda:7"], "is not on this machine"),
+        (["--set", 'report.extra=["overlp"]'], "did you mean 'overlap'?"),
+        (["--method", "eapp"], "attribution.method is 'eapp'; known: eap"),
+        (["--set", 'faithfulness.methods=["exct"]'], "faithfulness.methods is 'exct'"),
+        (["--control", "cross-txt"], "attribution.control is 'cross-txt'"),
+        (["--kernels", "liger"], "kernels liger need"),
+        (["--benchmark-path", "/no/file.jsonl"], "cannot read the benchmark"),
+        (["--set", "pairs.0.prompt=chat"], "has no chat template"),
+        (["--set", f"pairs.1.after={DATA}/oracle/llama/model"], "differ in"),
+        (["--solutions", "before=/no/answers.jsonl"], "/no/answers.jsonl"),
+        (["--output", "pyproject.toml"], "is a file; give a folder"),
+        (["--output", "pyproject.toml/run"], "cannot write to the run folder"),
+        (["--output", "docs"], "holds files but no run.json"),
+        (
+            [
+                "--set",
+                'published=[{pair="sft-grpo",benchmark="tiny-math",metric="kurt",before=1,'
+                "after=2}]",
+            ],
+            "published.metric is 'kurt'",
+        ),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(tmp_path, setting, message):
+    name = "tiny-math"
+    if setting[0] == "--solutions":  # which is for one pair
+        name = str(EXAMPLES / "own_recipe.toml")
+    output = [] if setting[0] == "--output" else ["--output", tmp_path / "run"]
+    results = [call("recipe", name, *output, *setting, *more) for more in (["--dry-run"], [])]
+    assert [result.exit_code for result in results] == [2, 2]
+    assert message in results[0].stderr
+    assert results[0].stderr.splitlines()[-1] == results[1].stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_refuses_a_folder_of_another_recipe(half_run):
+    for more in (["--dry-run"], []):
+        result = call("recipe", "tiny-math", "--output", half_run.path, "--method", "relp", *more)
+        assert result.exit_code == 2
+        assert "holds a run of another recipe" in result.stderr
 
 
 @pytest.mark.parametrize(
