@@ -9,7 +9,7 @@ Solve, select, attribute, compare. `probe.run_recipe` does the same, and keeps i
 import argparse
 
 import probe
-from probe.metrics import METRICS
+from probe.metrics import Entries
 from probe.problems import load_problems
 from probe.run import cut
 from probe.solutions import solve
@@ -40,10 +40,15 @@ edges = [
 print(f"{len(selection.ids)} questions, the first {selection.cut_length} tokens of each answer\n")
 
 print(f"{'metric':<24} {'before':>9} {'after':>9} {'change':>8}   {'95 %':<15} p")
-for name, found in compare_sides(edges[0].scores, edges[1].scores).items():
-    before, after = (METRICS[name].function(side.scores) for side in edges)
+entries = [
+    Entries(side.scores, side.graph.mask, dense=True, entropies=side.entropies) for side in edges
+]
+for name, found in compare_sides(*entries).items():
     # Not everything is defined for few questions: the diversity of one, for example.
-    change = f"{(after - before) / abs(before):+.1%}" if before and after == after else "-"
+    before, after = (
+        f"{value:.3g}" if value is not None else "-" for value in (found.before, found.after)
+    )
+    change = "-" if found.change is None else f"{found.change:+.1%}"
     interval = " .. ".join(f"{end:+.0%}" for end in found.interval or ()) or "-"
     p_value = "-" if found.p_value is None else f"{found.p_value:.3g}"
-    print(f"{name:<24} {before:>9.3g} {after:>9.3g} {change:>8}   {interval:<15} {p_value}")
+    print(f"{name:<24} {before:>9} {after:>9} {change:>8}   {interval:<15} {p_value}")

@@ -3,7 +3,7 @@
 >>> rows = overlap_rows(Case(RunFolder(Path("runs/tiny-math")), recipe, comparison))
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -12,12 +12,12 @@ from probe import mass
 from probe.control import SIDES, cross_text
 from probe.edges import EdgeScores
 from probe.graph import Graph
-from probe.metrics import TOKEN_METRICS, Array, metric_named, strengths
+from probe.metrics import METRICS, TOKEN_METRICS, Array, Entries, metric_named
 from probe.overlap import compare_circuits
 from probe.recipe import Comparison, Recipe
 from probe.run_folder import Missing, RunFolder
 from probe.run_names import TEXTS, states_file, weights_file
-from probe.statistics import interval_of, resample_means
+from probe.statistics import Interval, Units, contributions, t_interval, units_of
 from probe.weights import WeightChange, by_kind
 
 Row = tuple[str | float | None, ...]
@@ -48,6 +48,18 @@ class Case(NamedTuple):
         """
         return self.folder.read_sides(self.name, *names)
 
+    def clusters(self, questions: Sequence[str]) -> list[str | None]:
+        """The cluster of each of these questions; None: of one that is alone."""
+        known = self.folder.read_clusters(self.comparison.benchmark)
+        return [known.get(question) for question in questions]
+
+    @property
+    def units(self) -> Units:
+        """The cluster of each question of its edges, as a number."""
+        (before,) = self.sides("before")
+        questions = before.ids
+        return units_of(self.clusters(questions), len(questions))
+
     def measured(self, file: str) -> dict[str, object]:
         """What an extra pass has left.
 
@@ -60,7 +72,9 @@ class Case(NamedTuple):
 def overlap_rows(case: Case) -> list[Row]:
     """How much the circuits of both models have in common."""
     before, after = case.sides("before", "after")
-    found = compare_circuits(before.scores, after.scores, before.graph)
+    tested = case.recipe.report.resamples > 0
+    units = case.units if tested else None
+    found = compare_circuits(before.scores, after.scores, before.graph, units)
     row: list[float | None] = []
     for name in found.models._fields:
         row += [part and getattr(part, name) for part in found]
@@ -70,12 +84,8 @@ def overlap_rows(case: Case) -> list[Row]:
 def concentration_rows(case: Case) -> list[Row]:
     """How concentrated the scores of real edges are, question by question."""
     sides = case.sides("before", "after")
-    values = [strengths(side.scores, side.graph.mask) for side in sides]
-    measures = {"Gini coefficient": mass.gini, "effective edges": mass.effective_edges}
-    return [
-        (name, *_paired(np.stack([measure(side) for side in values]), case.recipe, relative=True))
-        for name, measure in measures.items()
-    ]
+    values = [mass.gini(np.abs(edges_of(side).values)) for side in sides]
+    return [("Gini coefficient", *_paired(np.stack(values), case, relative=True))]
 
 
 def mass_rows(groups: Callable[[Graph], mass.Groups]) -> Callable[[Case], list[Row]]:
@@ -84,14 +94,12 @@ def mass_rows(groups: Callable[[Graph], mass.Groups]) -> Callable[[Case], list[R
     def rows(case: Case) -> list[Row]:
         sides = case.sides("before", "after")
         parts = groups(sides[0].graph)
-        before, after = (
-            mass.shares(strengths(side.scores, side.graph.mask), parts) for side in sides
-        )
+        before, after = (mass.shares(edges_of(side).strengths, parts) for side in sides)
         return [
             (
                 name,
                 float(chosen.mean()),
-                *_paired(np.stack([old, new]), case.recipe, relative=False),
+                *_paired(np.stack([old, new]), case, relative=False),
             )
             for (name, chosen), old, new in zip(parts, before, after, strict=True)
         ]
@@ -101,13 +109,12 @@ def mass_rows(groups: Callable[[Graph], mass.Groups]) -> Callable[[Case], list[R
 
 def control_rows(case: Case) -> list[Row]:
     """How much of each metric's change is the model, and how much the text."""
-    options = case.recipe.report
-    sides = case.sides(*(side for row in SIDES for side in row))
-    of_edges, of_tokens = [s.scores for s in sides], [s.entropies for s in sides]
+    scored = case.sides(*(side for row in SIDES for side in row))
+    sides = [edges_of(side) for side in scored]
     found = cross_text(
-        [of_edges[:2], of_edges[2:]], bins=options.bins, resamples=options.resamples
-    ) + cross_text(
-        [of_tokens[:2], of_tokens[2:]], resamples=options.resamples, metrics=TOKEN_METRICS
+        [sides[:2], sides[2:]],
+        clusters=case.clusters(scored[0].ids),
+        metrics=METRICS | TOKEN_METRICS,
     )
     rows: list[Row] = []
     for part in found:
@@ -119,7 +126,8 @@ def control_rows(case: Case) -> list[Row]:
             part.interaction,
         )
         percent = (None if value is None else 100 * value for value in values)
-        rows.append((metric_named(part.metric).label, *percent))
+        estimand = metric_named(part.metric).estimand
+        rows.append((estimand.label if estimand else part.metric, *percent))
     return rows
 
 
@@ -133,8 +141,8 @@ def divergence_rows(case: Case) -> list[Row]:
         table = case.measured(states_file(case.comparison.pair, case.comparison.benchmark, text))
         tokens = cast(list[list[float]], table["divergences"])
         values = np.array([np.mean(line[: selection.cut_length]) for line in tokens])
-        drawn = resample_means(values[None], case.recipe.report.resamples)[0]
-        row += (float(values.mean()), *(interval_of(drawn) or (None, None)))
+        units = units_of(case.clusters(selection.ids), len(values))
+        row += (float(values.mean()), *_ends(t_interval(values, units), case))
     return [row]
 
 
@@ -158,18 +166,30 @@ def weight_rows(case: Case) -> list[Row]:
     return [tuple(vars(kind).values()) for kind in by_kind(changes)]
 
 
-def _paired(values: Array, recipe: Recipe, relative: bool) -> Row:
+def edges_of(side: EdgeScores) -> Entries:
+    """The scores of a side, for the metrics."""
+    return Entries(side.scores, side.graph.mask, dense=True, entropies=side.entropies)
+
+
+def _paired(values: Array, case: Case, relative: bool) -> Row:
     """Means before and after; their change in percent, of the mean before or in points; interval.
 
     Args:
         values: A value of each question on each side, [side, question].
-        recipe: How often to resample.
+        case: Where they are from.
         relative: Whether the change is beside the mean before.
     """
     old, new = (float(mean) if np.isfinite(mean) else None for mean in values.mean(1))
     if old is None or new is None or (relative and old == 0):
         return (old, new, None, None, None)
-    olds, news = resample_means(values, recipe.report.resamples)
-    drawn = 100 * (news - olds) / (np.abs(olds) if relative else 1)
-    change = 100 * (new - old) / (abs(old) if relative else 1)
-    return (old, new, change, *(interval_of(drawn) or (None, None)))
+    found = contributions("mean", *values) if relative else None
+    change = found.change if found else new - old
+    ends = t_interval(found.to_change if found else values[1] - values[0], case.units)
+    return (old, new, 100 * change, *_ends(ends, case, 100))
+
+
+def _ends(interval: Interval | None, case: Case, scale: float = 1) -> Row:
+    """The two ends of an interval, unless the recipe leaves statistics out."""
+    if interval is None or not case.recipe.report.resamples:
+        return (None, None)
+    return tuple(scale * end for end in interval)

@@ -78,29 +78,28 @@ class Extra(NamedTuple):
 _MASS = ("edges", "before", "after", *_CHANGE)
 _MASS_NOTE = (
     "Share of each question's sum of |score| over real edges, averaged over questions; edges: the "
-    "group's share of the edges themselves. Change in percentage points; from low to high: 95 % of "
-    "it with resampled questions."
+    "group's share of the edges themselves. Change in percentage points; from low to high: 95 % t "
+    "interval of it."
 )
 
 EXTRAS: dict[str, Extra] = {
     "overlap": Extra(
         "Overlap of the circuits",
         "1 is the same circuit. Edges, nodes: Jaccard index of the strongest tenth of edges (by "
-        "mean |score|) and of their ends; ranks: rank-biased overlap (p = 0.9). Halves: one half "
-        "of the questions before, the other after. Null: 95 % of the halves of one model agree "
-        "better; where halves is below null, the circuits differ by more than noise.",
+        "their mean share of a question's |scores|) and of their ends; ranks: rank-biased overlap "
+        "(p = 0.9). Chance: the same where the two models' matrices of each question are exchanged "
+        "at random; p: how often they are then as unlike.",
         tuple(
             f"{name}{kind}"
             for name in ("edges", "ranks", "nodes")
-            for kind in ("", " halves", " null")
+            for kind in ("", " chance", " p")
         ),
         overlap_rows,
     ),
     "concentration": Extra(
         "Concentration of the scores",
-        "Of |score| over real edges, question by question: Gini coefficient (0: all edges alike), "
-        "and how many equal edges would be as spread out, exp(entropy). From low to high: 95 % of "
-        "the change with resampled questions.",
+        "Of |score| over real edges, question by question; 0: all edges alike. From low to high: "
+        "95 % t interval of the change.",
         ("of", "before", "after", *_CHANGE),
         concentration_rows,
     ),
@@ -119,7 +118,7 @@ EXTRAS: dict[str, Extra] = {
         "Divergence of the next token",
         "KL(after || before) in nats, averaged over scored tokens and then over questions, where "
         "both models read the answers of the model before, and those of the model after. From low "
-        "to high: 95 % of it with resampled questions.",
+        "to high: 95 % t interval.",
         tuple(f"on {text}{end}" for text in ("before", "after") for end in ("", " low", " high")),
         divergence_rows,
         needs="states",
@@ -149,9 +148,10 @@ EXTRAS: dict[str, Extra] = {
 
 CONTROL = Extra(
     "Cross-text control",
-    "Each model is also scored on the other's answers. Model and text sum to the change; all are "
-    "in percent of the value before, from low to high with 95 % of resampled questions. Both: what "
-    "depends on model and text together, shared half and half; where large, the split says little.",
+    "Each model is also scored on the other's answers. Model and text sum to the change in percent "
+    "of the value before; where the metric is compared by ratios, they multiply to it. From low to "
+    "high: 95 % t interval. Both: what depends on model and text together, shared half and half; "
+    "where large, the split says little.",
     (
         "metric",
         "change %",

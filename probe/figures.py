@@ -26,11 +26,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.progress import Progress
 
+from probe.cells import Cell
 from probe.circuit import draw_circuit
 from probe.errors import ProbeError
 from probe.files import write_whole
 from probe.heatmap import draw_heatmap
-from probe.report import Cell, Report
+from probe.report import Report
 from probe.strength import read_strengths
 from probe.wording import compared, diversity_cells, percent, published_average, published_diversity
 
@@ -164,7 +165,8 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
         metric: `output_entropy` or `token_entropy`.
     """
     panels: dict[tuple[str, str], list[Cell]] = {}
-    for cell in (cell for report in reports for cell in report.cells if cell.metric == metric):
+    found = (cell for report in reports for cell in report.cells if not cell.control)
+    for cell in (cell for cell in found if cell.metric == metric):
         panels.setdefault((cell.benchmark, cell.pair), []).append(cell)
     theirs = {
         (value.pair, value.alpha): value.change
@@ -182,20 +184,19 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
         axes = grid[benchmarks.index(benchmark), pairs.index(pair)]
         axes.set_axis_on()
         places = np.arange(len(cells))
-        before = [np.nan if cell.before is None else cell.before for cell in cells]
-        after = [np.nan if cell.after is None else cell.after for cell in cells]
+        before = [np.nan if cell.paper.before is None else cell.paper.before for cell in cells]
+        after = [np.nan if cell.paper.after is None else cell.paper.after for cell in cells]
         axes.plot(places, before, "o--", color=BEFORE, markerfacecolor="white", label="before")
         axes.plot(places, after, "s-", color=AFTER, label="after")
         for place, cell in enumerate(cells):
-            top = max(cell.before or 0, cell.after or 0)
+            top = max(cell.paper.before or 0, cell.paper.after or 0)
             axes.annotate(
-                percent(cell.change),
+                percent(cell.paper.change),
                 (place, top),
                 (0, 6),
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,
-                fontweight="bold" if cell.significant else "normal",
             )
         labels = [f"{cell.alpha:g}" for cell in cells]
         for place, cell in enumerate(cells):
@@ -212,7 +213,7 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
             axes.set_ylabel("nats", fontsize=9)
     handles, texts = axes.get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    title = f"Output entropy: {ENTROPIES[metric]}\nnumbers: change (%), bold where significant"
+    title = f"Output entropy: {ENTROPIES[metric]}\nthe paper's number and its change (%)"
     title += "; in brackets: published" if theirs else ""
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure

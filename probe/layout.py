@@ -1,7 +1,7 @@
 """Layout: the tables of a report as rows of text, before any format draws them.
 
->>> titles(report)
-('alpha', 'metric', 'before → after', 'change %', 'interval', 'paper', 'real %')
+>>> CELL_TITLES[:3]
+('alpha', 'metric', 'before → after')
 >>> accuracy_table([report]).columns[:3]
 ('benchmark', 'pair', 'questions')
 """
@@ -10,14 +10,27 @@ import re
 from collections.abc import Callable, Sequence
 
 from probe.agreement import TITLES, explanation, shown_texts
+from probe.cells import Accuracy, Cell, Change
 from probe.metrics import METRICS, TOKEN_METRICS, metric_named
-from probe.report import Accuracy, Cell, Change, ExtraTable, Report
-from probe.wording import SAME, arrow, both, compared, interval, marks, number, percent, run_names
+from probe.report import ExtraTable, Report
+from probe.wording import (
+    SAME,
+    arrow,
+    both,
+    compared,
+    interval,
+    marks,
+    number,
+    p_value,
+    percent,
+    run_names,
+    warning,
+)
 
 TABLE_1 = ("activation_intensity", "information_complexity", "distribution_kurtosis")
 """The metrics of the paper's Table 1."""
 
-_NUMBERS = re.compile(r"[-+0-9.e%,()<≤ ↗→↘*~✓✗]*")
+_NUMBERS = re.compile(r"[-+0-9.e%,()<≤ ↗→↘*!✓✗]*")
 _VERDICTS = {True: "yes", False: "no", None: "-"}
 
 Texts = tuple[str, ...]
@@ -33,36 +46,37 @@ def shared_tables(reports: Sequence[Report]) -> list[ExtraTable]:
     return tables
 
 
-def titles(report: Report) -> Texts:
-    """The columns of a report's cells; the statistics are next to the dense matrix's change."""
-    if report.recipe.report.entries == "real":
-        return ("alpha", "metric", "before → after", "real %", "dense %", "interval", "paper")
-    return ("alpha", "metric", "before → after", "change %", "interval", "paper", "real %")
+CELL_TITLES = ("alpha", "metric", "before → after", "change %", "interval", "paper", "paper's %")
+"""The columns of a report's cells: our number, and the change of the paper's at the end."""
 
 
 def cell_rows(cell: Cell, report: Report) -> list[Texts]:
-    """A cell's row under `titles`, and below it what was published for it, if anything was."""
-    shows_real = report.recipe.report.entries == "real"
-
-    def row(start: Texts, judged: Texts, real: str) -> Texts:
-        return (*start, real, *judged) if shows_real else (*start, *judged, real)
-
-    real = cell.real_edges
-    shown = real if shows_real else Change(cell.before, cell.after, cell.change)
+    """A cell's row under `CELL_TITLES`, and below it what was published for it, if anything was."""
+    paper = cell.real_edges if report.recipe.report.entries == "real" else cell.paper
     # Padded by hand, so that numbers stay below each other with and without marks.
-    change = f"{percent(cell.change):>6} {marks(cell)}".rstrip()
-    rows = [
-        row(
-            (f"{cell.alpha:g}", metric_named(cell.metric).label, both(shown.before, shown.after)),
-            (change, interval(cell.interval), _VERDICTS[cell.as_in_paper]),
-            percent(real.change),
+    rows: list[Texts] = [
+        (
+            f"{cell.alpha:g}",
+            f"  {cell.control}" if cell.control else label_of(cell.metric),
+            both(cell.before, cell.after),
+            f"{percent(cell.change):>6} {marks(cell)}".rstrip(),
+            interval(cell.interval),
+            _VERDICTS[cell.as_in_paper],
+            f"{percent(paper.change)}{warning(cell.paper_influence) or ' '}",
         )
     ]
     if cell.published:
         theirs = cell.published
-        start = ("", "published", both(theirs.before, theirs.after))
-        rows.append(row(start, (f"{percent(theirs.change):>6}", "", SAME[cell.as_published]), ""))
+        shown = both(theirs.before, theirs.after)
+        same = SAME[cell.as_published]
+        rows.append(("", "published", shown, "", "", same, f"{percent(theirs.change)} "))
     return rows
+
+
+def label_of(metric: str) -> str:
+    """What a table calls our number of a metric."""
+    known = metric_named(metric)
+    return known.estimand.label if known.estimand else known.label
 
 
 def accuracy_table(reports: Sequence[Report]) -> list[ExtraTable]:
@@ -70,13 +84,22 @@ def accuracy_table(reports: Sequence[Report]) -> list[ExtraTable]:
     found = [
         (n, row) for n, r in zip(run_names(reports), reports, strict=True) for row in r.accuracy
     ]
-    columns: Texts = ("benchmark", "pair", "questions", "accuracy %", "points")
+    columns: Texts = (
+        "benchmark",
+        "pair",
+        "questions",
+        "accuracy %",
+        "points",
+        "interval",
+        "p",
+    )
     published = any(row.published for _, row in found)
     if published:
         columns = (*columns, "published %")
     rows = []
     for name, row in found:
-        texts: Texts = (row.benchmark, row.pair, str(row.questions), *_points(row))
+        tested = (interval(row.interval, points=True), p_value(row.p_value))
+        texts: Texts = (row.benchmark, row.pair, str(row.questions), *_points(row), *tested)
         if published:
             theirs = row.published and f"{_points(row.published)[0]} {SAME[row.as_published]}"
             texts = (*texts, theirs or "-")
@@ -101,19 +124,26 @@ def table_1(reports: Sequence[Report]) -> ExtraTable:
     empty = ("",) * len(TABLE_1)
     for report in reports:
         shown: dict[tuple[str, str, float], dict[str, Cell]] = {}
-        for cell in report.cells:
+        for cell in (cell for cell in report.cells if not cell.control):
             shown.setdefault((cell.pair, cell.benchmark, cell.alpha), {})[cell.metric] = cell
         for pair in report.recipe.pairs:
             of_pair = [where for where in shown if where[0] == pair.name]
             rows += [(pair.name, "", *empty)] if of_pair else []
             for where in of_pair:
                 found = [shown[where][metric] for metric in TABLE_1]
-                ours = (f"{both(cell.before, cell.after)} {marks(cell):<2}" for cell in found)
+                ours = (
+                    f"{both(cell.paper.before, cell.paper.after)} "
+                    f"{warning(cell.paper_influence) or ' '}"
+                    for cell in found
+                )
                 rows.append((f"  {where[1]}", f"{where[2]:g}", *ours))
                 if any(cell.published for cell in found):
                     rows.append(("  published", "", *map(_published, found)))
     columns = ("pair and benchmark", "alpha", *(metric_named(name).label for name in TABLE_1))
-    note = "Before and after; * is significant, ~ is within the noise of one model."
+    note = (
+        "The paper's numbers, before and after. They have no statistics: our numbers do. !: one "
+        "question holds more than a fifth of the change."
+    )
     if any(cell.published for report in reports for cell in report.cells):
         note += " Published values are below; ✓ is the same direction."
     return ExtraTable("Table 1 of the paper", note, columns, tuple(rows))
@@ -129,7 +159,7 @@ def side_by_side(reports: Sequence[Report]) -> list[ExtraTable]:
     names = run_names(reports)
     found: dict[tuple[str, str], dict[tuple[float, str], dict[int, Cell]]] = {}
     for place, report in enumerate(reports):
-        for cell in report.cells:
+        for cell in (cell for cell in report.cells if not cell.control):
             table = found.setdefault((cell.benchmark, cell.pair), {})
             table.setdefault((cell.alpha, cell.metric), {})[place] = cell
     order = [*METRICS, *TOKEN_METRICS]
@@ -140,7 +170,7 @@ def side_by_side(reports: Sequence[Report]) -> list[ExtraTable]:
             cells.items(), key=lambda item: (item[0][0], order.index(item[0][1]))
         ):
             shown = (_beside(row.get(place), len(names) < 3) for place in range(len(names)))
-            rows.append((f"{alpha:g}", metric_named(metric).label, *shown))
+            rows.append((f"{alpha:g}", label_of(metric), *shown))
         columns = ("alpha", "metric", *names)
         tables.append(ExtraTable(f"{benchmark} · {pair}", "", columns, tuple(rows)))
     return tables

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from probe.escaping import markdown as escape
 from probe.layout import (
+    CELL_TITLES,
     cell_rows,
     extra_texts,
     further_tables,
     numeric,
     shared_tables,
-    titles,
 )
 from probe.report import ExtraTable, Report
 from probe.wording import caveats, groups, heading, overview
@@ -26,7 +26,7 @@ def document(reports: Sequence[Report]) -> str:
             for benchmark, pair, cells in groups(report):
                 rows = tuple(row for cell in cells for row in cell_rows(cell, report))
                 title = heading(benchmark, pair, cells)
-                tables.append(ExtraTable(title, "", titles(report), rows))
+                tables.append(ExtraTable(title, "", CELL_TITLES, rows))
         tables += further_tables(report)
     lines = ["  \n".join(map(escape, overview(reports))), ""]
     for table in tables:

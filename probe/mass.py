@@ -31,19 +31,6 @@ def gini(values: Array) -> Array:
         return np.sort(values, axis=1) @ weights / (count * values.sum(1))
 
 
-def effective_edges(values: Array) -> Array:
-    """exp(Shannon entropy) of each question's shares: how many equal edges are as spread out.
-
-    The Hill number of order 1 (Hill 1973); NaN where all strengths are 0.
-
-    Args:
-        values: Strengths [question, edge], not negative.
-    """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        part = values / values.sum(1, keepdims=True)
-        return np.exp(-(part * np.log(np.where(part > 0, part, 1))).sum(1))
-
-
 Groups = list[tuple[str, npt.NDArray[np.bool_]]]
 """Names of groups, and which real edges [edge] are in each."""
 

@@ -1,6 +1,7 @@
 """Overlap: do both models use the same edges, and is the difference more than noise?
 
-Edges are ranked by their mean |score| over questions. Three numbers, each 1 for the same circuit:
+Edges are ranked by their mean share of a question's |scores|. Three numbers, each 1 for the same
+circuit:
 
 - `edges`: Jaccard index of the two sets of the strongest tenth of all real edges;
 - `nodes`: the same of the nodes at the ends of these edges (an attention is one node, except with
@@ -9,9 +10,11 @@ Edges are ranked by their mean |score| over questions. Three numbers, each 1 for
   Moffat and Zobel 2010, "A similarity measure for indefinite rankings"; p = 0.9, so that the first
   ten ranks hold 86 % of the weight).
 
-Two halves of one model's questions do not give the same circuit either. So the overlap is also
-taken between random halves: across models (one half before, the other after) and within a model.
-Where the first is below most of the second, the circuits differ by more than noise.
+Each question counts the same: its scores are taken as shares of their sum, or the circuit would be
+that of the few questions with the largest gradients. If the models did not differ, it would not
+matter which of a question's two matrices is called "after". So the two are exchanged at random, for
+whole clusters of questions, and the overlap of the two mixed sets says how alike circuits are by
+chance, and how seldom (p) they are as unlike as those of the models.
 
     >>> rank_biased_overlap(np.array([3.0, 2.0, 1.0]), np.array([3.0, 2.0, 1.0]))
     1.0
@@ -24,16 +27,21 @@ import numpy.typing as npt
 import torch
 
 from probe.graph import Graph, Node
-from probe.metrics import Array, strengths
-from probe.statistics import halves
+from probe.metrics import Array, Entries
+from probe.statistics import SEED, Units
 
 TOP = 0.1
 PERSISTENCE = 0.9
 DEPTH = 100
 """Ranks that are compared; those behind hold less than 1e-4 of the weight."""
 
-# Of so many splits the means are held at once, as many as keep an array of them small (128 MB).
-_VALUES = 2**24
+EXCHANGES = 999
+"""How many times the two sides of questions are exchanged."""
+
+# Of so many exchanges the means are held at once, as many as keep an array of them small (32 MB).
+_VALUES = 2**22
+# Overlaps this much apart are the same.
+_ROUNDING = 1e-12
 
 
 class Overlap(NamedTuple):
@@ -50,47 +58,59 @@ class Overlap(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The overlap of two models, and what noise makes of it."""
+    """The overlap of two models, and what chance makes of it."""
 
     models: Overlap
     """Of both models, over all questions."""
 
-    across: Overlap | None
-    """Mean over splits of the overlap of one half before with the other half after; None for fewer
-    than two questions."""
+    chance: Overlap | None = None
+    """Mean overlap of the two sets, over exchanges of questions' two sides at random."""
 
-    null: Overlap | None
-    """5th percentile, over splits, of the overlap of two halves of one model; of the model for
-    which it is smaller."""
+    p_values: Overlap | None = None
+    """How often such sets overlap as little as the models do, which count among them."""
 
 
-def compare_circuits(before: torch.Tensor, after: torch.Tensor, graph: Graph) -> Comparison:
+def compare_circuits(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    graph: Graph,
+    units: Units | None = None,
+    exchanges: int = EXCHANGES,
+) -> Comparison:
     """Compare the circuits of two models.
 
     Args:
         before: Scores [question, source, target] of the model before.
         after: Those of the model after, of the same questions.
         graph: Which entry is which edge.
+        units: The cluster of each question, as a number from 0 on; None leaves chance out.
+        exchanges: How many times sides are exchanged.
     """
     ends = _ends(graph)
-    sides = [strengths(scores, graph.mask) for scores in (before, after)]
-    models = overlap(sides[0].mean(0), sides[1].mean(0), ends)
-    if len(before) < 2:
-        return Comparison(models, None, None)
-    across: list[Overlap] = []
-    within: tuple[list[Overlap], list[Overlap]] = ([], [])
-    first, second = halves(len(before))
-    step = max(1, _VALUES // sides[0].size)
-    for start in range(0, len(first), step):
-        parts = [half[start : start + step].astype(np.float64) for half in (first, second)]
-        means = [[part @ side for part in parts] for side in sides]
-        for split in range(len(parts[0])):
-            old, new = ([half[split] for half in side] for side in means)
-            across += [overlap(old[0], new[1], ends), overlap(old[1], new[0], ends)]
-            for found, (one, other) in zip(within, (old, new), strict=True):
-                found.append(overlap(one, other, ends))
-    null = np.min([np.percentile(found, 5, axis=0) for found in within], axis=0)
-    return Comparison(models, Overlap(*np.mean(across, axis=0).tolist()), Overlap(*null.tolist()))
+    old, new = (shares_of_edges(scores, graph) for scores in (before, after))
+    models = overlap(old.mean(0), new.mean(0), ends)
+    groups = 0 if units is None else len(np.unique(units))
+    if units is None or groups < 2:
+        return Comparison(models)
+    whole = old.sum(0) + new.sum(0)
+    random = np.random.default_rng([SEED, 2])
+    found = [models]
+    step = max(1, _VALUES // old.shape[1])
+    for start in range(0, exchanges, step):
+        count = min(step, exchanges - start)
+        kept = (random.random((count, groups)) < 0.5)[:, units].astype(np.float64)
+        for mixed in kept @ (old - new) + new.sum(0):
+            found.append(overlap(mixed, whole - mixed, ends))
+    values = np.array(found)
+    as_unlike = (values <= values[0] + _ROUNDING).mean(0)
+    return Comparison(models, Overlap(*values[1:].mean(0).tolist()), Overlap(*as_unlike.tolist()))
+
+
+def shares_of_edges(scores: torch.Tensor, graph: Graph) -> Array:
+    """The share of each real edge in the sum of a question's |scores|, [question, edge]."""
+    values = Entries(scores, graph.mask).strengths
+    totals = values.sum(1, keepdims=True)
+    return values / np.where(totals > 0, totals, 1)
 
 
 def overlap(left: Array, right: Array, ends: npt.NDArray[np.int64], top: float = TOP) -> Overlap:

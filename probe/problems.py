@@ -54,6 +54,9 @@ class Problem(NamedTuple):
     grading: Grading = "math"
     """How a model's answer is compared with it."""
 
+    cluster: str | None = None
+    """What it shares with other questions (a template, a passage); None where it stands alone."""
+
 
 class Benchmark(NamedTuple):
     """A benchmark as recipes know it."""
@@ -205,7 +208,9 @@ def _problems(rows: Sequence[Row], answer: Callable[[Row], str]) -> list[Problem
         final = answer(row).strip()
         if not final:
             raise ProbeError(f"{row.where}: the answer is empty; mend or remove this row")
-        problems.append(Problem(name, question, final))
+        cluster = row.find("cluster")
+        shared = None if cluster is None else str(cluster)
+        problems.append(Problem(name, question, final, cluster=shared))
     return problems
 
 

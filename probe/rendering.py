@@ -10,14 +10,16 @@ import io
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from probe import agreement, latex, markdown, terminal
 from probe.agreement import Agreement
+from probe.cells import Change
 from probe.errors import ProbeError
 from probe.escaping import PlainConsole
 from probe.report import Report
+from probe.statistics import Influence
 from probe.wording import run_names
 
 
@@ -93,8 +95,8 @@ def _csv(reports: Sequence[Report]) -> str:
         for cell in report.cells:
             row: dict[str, object] = {"run": name} if len(reports) > 1 else {}
             for key, value in asdict(cell).items():
-                if key in ("real_edges", "published"):
-                    parts = value or dict.fromkeys(("before", "after", "change"))
+                if key in _PARTS:
+                    parts = value or dict.fromkeys(_PARTS[key])
                     row |= {f"{key}_{part}": number for part, number in parts.items()}
                 elif key == "interval":
                     row["interval_low"], row["interval_high"] = value or (None, None)
@@ -106,6 +108,14 @@ def _csv(reports: Sequence[Report]) -> str:
         writer.writeheader()
         writer.writerows(rows)
     return text.getvalue().rstrip("\n")
+
+
+_PARTS = dict.fromkeys(
+    ("paper", "real_edges", "published"), tuple(field.name for field in fields(Change))
+) | dict.fromkeys(
+    ("influence", "paper_influence"), tuple(field.name for field in fields(Influence))
+)
+"""What a cell holds as a record of its own: a column of CSV for each of its fields."""
 
 
 def _html(reports: Sequence[Report]) -> str:

@@ -9,23 +9,30 @@ run can be reported again at any time; `probe.rendering` prints them.
     'activation_intensity'
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from probe.agreement import Agreement, agreement_from
-from probe.edges import EdgeScores
+from probe.cells import (
+    Accuracy,
+    Cell,
+    change_of,
+    judged_accuracy,
+    judged_cells,
+    make_accuracy,
+    make_cells,
+)
 from probe.extras import ExtraTable as ExtraTable
 from probe.extras import extra_tables
-from probe.metrics import METRICS, TOKEN_METRICS, compute_metric, metric_named
-from probe.recipe import Pair, Recipe, ReportOptions, recipe_from
+from probe.metrics import METRICS, TOKEN_METRICS
+from probe.recipe import Pair, Recipe, recipe_from
 from probe.run_folder import (
-    SCHEMA,
     Damaged,
+    Missing,
     RunFolder,
     cell_name,
     faithfulness_file,
@@ -33,117 +40,10 @@ from probe.run_folder import (
     model_names,
     run_path,
 )
-from probe.statistics import LEVEL, Statistics, compare_sides, holm, permutations_for
+from probe.statistics import flips_for
 
-_SIGNS = {"up": 1, "down": -1}
-
-
-@dataclass(frozen=True)
-class Change:
-    """One value of two models."""
-
-    before: float | None
-    """The model before; None where the metric is not defined (diversity of one sample)."""
-
-    after: float | None
-    """The model after."""
-
-    change: float | None
-    """(after - before) / |before|; None where that is not defined."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One metric of one pair on one benchmark at one alpha."""
-
-    pair: str
-    """The pair's name."""
-
-    benchmark: str
-    """The benchmark's name."""
-
-    alpha: float
-    """Scored length as a share of the reference length."""
-
-    metric: str
-    """A name in `probe.metrics.METRICS`, or in `TOKEN_METRICS`."""
-
-    before: float | None
-    """The model before, over the dense matrix with its structural zeros."""
-
-    after: float | None
-    """The model after."""
-
-    change: float | None
-    """(after - before) / |before|, a fraction."""
-
-    samples: int
-    """How many questions it is computed from."""
-
-    paper_direction: Literal["up", "down"] | None
-    """How the paper reports that online RL moves this metric; None where it has no such metric."""
-
-    as_in_paper: bool | None
-    """Whether it moved that way; None where the change or the way is not defined."""
-
-    real_edges: Change
-    """The same over real edges only; of a metric that is of no edges, the same again."""
-
-    interval: tuple[float, float] | None = None
-    """95 % bootstrap interval of the change over questions. This and what follows is over the dense
-    matrix, and None where it is not defined or the recipe leaves statistics out."""
-
-    p_value: float | None = None
-    """How often a change of this size comes about by exchanging questions' two sides at random."""
-
-    p_holm: float | None = None
-    """The same, adjusted by Holm's method for all cells of the report."""
-
-    effect_size: float | None = None
-    """after - before in standard deviations of a question's contribution to it."""
-
-    noise_floor: float | None = None
-    """The |change|, in this direction, that random halves of one model's questions differ by in
-    95 % of all splits."""
-
-    significant: bool | None = None
-    """Whether p_holm is below 0.05."""
-
-    above_noise: bool | None = None
-    """Whether |change| is above the noise floor."""
-
-    published: Change | None = None
-    """What was printed elsewhere for this cell, where the recipe says."""
-
-    as_published: bool | None = None
-    """Whether it moved the way that the published value did."""
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """How many questions a model solved."""
-
-    pair: str
-    """The pair's name."""
-
-    benchmark: str
-    """The benchmark's name."""
-
-    before: float
-    """Share of right answers of the model before."""
-
-    after: float
-    """Share of right answers of the model after."""
-
-    questions: int
-    """How many were asked."""
-
-    published: Change | None = None
-    """What was printed elsewhere, where the recipe says."""
-
-    as_published: bool | None = None
-    """Whether it moved the way that the published value did."""
-
+REPORT_SCHEMA = 2
+"""Of report.json; other files of a run have the run folder's."""
 
 Row = TypeVar("Row", Cell, Accuracy)
 
@@ -177,7 +77,7 @@ class Report:
     def table(self) -> dict[str, object]:
         """The report as plain data, as report.json holds it."""
         return {
-            "schema": SCHEMA,
+            "schema": REPORT_SCHEMA,
             "recipe": self.recipe.name,
             "complete": not self.missing,
             "cells": [asdict(cell) for cell in self.cells],
@@ -202,30 +102,32 @@ def build_report(path: str | Path) -> Report:
     cells: list[Cell] = []
     missing: list[str] = []
     planned = len(recipe.pairs) * len(recipe.benchmarks) * len(recipe.selection.alpha)
-    permutations = permutations_for(planned * len(METRICS | TOKEN_METRICS))
+    flips = flips_for(planned * len(METRICS | TOKEN_METRICS)) if recipe.report.resamples else 0
+    flips = max(flips, recipe.report.resamples) if flips else 0
     accuracy = []
     for benchmark in (choice.name for choice in recipe.benchmarks):
+        clusters = folder.read_clusters(benchmark)
         for pair in recipe.pairs:
-            accuracy.append(_accuracy(folder, recipe, pair, benchmark))
+            accuracy.append(_accuracy(folder, recipe, pair, benchmark, clusters, flips))
             for alpha in recipe.selection.alpha:
                 name = cell_name(pair, benchmark, alpha)
-                files = [folder.edges_file(name, side) for side in ("before", "after")]
                 try:
-                    before, after = (folder.read_edges(file) for file in files)
-                except Damaged as error:
+                    before, after = folder.read_sides(name, "before", "after")
+                except Missing as error:
                     missing.append(f"{name}: {error}")
                     continue
-                if before is None or after is None:
-                    missing.append(f"{name}: {folder.left_out(name) or 'not computed yet'}")
-                    continue
-                if before.ids != after.ids:
-                    missing.append(f"{name}: before and after are of different questions")
-                    continue
-                where = pair.name, benchmark, alpha
-                cells += _cells(where, before, after, recipe.report, permutations)
+                cells += make_cells(
+                    (pair.name, benchmark, alpha),
+                    before,
+                    after,
+                    bins=recipe.report.bins,
+                    flips=flips,
+                    clusters=[clusters.get(question) for question in before.ids],
+                )
     faithfulness, unmeasured = _faithfulness(folder, recipe)
-    known = tuple(_beside_published(row, recipe) for row in accuracy if row)
-    judged = tuple(_beside_published(cell, recipe) for cell in _judged(cells))
+    rows = judged_accuracy([row for row in accuracy if row])
+    known = tuple(_beside_published(row, recipe) for row in rows)
+    judged = tuple(_beside_published(cell, recipe) for cell in judged_cells(cells))
     extras, lacking = extra_tables(folder, recipe)
     missing = [*missing, *unmeasured, *lacking]
     return Report(recipe, judged, known, tuple(missing), faithfulness, extras, path=folder.path)
@@ -249,109 +151,43 @@ def _faithfulness(folder: RunFolder, recipe: Recipe) -> tuple[tuple[Agreement, .
     return tuple(found), missing
 
 
-def _accuracy(folder: RunFolder, recipe: Recipe, pair: Pair, benchmark: str) -> Accuracy | None:
+def _accuracy(
+    folder: RunFolder,
+    recipe: Recipe,
+    pair: Pair,
+    benchmark: str,
+    clusters: Mapping[str, str],
+    flips: int,
+) -> Accuracy | None:
     names = model_names(recipe)
-    sides = []
-    for asked in pair.asked():
-        solutions, _ = folder.read_solutions(folder.solutions_file(names[asked], benchmark))
-        sides.append([solution.correct for solution in solutions])
-    if not sides[0] or len(sides[0]) != len(sides[1]):
+    files = (folder.solutions_file(names[asked], benchmark) for asked in pair.asked())
+    before, after = (
+        {solution.id: solution.correct for solution in folder.read_solutions(file)[0]}
+        for file in files
+    )
+    if not before or before.keys() != after.keys():
         return None
-    before, after = (sum(side) / len(side) for side in sides)
-    return Accuracy(pair.name, benchmark, before, after, len(sides[0]))
-
-
-def _cells(
-    where: tuple[str, str, float],
-    before: EdgeScores,
-    after: EdgeScores,
-    options: ReportOptions,
-    permutations: int,
-) -> list[Cell]:
-    """The cells of a pair on a benchmark at an alpha, a metric each."""
-    sides = (before, after)
-    masks = None, before.graph.mask
-    values = {
-        metric: [
-            _change(*(compute_metric(metric, e.scores, mask, bins=options.bins) for e in sides))
-            for mask in masks
-        ]
-        for metric in METRICS
-    }
-    for metric, entry in TOKEN_METRICS.items():
-        # It is of no edges, so it is the same over all of them and over real ones.
-        values[metric] = 2 * [_change(*(entry.function(e.entropies) for e in sides))]
-    statistics = dict.fromkeys(values, Statistics())
-    if options.resamples:
-        statistics |= compare_sides(
-            before.scores,
-            after.scores,
-            bins=options.bins,
-            resamples=options.resamples,
-            permutations=permutations,
-        )
-        statistics |= compare_sides(
-            before.entropies,
-            after.entropies,
-            resamples=options.resamples,
-            permutations=permutations,
-            metrics=TOKEN_METRICS,
-        )
-    cells = []
-    for metric, (dense, real) in values.items():
-        direction, agrees = metric_named(metric).direction, None
-        if dense.change is not None and direction:
-            agrees = dense.change * _SIGNS[direction] > 0
-        cells.append(
-            Cell(
-                *where,
-                metric=metric,
-                before=dense.before,
-                after=dense.after,
-                change=dense.change,
-                samples=len(before.scores),
-                paper_direction=direction,
-                as_in_paper=agrees,
-                real_edges=real,
-                **vars(statistics[metric]),
-            )
-        )
-    return cells
+    sides = [[side[name] for name in before] for side in (before, after)]
+    groups = [clusters.get(name) for name in before]
+    return make_accuracy(pair.name, benchmark, *sides, clusters=groups, flips=flips)
 
 
 def _beside_published(row: Row, recipe: Recipe) -> Row:
     """The row with the value that the recipe publishes for it, if it does."""
-    metric, alpha = (row.metric, row.alpha) if isinstance(row, Cell) else ("accuracy", None)
+    cell = row if isinstance(row, Cell) else None
+    if cell and cell.control:
+        return row
+    metric, alpha = (cell.metric, cell.alpha) if cell else ("accuracy", None)
     where = (row.pair, row.benchmark, metric, alpha)
+    ours = cell.paper if cell else row
     for value in recipe.published:
         if (value.pair, value.benchmark, value.metric, value.alpha) == where:
             same = None
-            if row.before is not None and row.after is not None:
-                same = np.sign(row.after - row.before) == np.sign(value.after - value.before)
+            if ours.before is not None and ours.after is not None:
+                same = np.sign(ours.after - ours.before) == np.sign(value.after - value.before)
             return replace(
                 row,
-                published=_change(value.before, value.after),
+                published=change_of(value.before, value.after),
                 as_published=None if same is None else bool(same),
             )
     return row
-
-
-def _judged(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells with what depends on all of them, and on their own noise."""
-    tested = [cell.p_value for cell in cells if cell.p_value is not None]
-    adjusted = iter(holm(tested))
-    judged = []
-    for cell in cells:
-        if cell.p_value is not None:
-            p_holm = next(adjusted)
-            cell = replace(cell, p_holm=p_holm, significant=p_holm < LEVEL)
-        if cell.change is not None and cell.noise_floor is not None:
-            cell = replace(cell, above_noise=abs(cell.change) > cell.noise_floor)
-        judged.append(cell)
-    return judged
-
-
-def _change(before: float, after: float) -> Change:
-    finite = [value if math.isfinite(value) else None for value in (before, after)]
-    defined = None not in finite and before != 0
-    return Change(finite[0], finite[1], (after - before) / abs(before) if defined else None)

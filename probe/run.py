@@ -93,6 +93,9 @@ def run_recipe(
         recipe = with_earlier_tables(folder, recipe)
     tables = {name: file.table for name, file in given.items()}
     record = open_record(folder, recipe, fresh, tables)
+    folder.write_clusters(
+        {name: {p.id: p.cluster for p in part if p.cluster} for name, part in problems.items()}
+    )
     for name, file in given.items():
         console.print(f"solutions of {name}: {file.account}", soft_wrap=True)
     for line in plan_lines(make_plan(recipe)):

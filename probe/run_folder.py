@@ -10,6 +10,7 @@
     faithfulness/MODEL.json, .png                exact effects of some edges, beside their scores
     extras/PAIR.BENCHMARK.on-SIDE.json           both models' states on the answers of one
     extras/PAIR.weights.json                     how far each matrix moved
+    clusters.json                                which questions belong together
     report.json                                  the cells
     figures/                                     pictures, by `probe plot`
 
@@ -27,7 +28,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -46,7 +47,7 @@ from probe.selection import Selection, Solution
 
 SCHEMA = 1
 FOLDERS = ("solutions", "selection", "edges", "faithfulness", "extras")
-PARTS = (*FOLDERS, "figures", "run.json", "report.json")
+PARTS = (*FOLDERS, "figures", "run.json", "clusters.json", "report.json")
 
 
 class Damaged(Exception):
@@ -215,6 +216,24 @@ class RunFolder:
         except Damaged:
             return None
         return None if reason is None else str(reason)
+
+    def write_clusters(self, clusters: Mapping[str, Mapping[str, str]]) -> None:
+        """Write the cluster of each question by benchmark, where questions have one."""
+        self.write_json("clusters.json", clusters)
+
+    def read_clusters(self, benchmark: str) -> dict[str, str]:
+        """The cluster of each question of a benchmark that has one.
+
+        Raises:
+            ProbeError: The file is damaged: without it, questions would pass for independent.
+        """
+        try:
+            table = (self.read_json("clusters.json") or {}).get(benchmark, {})
+            return TypeAdapter(dict[str, str]).validate_python(table)
+        except (Damaged, ValidationError) as error:
+            raise ProbeError(
+                f"{self.path / 'clusters.json'}: damaged; run the recipe again"
+            ) from error
 
     def edges_file(self, cell: str, side: str) -> Path:
         """Where the edges of one side of a cell are."""

@@ -11,8 +11,8 @@ from pydantic.dataclasses import dataclass
 
 from probe.vocabulary import (
     BINS,
+    FLIPS,
     JOBS,
-    RESAMPLES,
     TIMEOUT,
     Ablation,
     Convention,
@@ -242,8 +242,8 @@ class SelectionOptions:
     delta: Positive = 0.5
     """Largest difference of the two lengths, as a share of their mean."""
 
-    samples: Count = 100
-    """At most this many questions."""
+    samples: Count = 1000
+    """At most this many questions: a budget. Of fewer that qualify, all are scored."""
 
     seed: Seed = 42
     """Seed of their draw."""
@@ -304,10 +304,11 @@ class ReportOptions:
     bins: Count = BINS
     """Bins of the histogram behind the entropies."""
 
-    resamples: Annotated[int, BeforeValidator(whole_number), Field(ge=0)] = RESAMPLES
-    """How many times the questions are drawn for an interval; 0 leaves all statistics out."""
+    resamples: Annotated[int, BeforeValidator(whole_number), Field(ge=0)] = FLIPS
+    """How many random sign flips a p-value is from (more, if many cells need it); 0 leaves all
+    statistics out."""
 
-    extra: tuple[str, ...] = ("overlap", "concentration")
+    extra: tuple[str, ...] = ("overlap",)
     """Further tables: names in `probe.extras.EXTRAS`, which says what costs another pass."""
 
     entries: Literal["dense", "real"] = "dense"

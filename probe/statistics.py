@@ -1,149 +1,397 @@
 """Statistics: how far chance alone could have moved a metric, so that a change can be a finding.
 
-Row i of both sides is question i, so everything is paired over questions. They are drawn again
-with repetition for an interval, their two sides are exchanged for a p-value, and one model's
-questions are split into halves for a noise floor. All of these are weights on sequences, and a
-metric that is a mean, a histogram or a mean over pairs is computed for thousands of weightings at
-once. docs/statistics.md has the equations and the limits.
+Row i of both sides is question i, so everything is paired. Each question contributes a number to a
+change, and the change is their mean: the log of a question's ratio, a difference, or, of a metric
+of pairs, the jackknife's pseudo-value. From these numbers come a t interval, a p-value (their signs
+are flipped), and how much of it all one question holds. Questions of one cluster stay together.
+docs/statistics.md has the equations, and what `benchmarks/calibration.py` measured of them.
 
-    >>> found = compare_sides(before.scores, after.scores)["activation_intensity"]
-    >>> found.interval, found.p_value
-    ((-0.78, -0.65), 9.999e-05)
+    >>> edges = [Entries(side.scores, graph.mask, dense=True) for side in (before, after)]
+    >>> found = compare_sides(*edges)["activation_intensity"]
+    >>> found.change, found.interval, found.p_value
+    (-0.789, (-0.807, -0.769), 4.9998e-05)
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
+from scipy.special import stdtrit
 
 from probe.errors import ProbeError
-from probe.metrics import METRICS, Array, compute_metric, entropy, metric_named
-from probe.vocabulary import BINS, RESAMPLES
+from probe.metrics import (
+    METRICS,
+    Array,
+    Entries,
+    Form,
+    Metric,
+    entropy,
+    histograms,
+    metric_named,
+    paper_number,
+)
+from probe.vocabulary import FLIPS
 
-PERMUTATIONS = 10_000
-SPLITS = 200
+EXACT = 14
+"""Of so many clusters and fewer, all sign flips are gone through."""
+
 SEED = 42
 LEVEL = 0.05
 """How often a report may call a cell significant where nothing has changed."""
 
-# As many weights at once as keep an array of them small (32 MB).
-_WEIGHTS = 2**22
-# Differences this much smaller than the values are rounding.
-_ROUNDING = 1e-10
+# As many signs at once as keep an array of them small (32 MB).
+_SIGNS = 2**22
+# Scores are float32: what is this much smaller than what it is from is rounding.
+_ROUNDING = 1e-6
+# Sums are float64.
+_ROUNDING_OF_SUMS = 1e-10
 
-Weighted = Callable[[Array], Array]
-"""A metric of weighted sequences: weights [weighting, sequence] to values [weighting]."""
+Interval = tuple[float, float]
+Units = npt.NDArray[np.int64]
+"""The cluster of each question, as a number from 0 on."""
+
+
+@dataclass(frozen=True)
+class Influence:
+    """How much of a change is one question's."""
+
+    question: int | str
+    """The question that holds the largest share: its row, or, in a report, its id."""
+
+    share: float
+    """Its share of the sum of all questions' |contributions| to after - before."""
+
+    sign_survives: bool
+    """Whether the change has the same sign without it."""
 
 
 @dataclass(frozen=True)
 class Statistics:
     """What is known about the change of one metric; None where it is not defined."""
 
-    interval: tuple[float, float] | None = None
-    """95 % paired bootstrap interval (percentiles) of (after - before) / |before|."""
+    before: float | None = None
+    """The model before: the geometric mean, mean or mean over pairs of its questions' values."""
+
+    after: float | None = None
+    """The model after."""
+
+    change: float | None = None
+    """(after - before) / |before|."""
+
+    interval: Interval | None = None
+    """95 % t interval of the change over questions, or over clusters of them; of a ratio, that of
+    the mean log ratio, taken back."""
 
     p_value: float | None = None
-    """Share of the exchanges of questions' two sides whose |after - before| is at least as large
-    as the observed one; the observed one counts among them. Before sides are exchanged under a
-    histogram, they are brought to one scale, on which its entropy does not depend."""
+    """Share of the sign flips of the questions' (clusters') contributions whose sum is at least as
+    far from 0 as the observed one, which counts among them."""
 
     effect_size: float | None = None
-    """(after - before) in standard deviations of a question's contribution to it. For a mean over
-    questions these are the paired differences; otherwise their standard deviation is taken to be
-    sqrt(questions) times that of the bootstrapped difference, which for a mean is the same."""
+    """Mean contribution to after - before (of a ratio, to its log) in their standard deviations."""
 
-    noise_floor: float | None = None
-    """95th percentile of |relative change| from one random half of a model's questions to the
-    other, over the changes in the direction that the metric moved (a fall ends at -100 %, a rise
-    nowhere), of the noisier model. Halves share no question and hold half of them, so this is a
-    generous bound: two sets of all questions differ by less."""
+    samples: int = 0
+    """How many questions it is from: those where both values are defined, and above 0 for a
+    ratio."""
+
+    clusters: int = 0
+    """How many clusters these are in; as many as questions, where there are none."""
+
+    influence: Influence | None = None
+    """What the question with the most influence holds."""
+
+
+class Contributions(NamedTuple):
+    """What each question contributes to a change."""
+
+    before: float
+    """The metric before."""
+
+    after: float
+    """The metric after."""
+
+    to_difference: Array
+    """[question]; their mean is after - before, of a ratio its log."""
+
+    to_change: Array
+    """[question]; their mean is the relative change to first order, of a ratio again its log."""
+
+    change: float
+    """The relative change."""
 
 
 def compare_sides(
-    before: torch.Tensor,
-    after: torch.Tensor,
+    before: Entries,
+    after: Entries,
     *,
-    bins: int = BINS,
-    resamples: int = RESAMPLES,
-    permutations: int = PERMUTATIONS,
+    clusters: Sequence[str | None] | None = None,
+    flips: int = FLIPS,
     metrics: Iterable[str] = METRICS,
 ) -> dict[str, Statistics]:
     """Compute the statistics of every metric between two sides of the same questions.
 
     Args:
-        before: Scores [question, source, target] of the model before; entropies [question] for
-            `metrics.TOKEN_METRICS`.
+        before: Edges of the model before.
         after: Those of the model after, of the same questions in the same order.
-        bins: Bins of the histograms.
-        resamples: How many times questions are drawn for an interval.
-        permutations: How many times sides are exchanged for a p-value.
+        clusters: The cluster of each question; None: of a question that is alone.
+        flips: How many random sign flips a p-value is from, where there are too many for all; 0
+            leaves p-values and intervals out.
         metrics: Names of the metrics.
 
     Raises:
         ProbeError: The sides differ in shape.
     """
-    if before.shape != after.shape:
+    if before.values.shape != after.values.shape:
         raise ProbeError(
-            f"scores before have shape {list(before.shape)} and after {list(after.shape)}; "
-            "statistics need both of the same questions"
+            f"scores before have shape {list(before.values.shape)} and after "
+            f"{list(after.values.shape)}; statistics need both of the same questions"
         )
-    if len(before) < 2:
-        return {name: Statistics() for name in metrics}
-    draws = _Draws(len(before), resamples, permutations)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return {name: _compare(name, before, after, bins, draws) for name in metrics}
+    units = units_of(clusters, len(before))
+    found: dict[str, Statistics] = {}
+    tested: dict[str, tuple[Array, Units]] = {}
+    for name in metrics:
+        estimand = metric_named(name).estimand
+        if estimand is None:
+            found[name] = Statistics()
+            continue
+        values = before.parts(estimand.values), after.parts(estimand.values)
+        found[name], contributed, rows = describe(estimand.form, *values, units)
+        if contributed is not None:
+            tested[name] = contributed, units[rows]
+    if not flips:
+        return {
+            name: replace(statistics, interval=None, effect_size=None)
+            for name, statistics in found.items()
+        }
+    for name, p_value in zip(tested, flip_all(list(tested.values()), flips), strict=True):
+        found[name] = replace(found[name], p_value=p_value)
+    return found
 
 
-def resample(
-    name: str,
-    sides: Sequence[torch.Tensor],
-    *,
-    bins: int = BINS,
-    resamples: int = RESAMPLES,
-) -> tuple[Array, Array]:
-    """A metric of several sides of the same questions, and of the same draws of these questions.
+def describe(
+    form: Form, before: Array, after: Array, units: Units
+) -> tuple[Statistics, Array | None, npt.NDArray[np.bool_]]:
+    """All of a metric's statistics but its p-value.
 
     Args:
-        name: A name in `probe.metrics.METRICS` or `TOKEN_METRICS`.
-        sides: Scores [question, source, target] of each side; entropies [question] for the latter.
-        bins: Bins of the histograms.
-        resamples: How many times questions are drawn.
+        form: How the values of questions become one.
+        before: [question], or [question, question] for pairs.
+        after: Likewise.
+        units: The cluster of each question.
 
     Returns:
-        The metric [side], and of the drawn questions [side, draw]; NaN where it is not defined.
+        The statistics; the contributions that a p-value is from, of the questions that count, or
+        None; and which questions these are.
     """
-    draws = _Draws(len(sides[0]), resamples, 0)
+    rows = defined(form, before, after)
+    count = int(rows.sum())
+    least = 3 if form == "pairs" else 2
+    if form == "pairs":
+        before, after = (side[np.ix_(rows, rows)] for side in (before, after))
+    else:
+        before, after = before[rows], after[rows]
+    units = np.unique(units[rows], return_inverse=True)[1]
+    groups = int(units.max(initial=-1)) + 1
+    if count < least:
+        whole = contributions(form, before, after) if count == least - 1 else None
+        if whole is None:
+            return Statistics(samples=count, clusters=groups), None, rows
+        old, new, change = map(_known, (whole.before, whole.after, whole.change))
+        return Statistics(old, new, change, samples=count, clusters=groups), None, rows
     with np.errstate(divide="ignore", invalid="ignore"):
-        metrics = [_weighted(name, scores, bins) for scores in sides]
-        values = np.array([metric(draws.observed)[0] for metric in metrics])
-        return values, np.stack([_evaluate(metric, draws.resampled) for metric in metrics])
+        found = contributions(form, before, after)
+    # What scores in float32 do not tell apart is no difference.
+    rounding = _ROUNDING * (1 if form == "ratio" else abs(found.before))
+    parts = np.where(np.abs(found.to_difference) <= rounding, 0, found.to_difference)
+    change = _known(found.change) if parts.any() else 0.0
+    interval = t_interval(found.to_change, units) if parts.any() else (0.0, 0.0)
+    interval = interval if change is not None and groups > 1 else None
+    if interval is not None and form == "ratio":
+        interval = float(np.expm1(interval[0])), float(np.expm1(interval[1]))
+    deviation = parts.std(ddof=1)
+    certain = deviation > _ROUNDING * np.abs(parts).max(initial=0)
+    statistics = Statistics(
+        before=_known(found.before),
+        after=_known(found.after),
+        change=change,
+        interval=interval,
+        effect_size=float(parts.mean() / deviation) if certain else None,
+        samples=count,
+        clusters=groups,
+        influence=influence(parts, np.flatnonzero(rows)),
+    )
+    return statistics, parts if groups > 1 else None, rows
 
 
-def resample_means(sides: Array, resamples: int = RESAMPLES) -> Array:
-    """Means [side, draw] of drawn questions, the same ones on every side.
+def contributions(form: Form, before: Array, after: Array) -> Contributions:
+    """What each question contributes to the change of a metric.
 
     Args:
-        sides: A value of each question on each side, [side, question].
-        resamples: How many times questions are drawn.
+        form: How the values of questions become one.
+        before: [question], or [question, question] for pairs.
+        after: Likewise.
     """
-    questions = sides.shape[1]
-    return (sides / questions) @ _Draws(questions, resamples, 0).resampled.T
+    if form == "ratio":
+        logs = np.log(before), np.log(after)
+        old, new = (float(np.exp(side.mean())) for side in logs)
+        parts = logs[1] - logs[0]
+        return Contributions(old, new, parts, parts, float(np.expm1(parts.mean())))
+    if form == "pairs":
+        before, after = pseudo_values(before), pseudo_values(after)
+    old, new = float(before.mean()), float(after.mean())
+    if old == 0:
+        return Contributions(old, new, after - before, after - before, float("nan"))
+    change = (new - old) / abs(old)
+    to_change = change + (after - before * (new / old)) / abs(old)
+    return Contributions(old, new, after - before, to_change, change)
 
 
-def halves(questions: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """The random halves [split, question] of a noise floor; with an odd number, one is left."""
-    return _Draws(questions, 0, 0).halves
+def pseudo_values(pairs: Array) -> Array:
+    """The jackknife's pseudo-values [question] of a mean over pairs; their mean is that mean.
+
+    Args:
+        pairs: A value of each pair, [question, question]; the diagonal does not count.
+    """
+    count = len(pairs)
+    means = (pairs.sum(1) - np.diag(pairs)) / max(1, count - 1)
+    if count < 3:
+        return means
+    whole = means.mean()
+    return whole + 2 * (count - 1) / (count - 2) * (means - whole)
 
 
-def interval_of(values: Array) -> tuple[float, float] | None:
-    """95 % of the values of resampled questions (percentiles); None where none is finite."""
-    values = values[np.isfinite(values)]
-    if not len(values):
+def t_interval(parts: Array, units: Units | None = None) -> Interval | None:
+    """95 % t interval of the mean of what questions contribute.
+
+    Without clusters it is the ordinary one. With clusters, the variance is that of the jackknife
+    that leaves out one cluster at a time, and the degrees of freedom are the effective number of
+    clusters, 1 / (the sum of the squares of their shares of the questions), less one: with clusters
+    of one size, the t interval of their means.
+
+    Args:
+        parts: [question].
+        units: The cluster of each question.
+
+    Returns:
+        The ends; None for fewer than two clusters.
+    """
+    count = len(parts)
+    units = np.arange(count) if units is None else units
+    mean = parts.mean()
+    shares = np.bincount(units) / count
+    if len(shares) < 2:
         return None
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    left_out = np.bincount(units, parts - mean) / (count * (1 - shares))
+    error = np.sqrt((1 - 1 / len(shares)) * (left_out**2).sum())
+    reach = float(stdtrit(1 / (shares**2).sum() - 1, 0.975) * error)
+    return float(mean - reach), float(mean + reach)
+
+
+def flip_all(tested: Sequence[tuple[Array, Units]], flips: int = FLIPS) -> list[float]:
+    """The p-values of several contributions, by flipping the signs of whole clusters.
+
+    Of up to `EXACT` clusters all flips are gone through; of more, `flips` random ones, and then
+    p = (1 + how many are as extreme) / (1 + flips).
+
+    Args:
+        tested: Contributions [question], and the cluster of each question.
+        flips: How many random ones.
+    """
+    sums: list[Array] = [
+        np.bincount(np.unique(units, return_inverse=True)[1], parts).astype(np.float64)
+        for parts, units in tested
+    ]
+    found = [0.0] * len(sums)
+    for size in {len(part) for part in sums}:
+        places = [place for place, part in enumerate(sums) if len(part) == size]
+        columns = np.stack([sums[place] for place in places], axis=1)
+        for place, p_value in zip(places, _flip(columns, flips), strict=True):
+            found[place] = float(p_value)
+    return found
+
+
+def _flip(columns: Array, flips: int) -> Array:
+    """The p-values of sums [cluster, test] of contributions."""
+    size = len(columns)
+    bar = np.abs(columns.sum(0)) - _ROUNDING_OF_SUMS * np.abs(columns).sum(0)
+    if size <= EXACT:
+        # A flip and its opposite are as extreme, so the last sign may stay.
+        turned = np.arange(2 ** (size - 1))[:, None] >> np.arange(size) & 1
+        return (np.abs((1.0 - 2 * turned) @ columns) >= bar).mean(0)
+    random = np.random.default_rng([SEED, 1])
+    extreme = np.ones(columns.shape[1])
+    rows = max(1, _SIGNS // size)
+    for start in range(0, flips, rows):
+        shape = min(rows, flips - start), size
+        bits = np.unpackbits(np.frombuffer(random.bytes(-(-shape[0] * size // 8)), np.uint8))
+        signs = bits[: shape[0] * size].reshape(shape) * 2.0 - 1
+        extreme += (np.abs(signs @ columns) >= bar).sum(0)
+    return extreme / (1 + flips)
+
+
+def influence(parts: Array, rows: npt.NDArray[np.int64] | None = None) -> Influence | None:
+    """What the question that contributes most holds; None where none contributes anything.
+
+    Args:
+        parts: What each question contributes to after - before, [question].
+        rows: The numbers of these questions; from 0 on if not given.
+    """
+    sizes = np.abs(parts)
+    if not sizes.sum() > 0 or not np.isfinite(sizes).all():
+        return None
+    top = int(sizes.argmax())
+    whole = parts.sum()
+    survives = bool(np.sign(whole - parts[top]) == np.sign(whole))
+    question = top if rows is None else int(rows[top])
+    return Influence(question, float(sizes[top] / sizes.sum()), survives)
+
+
+def paper_numbers(
+    metric: Metric, before: Entries, after: Entries, bins: int
+) -> tuple[float, float, Influence | None]:
+    """The paper's number of a metric of two models, and the influence on their difference.
+
+    Of a histogram, a question contributes what the jackknife gives it: what is lost without it.
+    """
+    sides = before, after
+    old, new = (paper_number(metric, side, bins) for side in sides)
+    parts = [side.parts(metric.parts) for side in sides]
+    if len(before) < 2:
+        return old, new, None
+    if metric.form == "pairs":
+        parts = [pseudo_values(part) for part in parts]
+    if metric.form == "histogram":
+        parts = [
+            len(part) * whole - (len(part) - 1) * entropies_without(part, bins, side.zeros_of(part))
+            for part, side, whole in zip(parts, sides, (old, new), strict=True)
+        ]
+    return old, new, influence(parts[1] - parts[0])
+
+
+def entropies_without(values: Array, bins: int, zeros: int = 0) -> Array:
+    """The entropy of the histogram of all sequences but one, for each one, [sequence]."""
+    counts = histograms(values, bins, zeros)
+    found = entropy(counts.sum(0) - counts)
+    # The range of all others ends elsewhere without the one that holds the largest value.
+    top = int(values.max(1).argmax())
+    found[top] = entropy(histograms(np.delete(values, top, 0), bins, zeros).sum(0))
+    return found
+
+
+def units_of(clusters: Sequence[str | None] | None, count: int) -> Units:
+    """The cluster of each question as a number; a question without one is alone.
+
+    Raises:
+        ProbeError: There are not as many clusters as questions.
+    """
+    if clusters is None:
+        return np.arange(count)
+    if len(clusters) != count:
+        raise ProbeError(f"{len(clusters)} clusters were given for {count} questions")
+    known: dict[object, int] = {}
+    keys = (place if name is None else name for place, name in enumerate(clusters))
+    return np.array([known.setdefault(key, len(known)) for key in keys], dtype=np.int64)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -160,169 +408,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def permutations_for(cells: int) -> int:
-    """How many exchanges let a cell be significant after Holm among so many cells."""
-    return max(PERMUTATIONS, 100 * cells)
+def flips_for(cells: int) -> int:
+    """How many sign flips let a cell be significant after Holm among so many cells."""
+    return max(FLIPS, 200 * cells)
 
 
-class _Draws:
-    """The weights [draw, question] that every metric of a pair of sides is computed with."""
-
-    def __init__(self, questions: int, resamples: int, permutations: int) -> None:
-        self.observed = np.ones((1, questions))
-        even = np.full(questions, 1 / questions)
-        self.resampled = np.random.default_rng([SEED, 0]).multinomial(questions, even, resamples)
-        self.kept = np.random.default_rng([SEED, 1]).random((permutations, questions)) < 0.5
-        rank = np.random.default_rng([SEED, 2]).random((SPLITS, questions)).argsort(1)
-        half = questions // 2  # with an odd number, one question is in neither half
-        self.halves = (rank < half, (rank >= half) & (rank < 2 * half))
+def defined(form: Form, before: Array, after: Array) -> npt.NDArray[np.bool_]:
+    """Which questions have a value on both sides."""
+    if form == "pairs":
+        # A matrix that is constant has no correlation with any: its whole row is undefined.
+        apart = [np.isfinite(side) | np.eye(len(side), dtype=bool) for side in (before, after)]
+        return np.all([side.sum(1) > min(1, len(side) - 1) for side in apart], axis=0)
+    found = np.isfinite(before) & np.isfinite(after)
+    return found & (before > 0) & (after > 0) if form == "ratio" else found
 
 
-def _compare(
-    name: str, before: torch.Tensor, after: torch.Tensor, bins: int, draws: _Draws
-) -> Statistics:
-    sides = [_weighted(name, scores, bins) for scores in (before, after)]
-    old, new = (float(side(draws.observed)[0]) for side in sides)
-    if not np.isfinite([old, new]).all() or old == 0:
-        return Statistics()
-    rounding = _ROUNDING * max(abs(old), abs(new))
-
-    both = _exchangeable(name, before, after, bins)
-    kept = np.vstack([draws.observed > 0, draws.kept])
-    exchanged = np.abs(_evaluate(both, ~kept, kept) - _evaluate(both, kept, ~kept))
-    # What is not defined cannot be called less extreme; the first one is the observed difference.
-    extreme = ~(exchanged < exchanged[0] - rounding)
-    p_value = float(extreme.mean())
-
-    olds, news = (_evaluate(side, draws.resampled) for side in sides)
-    interval = interval_of((news - olds) / np.abs(olds))
-
-    per_sample = metric_named(name).per_sample
-    if per_sample:
-        deviation = float((per_sample(after) - per_sample(before)).std(ddof=1))
-    else:
-        differences = (news - olds)[np.isfinite(news - olds)]
-        spread = differences.std(ddof=1) if len(differences) > 1 else np.nan
-        deviation = float(spread * np.sqrt(len(before)))
-    effect_size = (new - old) / deviation if deviation > rounding else None
-    floors = [_noise_floor(side, draws, new < old) for side in sides]
-    known = [floor for floor in floors if floor is not None]
-    return Statistics(interval, p_value, effect_size, max(known) if len(known) == 2 else None)
-
-
-def _noise_floor(side: Weighted, draws: _Draws, falls: bool) -> float | None:
-    one, other = (_evaluate(side, half) for half in draws.halves)
-    # Both orders: each split is a rise one way and a fall the other way.
-    old, new = np.concatenate([one, other]), np.concatenate([other, one])
-    changes = ((new - old) / np.abs(old))[new <= old if falls else new >= old]
-    sizes = np.abs(changes[~np.isnan(changes)])
-    # A value that occurs: one between two infinite ones would not be a number.
-    floor = np.percentile(sizes, 95, method="higher") if len(sizes) else np.nan
-    return float(floor) if np.isfinite(floor) else None
-
-
-def _evaluate(metric: Weighted, *weights: npt.NDArray[np.generic]) -> Array:
-    """The metric of many weightings, a bounded number at once; several `weights` stand in a row."""
-    rows = max(1, _WEIGHTS // sum(part.shape[1] for part in weights))
-    blocks = [
-        metric(np.hstack([part[start : start + rows] for part in weights]).astype(np.float64))
-        for start in range(0, len(weights[0]), rows)
-    ]
-    return np.concatenate(blocks) if blocks else np.empty(0)
-
-
-def _weighted(name: str, scores: torch.Tensor, bins: int) -> Weighted:
-    """Prepare a metric of these sequences for many weightings."""
-    metric = metric_named(name)
-    if metric.per_sample:
-        return _mean(metric.per_sample(scores))
-    if metric.pooled:
-        return _Histograms(metric.pooled(scores), bins)
-    if metric.pairwise:
-        return _mean_of_pairs(metric.pairwise(scores))
-    return _computed_anew(name, scores, bins)
-
-
-def _exchangeable(name: str, before: torch.Tensor, after: torch.Tensor, bins: int) -> Weighted:
-    """Prepare a metric of both sides' sequences together.
-
-    A histogram's range is the largest value's. If one model's scores were all a quarter of the
-    other's, every mixture would fill that range otherwise than either model does, though the
-    entropies were equal; so each side is divided by the geometric mean over questions of its means.
-    """
-    pooled = metric_named(name).pooled
-    if pooled is None:
-        return _weighted(name, torch.cat([before, after]), bins)
-    sides = []
-    for values in (pooled(before), pooled(after)):
-        means = values.mean(1)
-        means = means[means > 0]
-        sides.append(values / np.exp(np.log(means).mean()) if len(means) else values)
-    return _Histograms(np.concatenate(sides), bins)
-
-
-def _mean(values: Array) -> Weighted:
-    return lambda weights: weights @ values / weights.sum(1)
-
-
-def _mean_of_pairs(values: Array) -> Weighted:
-    """The mean over pairs of different sequences.
-
-    A sequence drawn twice makes no pair with its copy: the distance to itself, 0, is none between
-    questions, and would pull every resampled diversity down by about 1 / questions.
-    """
-    apart = values.copy()
-    np.fill_diagonal(apart, 0)
-
-    def weighted(weights: Array) -> Array:
-        pairs = weights.sum(1) ** 2 - (weights**2).sum(1)
-        return ((weights @ apart) * weights).sum(1) / pairs
-
-    return weighted
-
-
-class _Histograms:
-    """The entropy of the histogram of all weighted sequences' values.
-
-    Its range ends at the largest value with a weight, which some sequence holds. Nearly always it
-    is one of the few sequences with the largest values of all, so each of these few ranges gets
-    its histogram of every sequence once, and a weighting is a sum of rows of them.
-    """
-
-    def __init__(self, values: Array, bins: int) -> None:
-        self._values = np.sort(values, axis=1)
-        self._bins = bins
-        self._order = np.argsort(-self._values[:, -1], kind="stable")
-        self._known: dict[int, Array] = {}
-
-    def __call__(self, weights: Array) -> Array:
-        tops = self._order[(weights[:, self._order] > 0).argmax(1)]
-        found = np.empty(len(weights))
-        for top in np.unique(tops):
-            rows = tops == top
-            found[rows] = entropy(weights[rows] @ self._counts(int(top)))
-        return found
-
-    def _counts(self, top: int) -> Array:
-        """Histograms [sequence, bin] where sequence `top` holds the largest value.
-
-        Sequences with larger values are counted wrongly, and have no weight then.
-        """
-        if top not in self._known:
-            edges = np.linspace(0, self._values[top, -1] or 1, self._bins + 1)
-            below = np.stack([np.searchsorted(row, edges[1:-1]) for row in self._values])
-            size = self._values.shape[1]
-            self._known[top] = np.diff(below, axis=1, prepend=0, append=size).astype(np.float64)
-        return self._known[top]
-
-
-def _computed_anew(name: str, scores: torch.Tensor, bins: int) -> Weighted:
-    """Compute the metric of each weighting from the sequences themselves: right, but slow."""
-
-    def weighted(weights: Array) -> Array:
-        counts = torch.from_numpy(weights.astype(np.int64))
-        return np.array(
-            [compute_metric(name, scores.repeat_interleave(row, 0), bins=bins) for row in counts]
-        )
-
-    return weighted
+def _known(value: float) -> float | None:
+    return value if np.isfinite(value) else None

@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from probe import agreement
-from probe.layout import cell_rows, extra_texts, numeric, shared_tables, titles
-from probe.report import Cell, ExtraTable, Report
+from probe.cells import Cell
+from probe.layout import CELL_TITLES, cell_rows, extra_texts, numeric, shared_tables
+from probe.report import ExtraTable, Report
 from probe.wording import caveats, groups, heading, overview
 
 _COLOURS = {"yes": "green", "✓": "green", "no": "red", "✗": "red"}
@@ -60,7 +61,7 @@ def table_view(extra: ExtraTable) -> RenderableType:
 
 def _cells_view(report: Report, cells: Sequence[Cell]) -> Table:
     table = _table()
-    columns = titles(report)
+    columns = CELL_TITLES
     verdict = columns.index("paper")
     for place, title in enumerate(columns):
         # Marks stand right of a change, so its column is padded by hand.

@@ -33,7 +33,10 @@ BINS = 100
 """Bins of the histogram behind the entropies."""
 
 RESAMPLES = 1000
-"""How many times questions are drawn for an interval."""
+"""How many times edges are drawn for an interval of faithfulness."""
+
+FLIPS = 20_000
+"""Random sign flips behind a p-value, at the least."""
 
 JOBS = 4
 """How many batches may be under way on a server at once."""

@@ -23,7 +23,7 @@ from probe.errors import ProbeError, install
 from probe.escaping import html as escape
 from probe.figures import ENTROPIES, draw_diversity, draw_entropy
 from probe.heatmap import COLOURS, LIMITS
-from probe.layout import cell_rows, extra_texts, further_tables, numeric, shared_tables, titles
+from probe.layout import CELL_TITLES, cell_rows, extra_texts, further_tables, numeric, shared_tables
 from probe.metrics import Array
 from probe.recipe import recipe_text
 from probe.report import ExtraTable, Report
@@ -147,7 +147,7 @@ def _cell_tables(report: Report) -> list[str]:
                 kind = "published" if number else " ".join(filter(None, (faint, "first" * first)))
                 classes.append(kind)
         title = heading(benchmark, pair, cells)
-        parts.append(_table(ExtraTable(title, "", titles(report), tuple(rows)), classes))
+        parts.append(_table(ExtraTable(title, "", CELL_TITLES, tuple(rows)), classes))
     return [*parts, "</div>"] if report.cells else []
 
 

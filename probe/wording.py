@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from probe.metrics import METRICS, TOKEN_METRICS
+from probe.cells import LARGE_SHARE, Accuracy, Cell
+from probe.metrics import METRICS, TOKEN_METRICS, metric_named
 from probe.recipe import Pair, PublishedChange
-from probe.report import Cell, Report
-from probe.statistics import LEVEL
+from probe.report import Report
+from probe.statistics import LEVEL, Influence
 
 ARROWS = {1: "↗", 0: "→", -1: "↘"}
 """Between the values of two models: the direction, where no colour is."""
@@ -23,13 +24,14 @@ SAME = {True: "✓", False: "✗", None: "-"}
 
 
 def summary(report: Report) -> list[str]:
-    """One sentence per benchmark and pair: what moved, and whether as the paper reports."""
+    """A line per benchmark and pair: accuracy, what moved inside, and whether as the paper says."""
     if not report.cells:
         return _accuracy_sentences(report)
     tested = report.recipe.report.resamples > 0
+    rows = {(row.benchmark, row.pair): row for row in report.accuracy}
     return [
-        _sentence(benchmark, pair.method or pair.name, cells, tested)
-        for benchmark, pair, cells in groups(report)
+        _sentence(name, pair.method or pair.name, cells, tested, rows.get((name, pair.name)))
+        for name, pair, cells in groups(report)
     ]
 
 
@@ -42,7 +44,7 @@ def overview(reports: Sequence[Report]) -> list[str]:
         lines += [f"{name}: {line}" for line in (*summary(report), *diversity_line([report]))]
     found: dict[tuple[object, ...], set[int]] = {}
     seen: dict[tuple[object, ...], int] = {}
-    for cell in (cell for report in reports for cell in report.cells):
+    for cell in (c for report in reports for c in report.cells if not c.control):
         place = (cell.pair, cell.benchmark, cell.alpha, cell.metric)
         found.setdefault(place, set()).add(int(np.sign(cell.change or 0)))
         seen[place] = seen.get(place, 0) + 1
@@ -86,12 +88,17 @@ def groups(report: Report) -> list[tuple[str, Pair, list[Cell]]]:
     return found
 
 
-def _sentence(benchmark: str, subject: str, cells: Sequence[Cell], tested: bool) -> str:
-    known = [cell for cell in cells if cell.change is not None]
+def _sentence(
+    benchmark: str, subject: str, cells: Sequence[Cell], tested: bool, accuracy: Accuracy | None
+) -> str:
+    start = f"On {benchmark}, {subject}"
+    if accuracy:
+        start = f"{start} {_accuracy_words(accuracy)}. Inside, it"
+    known = [cell for cell in cells if cell.change is not None and not cell.control]
     moved = [cell for cell in known if cell.change and (cell.significant or not tested)]
     adverb = " significantly" if tested else ""
     if not moved:
-        return f"On {benchmark}, {subject} changed none of {_cells(len(known))}{adverb}."
+        return f"{start} changed none of {_cells(len(known))}{adverb}."
     parts: list[str] = []
     for verb, sign in (("raised", 1), ("lowered", -1)):
         counts: list[str] = []
@@ -100,16 +107,26 @@ def _sentence(benchmark: str, subject: str, cells: Sequence[Cell], tested: bool)
             count = sum(cell.metric == metric and (cell.change or 0) * sign > 0 for cell in moved)
             if count:
                 unit = "" if parts or counts else " cells"
-                name = metric.replace("_", " ")
-                counts.append(f"{name} in {count} of {len(of_metric)}{unit}")
+                counts.append(f"{name_of(metric)} in {count} of {len(of_metric)}{unit}")
         if counts:
             parts.append(f"{verb} {listed(counts)}")
     agree, against = (sum(cell.as_in_paper is way for cell in moved) for way in (True, False))
     verdict = f"{agree} of {_cells(len(known))} moved as the paper reports for online RL"
-    return (
-        f"On {benchmark}, {subject}{adverb} {', and '.join(parts)}: {verdict}, "
-        f"{against} against it."
-    )
+    return f"{start}{adverb} {', and '.join(parts)}: {verdict}, {against} against it."
+
+
+def _accuracy_words(row: Accuracy) -> str:
+    """What became of the answers, and how sure that is."""
+    change = 100 * (row.after - row.before)
+    values = f"from {100 * row.before:.1f} to {100 * row.after:.1f} %"
+    if row.p_value is None:
+        return f"moved accuracy {values}"
+    test = "McNemar" if row.clusters == row.questions else "clusters flipped"
+    ends = f", 95 % {interval(row.interval, points=True)}" if row.interval else ""
+    found = f"{change:+z.1f} points{ends}; {test} p = {p_value(row.p_value)}"
+    if not row.significant:
+        return f"did not measurably change accuracy, {values} ({found})"
+    return f"{'raised' if change > 0 else 'lowered'} accuracy {values} ({found})"
 
 
 def _accuracy_sentences(report: Report) -> list[str]:
@@ -121,10 +138,15 @@ def _accuracy_sentences(report: Report) -> list[str]:
             count = f"{len(rows)} benchmark{'' if len(rows) == 1 else 's'}"
             points = [100 * (row.after - row.before) for row in rows]
             rose = sum(change > 0 for change in points)
-            lines.append(
+            line = (
                 f"{pair.method or pair.name} raised accuracy on {rose} of {count}, by "
-                f"{np.mean(points):+z.1f} points on average."
+                f"{np.mean(points):+z.1f} points on average"
             )
+            if any(row.p_value is not None for row in rows):
+                sure = [row for row in rows if row.significant]
+                up = sum(row.after > row.before for row in sure)
+                line += f"; significantly, it raised {up} and lowered {len(sure) - up}"
+            lines.append(f"{line}.")
     return lines
 
 
@@ -164,15 +186,22 @@ def published_average(reports: Sequence[Report]) -> str:
 
 def diversity_cells(reports: Sequence[Report]) -> list[Cell]:
     """The cells of Figure 3a: inter-sample diversity in each experiment."""
-    return [c for report in reports for c in report.cells if c.metric == "sample_diversity"]
+    return [
+        cell
+        for report in reports
+        for cell in report.cells
+        if cell.metric == "sample_diversity" and not cell.control
+    ]
 
 
 def heading(benchmark: str, pair: Pair, cells: Sequence[Cell]) -> str:
     """What is above the cells of a benchmark and pair."""
     method = f" ({pair.method})" if pair.method else ""
-    counts = sorted({cell.samples for cell in cells})
+    counts = sorted({cell.samples + cell.left_out for cell in cells})
     samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"{benchmark} · {pair.name}{method} · {samples} samples"
+    groups = sorted({cell.clusters for cell in cells if cell.clusters < cell.samples})
+    clusters = f" in {groups[-1]} clusters" if groups else ""
+    return f"{benchmark} · {pair.name}{method} · {samples} samples{clusters}"
 
 
 def caveats(report: Report) -> list[str]:
@@ -190,27 +219,73 @@ def caveats(report: Report) -> list[str]:
 
 def _cell_caveats(report: Report) -> list[str]:
     recipe = report.recipe
-    shown, other = "the dense matrix, structural zeros included", "real edges only"
-    if recipe.report.entries == "real":
-        shown, other = other, shown
-    column = "dense %" if recipe.report.entries == "real" else "real %"
+    entries = "real edges only" if recipe.report.entries == "real" else "the dense matrix"
     lines = [
-        f"Metrics over {shown}; {column}: change of the same over {other}. "
-        f"Convention {recipe.selection.convention!r}, {recipe.attribution.method}, granularity "
-        f"{recipe.attribution.granularity}, {recipe.report.bins} bins, {recipe.compute.dtype}. "
-        "paper: whether it moved as the paper reports for online RL.",
+        "Change: of our number, question by question. paper: whether it moved as the paper reports "
+        f"for online RL. paper's %: the change of the paper's own number, over {entries}, for "
+        "comparison with print; it has no statistics. Convention "
+        f"{recipe.selection.convention!r}, {recipe.attribution.method}, granularity "
+        f"{recipe.attribution.granularity}, {recipe.report.bins} bins, {recipe.compute.dtype}.",
         "A change is shown without its noise: it is no finding by itself.",
     ]
     if recipe.report.resamples:
         tested = sum(cell.p_value is not None for cell in report.cells)
         lines[1] = (
-            f"Marks: * is significant, p < {LEVEL:g} where a question's two sides are exchanged at "
-            f"random, adjusted (Holm) for {_cells(tested)}. ~ is within the noise: halves of one "
-            "model's questions differ as much. Interval: 95 % of the change with questions drawn "
-            f"again{', over the dense matrix' if recipe.report.entries == 'real' else ''}. "
-            "All of this is about other questions, not about other training runs."
+            f"Marks: * is significant, p < {LEVEL:g} where what questions contribute changes signs "
+            f"at random, adjusted (Holm) for {_cells(tested)}. Interval: 95 % t interval over "
+            "questions, or clusters of them. Alphas are cuts of the same answers: one piece of "
+            "evidence, not several. All of this is about other questions, not about other training "
+            "runs."
         )
+    return lines + _influence_lines(report) + _left_out_lines(report)
+
+
+def _influence_lines(report: Report) -> list[str]:
+    """Which changes are much of one question's."""
+    lines = []
+    for ours in (True, False):
+        found = []
+        for cell in report.cells:
+            held = cell.influence if ours else cell.paper_influence
+            if held and warning(held):
+                name = name_of(cell.metric) if ours else metric_named(cell.metric).label
+                what = f"{name} ({cell.control})" if cell.control else name
+                sign = "" if held.sign_survives else ", with the sign"
+                found.append(
+                    f"{what} of {cell.pair} on {cell.benchmark} at {cell.alpha:g} (question "
+                    f"{held.question}: {100 * held.share:.0f} %{sign})"
+                )
+        if found:
+            whose = "our number" if ours else "the paper's number"
+            lines.append(
+                f"!: one question holds more than {100 * LARGE_SHARE:.0f} % of the change of "
+                f"{whose}: {'; '.join(found)}."
+            )
     return lines
+
+
+def _left_out_lines(report: Report) -> list[str]:
+    """Where questions have no value, and so do not count."""
+    found = [
+        f"{cell.left_out} in {name_of(cell.metric)} of {cell.pair} on {cell.benchmark} at "
+        f"{cell.alpha:g}"
+        for cell in report.cells
+        if cell.left_out
+    ]
+    if not found:
+        return []
+    return [f"Questions without a value (0, or not defined), left out: {'; '.join(found)}."]
+
+
+def warning(found: Influence | None) -> str:
+    """A mark where one question holds much of a change."""
+    return "!" if found and found.share > LARGE_SHARE else ""
+
+
+def name_of(metric: str) -> str:
+    """What a sentence calls our number of a metric."""
+    estimand = metric_named(metric).estimand
+    return estimand.name if estimand else metric.replace("_", " ")
 
 
 def number(value: float | None) -> str:
@@ -239,15 +314,22 @@ def percent(change: float | None) -> str:
 
 
 def marks(cell: Cell) -> str:
-    """Whether a change is significant, and whether it is within the noise."""
-    return ("*" if cell.significant else " ") + ("~" if cell.above_noise is False else "")
+    """Whether a change is significant, and whether one question holds much of it."""
+    return ("*" if cell.significant else " ") + warning(cell.influence)
 
 
-def interval(ends: tuple[float, float] | None) -> str:
-    """An interval of a relative change, in percent."""
+def interval(ends: tuple[float, float] | None, points: bool = False) -> str:
+    """An interval of a relative change in percent, or of a difference of shares in points."""
     if ends is None:
         return "-"
-    return "..".join(f"{100 * end:+z.{1 if abs(end) < 0.9995 else 0}f}" for end in ends)
+    return "..".join(f"{100 * end:+z.{1 if points or abs(end) < 0.9995 else 0}f}" for end in ends)
+
+
+def p_value(p: float | None) -> str:
+    """A p-value with one or two digits."""
+    if p is None:
+        return "-"
+    return f"{p:.2g}" if p >= 1e-3 else f"{p:.0e}".replace("e-0", "e-")
 
 
 def listed(parts: Sequence[str]) -> str:

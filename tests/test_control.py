@@ -1,9 +1,12 @@
+import math
+
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from probe.control import Control, cross_text, split
-from probe.metrics import compute_metric
+from probe.metrics import METRICS, TOKEN_METRICS, Entries
 from probe.run import cross
 from probe.sequences import TokenSequence
 
@@ -13,7 +16,10 @@ def sides(questions=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(questions, 5, 7, generator=generator) ** 3
     noise = torch.randn(2, 2, questions, 5, 7, generator=generator)
-    return [[(1 + m) * (1 + 0.3 * t) * base + 0.5 * noise[m, t] for t in (0, 1)] for m in (0, 1)]
+    return [
+        [Entries((1 + m) * (1 + 0.3 * t) * base + 0.5 * noise[m, t]) for t in (0, 1)]
+        for m in (0, 1)
+    ]
 
 
 def test_a_split_by_hand():
@@ -24,58 +30,63 @@ def test_a_split_by_hand():
     assert found.interaction == (7 - 3) - (2 - 1)
 
 
-def test_the_parts_sum_to_the_change_for_every_metric():
+RATIOS = [name for name, metric in METRICS.items() if metric.estimand.form == "ratio"]
+
+
+@pytest.mark.parametrize("name", RATIOS)
+def test_ratios_multiply_to_the_change(name):
     table = sides()
-    for control in cross_text(table, resamples=50):
-        v = np.array([[compute_metric(control.metric, s) for s in row] for row in table])
-        size = abs(v[0, 0])
-        assert control.change == pytest.approx((v[1, 1] - v[0, 0]) / size, rel=1e-9)
-        assert control.model + control.text == pytest.approx(control.change, rel=1e-9)
-        model = np.mean([v[1, text] - v[0, text] for text in (0, 1)])
-        text = np.mean([v[model, 1] - v[model, 0] for model in (0, 1)])
-        assert control.model == pytest.approx(model / size, rel=1e-9)
-        assert control.text == pytest.approx(text / size, rel=1e-9)
-        low, high = control.model_interval
-        assert low < high
+    (found,) = cross_text(table, metrics=[name])
+    v = np.log([[METRICS[name].estimand.values(side) for side in row] for row in table])
+    model = (v[1, 0] - v[0, 0] + v[1, 1] - v[0, 1]) / 2
+    text = (v[0, 1] - v[0, 0] + v[1, 1] - v[1, 0]) / 2
+    assert found.change == pytest.approx(np.expm1((v[1, 1] - v[0, 0]).mean()))
+    assert (1 + found.model) * (1 + found.text) == pytest.approx(1 + found.change)
+    for part, value, interval in (
+        (model, found.model, found.model_interval),
+        (text, found.text, found.text_interval),
+    ):
+        assert value == pytest.approx(np.expm1(part.mean()))
+        ends = scipy.stats.ttest_1samp(part, 0).confidence_interval(0.95)
+        assert interval == pytest.approx(np.expm1(ends))
+
+
+def test_means_sum_to_the_change():
+    table = sides()
+    for control in cross_text(table, metrics=["distribution_kurtosis", "sample_diversity"]):
+        assert control.model + control.text == pytest.approx(control.change)
+        assert control.model_interval[0] < control.model < control.model_interval[1]
+    kurtosis = cross_text(table, metrics=["distribution_kurtosis"])[0]
+    v = np.array([[METRICS[kurtosis.metric].parts(side).mean() for side in row] for row in table])
+    model = (v[1, 0] - v[0, 0] + v[1, 1] - v[0, 1]) / 2
+    assert kurtosis.model == pytest.approx(model / v[0, 0])
 
 
 def test_only_the_model_or_only_the_text():
     scores = torch.randn(8, 5, 7, generator=torch.Generator().manual_seed(1))
-    for change in cross_text([[scores, scores], [2 * scores, 2 * scores]], resamples=20):
+    once, twice = Entries(scores), Entries(2 * scores)
+    for change in cross_text([[once, once], [twice, twice]]):
         assert change.text == 0
         assert change.text_interval == (0, 0)
         assert change.model == pytest.approx(1.0 if "intensity" in change.metric else 0, abs=1e-6)
-    by_text = cross_text([[scores, 2 * scores], [scores, 2 * scores]], resamples=20)
+    by_text = cross_text([[once, twice], [once, twice]])
     assert all(control.model == 0 for control in by_text)
     assert by_text[0].text == pytest.approx(1.0)
 
 
-def test_intervals_are_those_of_resampled_questions(monkeypatch):
-    table = sides(5)
-    found = {c.metric: c for c in cross_text(table, resamples=30)}["activation_intensity"]
-    from probe.statistics import _Draws
-
-    models, texts = [], []
-    for counts in _Draws(5, 30, 0).resampled:
-        picked = torch.from_numpy(np.repeat(np.arange(5), counts))
-        v = [[float(s[picked].abs().double().mean()) for s in row] for row in table]
-        models.append(((v[1][0] - v[0][0]) + (v[1][1] - v[0][1])) / 2 / v[0][0])
-        texts.append(((v[0][1] - v[0][0]) + (v[1][1] - v[1][0])) / 2 / v[0][0])
-    assert found.model_interval == pytest.approx(np.percentile(models, [2.5, 97.5]), rel=1e-9)
-    assert found.text_interval == pytest.approx(np.percentile(texts, [2.5, 97.5]), rel=1e-9)
+def test_clusters_widen_it():
+    table = sides(12)
+    alone = cross_text(table)[0].model_interval
+    paired = cross_text(table, clusters=[str(place // 6) for place in range(12)])[0].model_interval
+    assert paired[1] - paired[0] > alone[1] - alone[0]
 
 
 def test_what_is_not_defined():
-    zeros = torch.zeros(3, 5, 7)
-    found = {c.metric: c for c in cross_text([[zeros, zeros], [zeros, zeros]])}
-    for name in ("activation_intensity", "distribution_kurtosis", "sample_diversity"):
-        assert found[name] == Control(name)
-    assert found["information_complexity"].change == 0
-    one = torch.randn(1, 5, 7)
-    found = {c.metric: c for c in cross_text([[one, one], [one, one]], resamples=0)}
-    assert found["sample_diversity"] == Control("sample_diversity")
-    assert found["activation_intensity"].change == 0
-    assert found["activation_intensity"].model_interval is None
+    zeros = Entries(torch.zeros(3, 5, 7))
+    for control in cross_text([[zeros, zeros], [zeros, zeros]]):
+        assert control == Control(control.metric)
+    two = Entries(torch.randn(2, 5, 7))
+    assert cross_text([[two, two], [two, two]])[0] == Control("activation_intensity")
 
 
 def test_answers_are_exchanged_and_prompts_kept():
@@ -87,7 +98,13 @@ def test_answers_are_exchanged_and_prompts_kept():
 
 
 def test_metrics_of_tokens_are_split_too():
-    table = [[torch.tensor([1.0, 3.0]), torch.tensor([2.0, 4.0])], 2 * [torch.tensor([6.0, 6.0])]]
-    (found,) = cross_text(table, resamples=20, metrics=["token_entropy"])
-    assert (found.change, found.model, found.text) == pytest.approx((2, 1.75, 0.25))
-    assert found.interaction == pytest.approx(-0.5)
+    scores = torch.rand(3, 5, 7)
+    table = [
+        [Entries(scores, entropies=torch.full((3,), value)) for value in row]
+        for row in ((1.0, 2.0), (3.0, 12.0))
+    ]
+    (found,) = cross_text(table, metrics=TOKEN_METRICS)
+    assert found.change == pytest.approx(11)
+    assert found.model == pytest.approx(math.sqrt(3 * 6) - 1)
+    assert found.text == pytest.approx(math.sqrt(2 * 4) - 1)
+    assert found.interaction == pytest.approx(1)

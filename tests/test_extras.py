@@ -90,7 +90,7 @@ def test_the_control_is_shown_where_its_edges_are(half_run):
     (table,), missing = extra_tables(half_run, asked)
     assert missing == ()
     row = dict(zip(table.columns, table.rows[0], strict=True))
-    assert row["metric"] == "Act.Intens."
+    assert row["metric"] == "intensity"
     assert row["model %"] == row["change %"] == pytest.approx(100)
     assert row["text %"] == row["both %"] == 0
 
@@ -104,7 +104,7 @@ def test_the_control_is_shown_where_its_edges_are(half_run):
 def test_a_report_holds_the_tables_of_its_recipe(half_run):
     record = half_run.read_record()
     titles = [extra.title for extra in build_report(half_run.path).extras]
-    assert titles == ["Overlap of the circuits", "Concentration of the scores"]
+    assert titles == ["Overlap of the circuits"]
     record["recipe"]["report"]["extra"] = ["distances", "distances"]
     half_run.write_json("run.json", record)
     (table,) = build_report(half_run.path).extras
@@ -114,7 +114,7 @@ def test_a_report_holds_the_tables_of_its_recipe(half_run):
     ]
 
 
-def test_without_resamples_there_is_no_interval(half_run):
+def test_statistics_can_be_left_out(half_run):
     asked = recipe("concentration")
     asked = replace(asked, report=replace(asked.report, resamples=0))
     (table,), _ = extra_tables(half_run, asked)

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import PathPatch
 
+from probe.cells import Change
 from probe.circuit import STRONGER, WEAKER, draw_circuit
 from probe.errors import ProbeError
 from probe.figures import draw_diversity, draw_entropy, write_figures
@@ -143,8 +144,8 @@ def test_entropy_says_what_was_published_where_the_recipe_does(half_run):
 def test_entropy_with_a_value_that_is_not_defined(half_run):
     report = build_report(half_run.path)
     cells = [cell for cell in report.cells if cell.metric == "output_entropy"]
-    empty = replace(cells[0], pair="sft-dpo", before=None, after=None, change=None)
-    zero = replace(empty, benchmark="gsm8k", before=0.0, after=1.0)
+    empty = replace(cells[0], pair="sft-dpo", paper=Change(None, None, None))
+    zero = replace(empty, benchmark="gsm8k", paper=Change(0.0, 1.0, None))
     figure = draw_entropy([replace(report, cells=(*cells, empty, zero))])
     figure.canvas.draw()
     assert [axes.get_title() for axes in figure.axes] == [
@@ -155,4 +156,4 @@ def test_entropy_with_a_value_that_is_not_defined(half_run):
     ]
     assert [line.get_ydata()[0] for line in figure.axes[3].get_lines()] == [0, 1]
     lines = figure.axes[0].get_lines()
-    assert [line.get_ydata()[0] for line in lines] == [cells[0].before, cells[0].after]
+    assert [line.get_ydata()[0] for line in lines] == [cells[0].paper.before, cells[0].paper.after]

@@ -1,8 +1,5 @@
-import math
-
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +7,7 @@ from hypothesis import strategies as st
 from probe import mass
 from probe.architectures import Heads
 from probe.graph import Graph
-from probe.metrics import strengths
+from probe.metrics import Entries
 
 GRAPHS = [
     Graph.build(3, "qkv"),
@@ -32,24 +29,16 @@ def test_gini_by_hand():
     assert mass.gini(table) == pytest.approx([0, 0.75, 0.25])
 
 
-def test_effective_edges_against_scipy():
-    values = np.random.default_rng(0).lognormal(size=(3, 40))
-    expected = [math.exp(scipy.stats.entropy(row)) for row in values]
-    assert mass.effective_edges(values) == pytest.approx(expected)
-    assert mass.effective_edges(np.array([[0.0, 2, 0, 2]])) == pytest.approx([2])
-
-
 def test_a_question_without_scores_is_not_defined():
     zeros = np.zeros((1, 4))
     assert np.isnan(mass.gini(zeros)).all()
-    assert np.isnan(mass.effective_edges(zeros)).all()
 
 
 @pytest.mark.parametrize("graph", GRAPHS, ids=lambda g: f"{g.granularity}{g.parallel}")
 @pytest.mark.parametrize("groups", [mass.kinds, mass.layers, mass.distances])
 def test_shares_against_a_loop_over_edges(graph, groups):
     scores = torch.randn(2, *graph.mask.shape, generator=torch.Generator().manual_seed(1))
-    values = strengths(scores * graph.mask, graph.mask)
+    values = Entries(scores * graph.mask, graph.mask).strengths
     found = groups(graph)
     shares = dict(zip([name for name, _ in found], mass.shares(values, found), strict=True))
 

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 import probe
 from probe.errors import ProbeError
-from probe.metrics import METRICS, compute_metric, metric_named, token_entropy
+from probe.metrics import (
+    METRICS,
+    Entries,
+    compute_metric,
+    effective_number,
+    metric_named,
+    paper_number,
+    token_entropy,
+)
 
 MASK = probe.Graph.build(2, "qkv").mask
 
@@ -59,6 +67,34 @@ def test_entropies_by_counting(scores, mask, bins):
     assert last == pytest.approx(entropy(scores[:, :, -1].double().numpy()), abs=1e-6)
 
 
+@pytest.mark.parametrize("name", METRICS)
+def test_zeros_that_are_not_stored_count(scores, name):
+    """Real edges and a number of zeros give what the dense matrix gives."""
+    edges = Entries(scores, MASK, dense=True)
+    assert paper_number(METRICS[name], edges, 20) == pytest.approx(
+        compute_metric(name, scores, bins=20), rel=1e-9
+    )
+    assert paper_number(METRICS[name], edges.without_zeros(), 20) == pytest.approx(
+        compute_metric(name, scores, MASK, bins=20), rel=1e-9
+    )
+
+
+def test_effective_number_against_scipy():
+    values = np.random.default_rng(0).lognormal(size=(3, 40))
+    expected = [math.exp(scipy.stats.entropy(row)) for row in values]
+    assert effective_number(values) == pytest.approx(expected)
+    assert effective_number(np.array([[0.0, 2, 0, 2]])) == pytest.approx([2])
+    assert np.isnan(effective_number(np.zeros((1, 4)))).all()
+
+
+def test_a_constant_matrix_has_no_correlation():
+    scores = torch.rand(3, 4, 5)
+    scores[1] = 0.1
+    found = METRICS["sample_diversity"].parts(Entries(scores))
+    assert np.isnan(found[1, [0, 2]]).all()
+    assert np.isfinite(found[0, 2])
+
+
 def test_a_value_known_by_hand():
     scores = torch.tensor([[[1.0, -1.0], [0.0, 0.0]]])
     assert probe.metrics.activation_intensity(scores) == 0.5
@@ -87,7 +123,7 @@ def test_scale(seed, factor):
     for name in METRICS:
         expected = compute_metric(name, scores) * (factor if name == "activation_intensity" else 1)
         # A value on a bin's edge may fall to the other side: allow one value to move.
-        slack = 0.2 if METRICS[name].histogram else 1e-9 * max(1, abs(expected))
+        slack = 0.2 if METRICS[name].form == "histogram" else 1e-9 * max(1, abs(expected))
         assert compute_metric(name, scores * factor) == pytest.approx(expected, abs=slack)
 
 
@@ -107,6 +143,7 @@ def test_bad_input():
 def test_token_entropy_is_a_mean_over_questions():
     entropies = torch.tensor([0.5, 1.5, 4.0])
     assert token_entropy(entropies) == 2
-    assert metric_named("token_entropy").per_sample(entropies).tolist() == [0.5, 1.5, 4]
+    edges = Entries(torch.rand(3, 2, 2), entropies=entropies)
+    assert metric_named("token_entropy").parts(edges).tolist() == [0.5, 1.5, 4]
     with pytest.raises(ProbeError, match="'entropy' is not known; one of: .*token_entropy"):
         metric_named("entropy")

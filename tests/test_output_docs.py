@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from probe import report
+from probe import cells, report
 from probe.agreement import Agreement, Estimate, MeasuredEdge
 from probe.metrics import METRICS, TOKEN_METRICS
 from probe.recipe import read_recipe
@@ -16,6 +16,7 @@ from probe.record import open_record
 from probe.rendering import FORMATS
 from probe.run_folder import FOLDERS, SCHEMA, RunFolder
 from probe.selection import Selection, Solution
+from probe.statistics import Influence
 
 TEXT = (Path(__file__).parent.parent / "docs" / "output.md").read_text(encoding="utf-8")
 
@@ -30,9 +31,10 @@ def documented(heading, column="field"):
 @pytest.mark.parametrize(
     ("heading", "kind"),
     [
-        ("Cell", report.Cell),
-        ("Change", report.Change),
-        ("Accuracy", report.Accuracy),
+        ("Cell", cells.Cell),
+        ("Change", cells.Change),
+        ("Influence", Influence),
+        ("Accuracy", cells.Accuracy),
         ("Extra table", report.ExtraTable),
         ("Agreement", Agreement),
         ("Measured edge", MeasuredEdge),
@@ -51,8 +53,9 @@ def test_the_fields_of_estimates():
 def test_the_fields_of_the_report(half_run):
     table = report.build_report(half_run.path).table
     assert documented("report.json") == list(table)
-    assert table["schema"] == SCHEMA
+    assert table["schema"] == report.REPORT_SCHEMA
     assert f"It is {SCHEMA}, and grows" in TEXT
+    assert f"That of `report.json` is {report.REPORT_SCHEMA}" in TEXT
     (row,) = re.findall(r"^\| `metric` \| (.*) \|$", TEXT, re.M)
     examples = re.findall(r"`(\w+)`", row)
     assert set(examples) <= METRICS.keys() | TOKEN_METRICS.keys()

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,6 @@ import probe.overlap
 from probe.architectures import Heads
 from probe.graph import Graph
 from probe.overlap import compare_circuits, jaccard, rank_biased_overlap
-from probe.statistics import halves
 
 
 def slow_rbo(left, right, p, depth):
@@ -45,7 +46,8 @@ def test_jaccard():
 
 def strongest(graph, scores, share=0.1):
     """By hand: the set of the strongest real edges of the mean |score|, by names."""
-    mean = scores.abs().double().mean(0)
+    totals = scores.abs().double()[:, graph.mask].sum(1)
+    mean = (scores.abs().double() / totals[:, None, None]).mean(0)
     edges = [
         (float(mean[s, t]), source, target)
         for s, source in enumerate(graph.sources)
@@ -76,37 +78,39 @@ def test_sets_against_names(graph):
     assert found.nodes == pytest.approx(len(left & right) / len(left | right))
 
 
-def test_the_split_halves():
+def test_the_exchanges_by_hand():
+    """All of them for four questions, against as many random ones."""
     graph = Graph.build(3, "qkv")
     generator = torch.Generator().manual_seed(4)
-    before = torch.randn(7, *graph.mask.shape, generator=generator)
-    after = torch.randn(7, *graph.mask.shape, generator=generator)
-    found = compare_circuits(before, after, graph)
+    before = torch.randn(4, *graph.mask.shape, generator=generator) * graph.mask
+    after = torch.randn(4, *graph.mask.shape, generator=generator) * graph.mask
+    found = compare_circuits(before, after, graph, np.arange(4), 4000)
+    old, new = (side / side.abs().sum((1, 2), keepdim=True) for side in (before, after))
 
     def edges(left, right):
         left, right = strongest(graph, left), strongest(graph, right)
         return len(left & right) / len(left | right)
 
-    across, within = [], ([], [])
-    for one, other in zip(*halves(7), strict=True):
-        one, other = torch.from_numpy(one), torch.from_numpy(other)
-        across += [edges(before[one], after[other]), edges(before[other], after[one])]
-        for side, rows in zip((before, after), within, strict=True):
-            rows.append(edges(side[one], side[other]))
-    assert found.across.edges == pytest.approx(np.mean(across))
-    assert found.null.edges == pytest.approx(min(np.percentile(rows, 5) for rows in within))
+    assert found.models.edges == pytest.approx(edges(old, new))
+    values = []
+    for signs in itertools.product((True, False), repeat=4):
+        chosen = torch.tensor(signs)[:, None, None]
+        values.append(edges(torch.where(chosen, old, new), torch.where(chosen, new, old)))
+    assert found.chance.edges == pytest.approx(np.mean(values), abs=0.02)
+    expected = np.mean(np.array(values) <= found.models.edges + 1e-12)
+    assert found.p_values.edges == pytest.approx(expected, abs=0.03)
 
 
-def test_blocks_of_splits_give_the_same(monkeypatch):
+def test_blocks_of_exchanges_give_the_same(monkeypatch):
     graph = Graph.build(3, "qkv")
     scores = torch.randn(2, 9, *graph.mask.shape, generator=torch.Generator().manual_seed(5))
-    whole = compare_circuits(*scores, graph)
+    whole = compare_circuits(*scores, graph, np.arange(9), 50)
     monkeypatch.setattr(probe.overlap, "_VALUES", 1)
-    for one, other in zip(compare_circuits(*scores, graph), whole, strict=True):
+    for one, other in zip(compare_circuits(*scores, graph, np.arange(9), 50), whole, strict=True):
         assert one == pytest.approx(other)
 
 
-def test_one_model_is_within_its_own_noise_and_another_is_not():
+def test_one_model_is_like_itself_and_another_is_not():
     graph = Graph.build(4, "qkv")
     generator = torch.Generator().manual_seed(6)
     circuit = torch.rand(graph.mask.shape, generator=generator) ** 4
@@ -115,20 +119,26 @@ def test_one_model_is_within_its_own_noise_and_another_is_not():
         noise = torch.randn(2, 30, *graph.mask.shape, generator=generator).exp()
         return circuit * noise
 
-    before, after = draws(circuit)  # other questions, the same model
-    same = compare_circuits(before, after, graph)
-    assert all(a >= n for a, n in zip(same.across, same.null, strict=True))
-    identical = compare_circuits(before, before, graph)
+    before, after = draws(circuit)  # other noise, the same model
+    units = np.arange(30)
+    same = compare_circuits(before, after, graph, units, 199)
+    assert min(same.p_values) > 0.05
+    identical = compare_circuits(before, before, graph, units, 199)
     assert identical.models == (1, pytest.approx(1), 1)
+    assert identical.p_values == (1, 1, 1)
+    scaled = compare_circuits(before, before * torch.rand(30, 1, 1) ** 5, graph, units, 199)
+    assert scaled.models == (1, pytest.approx(1), 1)  # one question does not make the circuit
     other = draws(torch.rand(graph.mask.shape, generator=generator) ** 4)[0]
-    different = compare_circuits(before, other, graph)
-    assert different.across.edges < different.null.edges
-    assert different.across.ranks < different.null.ranks
+    different = compare_circuits(before, other, graph, units, 199)
+    assert different.models.edges < different.chance.edges
+    assert different.p_values.edges == different.p_values.ranks == 1 / 200
+    # In two clusters, there are but two ways to exchange.
+    assert min(compare_circuits(before, other, graph, units % 2, 199).p_values) > 0.3
 
 
-def test_one_question_has_no_halves():
+def test_one_question_has_no_chance():
     graph = Graph.build(1, "block")
     scores = torch.rand(1, *graph.mask.shape)
-    found = compare_circuits(scores, scores, graph)
+    found = compare_circuits(scores, scores, graph, np.arange(1))
     assert found.models == (1, pytest.approx(1), 1)
-    assert found.across is found.null is None
+    assert found.chance is found.p_values is None

@@ -215,11 +215,11 @@ def test_places_of_benchmarks():
         place_benchmarks(paper, ["p.jsonl"])
 
 
-def test_defaults_are_the_published_runs(tmp_path):
+def test_defaults_are_the_published_runs_with_more_questions(tmp_path):
     recipe = read_recipe(write(tmp_path, MINIMAL))
     options = recipe.selection
     assert (options.beta, options.gamma, options.delta) == (0.5, 1.5, 0.5)
-    assert (options.samples, options.seed, options.convention) == (100, 42, "code")
+    assert (options.samples, options.seed, options.convention) == (1000, 42, "code")
     assert options.alpha == (0.03, 0.1, 0.3, 0.5)
 
 

@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from probe.cells import Accuracy, Change
 from probe.errors import ProbeError
 from probe.recipe import Published, PublishedChange
 from probe.rendering import FORMATS, print_report, render, write_report
-from probe.report import Accuracy, Change, ExtraTable, build_report
+from probe.report import ExtraTable, build_report
+from probe.statistics import Influence
 from probe.terminal import view
 
 
@@ -33,6 +35,7 @@ def test_formats_hold_the_same_numbers(half_run):
     for cell, row in zip(from_json, from_csv, strict=True):
         assert float(row["before"]) == cell["before"]
         assert float(row["real_edges_after"]) == cell["real_edges"]["after"]
+        assert float(row["paper_after"]) == cell["paper"]["after"]
         assert float(row["interval_low"]) == cell["interval"][0]
         assert float(row["p_holm"]) == cell["p_holm"]
         assert row["significant"] == str(cell["significant"])
@@ -58,7 +61,7 @@ def shown(report, width):
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_tables_fit(half_run, width):
     text = shown(build_report(half_run.path), width)
-    assert "+100.0     +100..+100    yes" in text
+    assert re.search(r"intensity .*\+100.0 +\+100..\+100 +yes +\+100.0", text)
     assert "Not in this report (3)" in text
     assert text.startswith("On tiny-math, GRPO changed none of 6 cells significantly.")
 
@@ -68,35 +71,37 @@ def test_real_edges_can_be_what_the_table_shows(half_run):
     record["recipe"]["report"]["entries"] = "real"
     half_run.write_json("run.json", record)
     report = build_report(half_run.path)
-    before = report.cells[0].real_edges.before
-    assert f"{short(before)} ↗" in render(report, "markdown")
-    assert before > report.cells[0].before
-    # The statistics are of the dense matrix, and stand beside its change.
-    assert re.search(r"real % +dense % +interval +paper", shown(report, 80))
-    assert "| +100.0 | +100.0 | +100..+100 | yes |" in render(report, "markdown")
+    cell = report.cells[2]
+    changed = replace(cell, real_edges=replace(cell.real_edges, change=0.25))
+    assert "+25.0" in render(replace(report, cells=(changed,)), "markdown")
+    assert "over real edges only" in render(report, "markdown")
 
 
 def test_marks_do_not_need_colour(half_run):
     report = build_report(half_run.path)
-    cell = replace(report.cells[0], significant=True, above_noise=True)
-    for significant, above_noise, mark in (
-        (True, True, "+100.0 *"),
-        (True, False, "+100.0 *~"),
-        (False, True, "+100.0"),
-        (False, False, "+100.0 ~"),
-        (None, None, "+100.0"),
+    for significant, share, mark in (
+        (True, 0.1, "+100.0 *"),
+        (True, 0.21, "+100.0 *!"),
+        (False, 0.2, "+100.0"),
+        (False, 0.5, "+100.0 !"),
+        (None, 0, "+100.0"),
     ):
-        one = replace(cell, significant=significant, above_noise=above_noise)
+        held = Influence("17", share, sign_survives=False)
+        one = replace(report.cells[0], significant=significant, influence=held)
         found = replace(report, cells=(one,))
         assert f"| {mark} | +100..+100 | yes |" in render(found, "markdown")
         words = [*mark.split(), "+100..+100", "yes"]
-        row = next(line for line in shown(found, 80).splitlines() if "Act.Intens." in line)
+        row = next(line for line in shown(found, 80).splitlines() if " intensity  " in line)
         assert row.split()[5:-1] == words
+        warned = "intensity of sft-grpo on tiny-math at 0.5 (question 17:" in render(
+            found, "markdown"
+        )
+        assert warned == (share > 0.2)
         console = Console(
             file=io.StringIO(), width=80, force_terminal=True, color_system="truecolor"
         )
         console.print(view([found]))
-        row = next(line for line in console.file.getvalue().splitlines() if "Act.Intens." in line)
+        row = next(line for line in console.file.getvalue().splitlines() if " intensity  " in line)
         assert ("\x1b[2m" in row) == (significant is False)  # dim
 
 
@@ -159,15 +164,15 @@ def test_published_values_are_below_their_cells(half_run):
     assert "published" not in shown(plain, 80)
     report = published(plain)
     text = shown(report, 80)
-    row = r"published +1.10e-3 ↗ 1.31e-3 +\+19.1 +"
-    assert re.search(rf"Act.Intens. .*\n +{row}✓", text)
-    assert re.search(rf"Info.Complex. .*\n +{row}✗", text)
+    row = r"published +1.10e-3 ↗ 1.31e-3 +[✓✗] +\+19.1"
+    assert re.search(rf" intensity .*\n +{row}".replace("[✓✗]", "✓"), text)
+    assert re.search(rf"eff. edges .*\n +{row}".replace("[✓✗]", "✗"), text)
     assert len(re.findall(row, text)) == 2
     assert "(published: 41 experiments, +7.6 %, 95.1 % of them improved)" in " ".join(text.split())
-    assert "| | published | 1.10e-3 ↗ 1.31e-3 | +19.1 | | ✓ | |" in re.sub(
+    assert "| | published | 1.10e-3 ↗ 1.31e-3 | | | ✓ | +19.1 |" in re.sub(
         " +", " ", render(report, "markdown")
     )
-    intensity, complexity, kurtosis = (f"{short(c.before)}" for c in report.cells[:3])
+    intensity, complexity, kurtosis = (f"{short(c.paper.before)}" for c in report.cells[:3])
     table = shown(report, 100)
     assert re.search(
         rf"sft-grpo *\n +tiny-math +0.5 +{intensity} .* +{complexity} .* +{kurtosis} .*\n"
@@ -188,8 +193,8 @@ def test_runs_of_the_same_cells_are_side_by_side(half_run):
     console.print(view([report, other]))
     text = console.file.getvalue()
     assert "of 5 cells moved in the same direction in all runs" in text
-    assert re.search(r"Act.Intens. .*\+100.0.* 2.00e0 ↘ 1.00e0 +-50.0", text)
-    assert re.search(r"Tok.Entropy.* -\s*\n", text)  # of the one run only
+    assert re.search(r"intensity .*\+100.0.* 2.00e0 ↘ 1.00e0 +-50.0", text)
+    assert re.search(r"token entropy.* -\s*\n", text)  # of the one run only
     rows = list(csv.DictReader(io.StringIO(render([report, other], "csv"))))
     assert [row["run"] for row in rows] == ["run"] * 6 + ["other"] * 5
     assert [len(run["cells"]) for run in json.loads(render([report, other], "json"))] == [6, 5]
@@ -244,7 +249,9 @@ def test_a_report_can_be_written_to_a_file(half_run, tmp_path):
 def test_a_report_of_accuracy_alone(half_run):
     report = build_report(half_run.path)
     rows = (
-        Accuracy("sft-grpo", "gsm8k", 0.5, 0.6, 200, Change(0.4, 0.5, 0.25), True),
+        Accuracy(
+            "sft-grpo", "gsm8k", 0.5, 0.6, 200, published=Change(0.4, 0.5, 0.25), as_published=True
+        ),
         Accuracy("sft-grpo", "aime24", 0.1, 0.1, 30),
     )
     value = Published("sft-grpo", "gsm8k", "accuracy", 0.4, 0.5)
@@ -255,7 +262,7 @@ def test_a_report_of_accuracy_alone(half_run):
         text.splitlines()[0].rstrip()
         == "GRPO raised accuracy on 1 of 2 benchmarks, by +5.0 points on average."
     )
-    assert re.search(r"gsm8k +sft-grpo +200 +50.0 ↗ 60.0 +\+10.0 +40.0 ↗ 50.0 ✓", text)
+    assert re.search(r"gsm8k +sft-grpo +200 +50.0 ↗ 60.0 +\+10.0 +- +- +40.0 ↗ 50.0 ✓", text)
     assert re.search(r"aime24 +sft-grpo +30 +10.0 → 10.0 +\+0.0 +-", text)
     assert "published: what was printed elsewhere" in text
     assert "Table 1" not in text

@@ -4,12 +4,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from probe.cells import Change
 from probe.edges import EdgeScores
 from probe.errors import ProbeError
 from probe.graph import Graph
 from probe.metrics import METRICS, TOKEN_METRICS
 from probe.rendering import print_report, render
-from probe.report import Change, build_report
+from probe.report import build_report
 from probe.selection import Solution
 from probe.wording import percent, summary
 
@@ -27,7 +28,7 @@ def test_a_half_finished_run(half_run):
     assert intensity.change == pytest.approx(1.0)
     assert intensity.as_in_paper is True
     assert intensity.interval == pytest.approx((1, 1))
-    assert intensity.p_value == pytest.approx(2 * 0.5**5, abs=0.01)  # all five rise, or all fall
+    assert intensity.p_value == 2 * 0.5**5  # all five rise, or all fall
     assert intensity.p_value < intensity.p_holm
     assert intensity.significant is False  # five questions cannot be enough
     assert report.cells[1].p_value == 1  # an entropy does not see the scale
@@ -47,7 +48,7 @@ def test_metrics_that_are_not_defined_are_null(half_run):
     assert cells["sample_diversity"].as_in_paper is None
     for cell in cells.values():  # of one question
         assert cell.interval is cell.p_value is cell.p_holm is cell.effect_size is None
-        assert cell.noise_floor is cell.significant is cell.above_noise is None
+        assert cell.significant is None
     assert json.loads(render(report, "json"))
     print_report(report)
 
@@ -62,7 +63,7 @@ def write_sides(folder, cell, before, after, ids=None):
         folder.write_edges(folder.edges_file(cell, side), edges, names, "key")
 
 
-def test_what_is_significant_and_above_the_noise(half_run):
+def test_what_is_significant(half_run):
     torch.manual_seed(1)
     shape = (30, *Graph.build(2, "qkv").mask.shape)
     before, other = torch.randn(shape), torch.randn(shape)
@@ -73,14 +74,13 @@ def test_what_is_significant_and_above_the_noise(half_run):
     found = {(cell.pair, cell.metric): cell for cell in report.cells}
     weaker = found.pop(("sft-grpo", "activation_intensity"))
     assert weaker.significant
-    assert weaker.above_noise
     assert weaker.as_in_paper is False
     assert weaker.p_holm == pytest.approx(12 * weaker.p_value)  # of twelve cells the smallest
     assert not any(cell.significant for cell in found.values())
     assert all(low <= 0 <= high for low, high in (cell.interval for cell in found.values()))
     first, second = summary(report)
     assert first == (
-        "On tiny-math, GRPO significantly lowered activation intensity in 1 of 1 cells: 0 of 6 "
+        "On tiny-math, GRPO significantly lowered intensity in 1 of 1 cells: 0 of 6 "
         "cells moved as the paper reports for online RL, 1 against it."
     )
     assert second == "On tiny-math, DPO changed none of 6 cells significantly."
@@ -93,7 +93,7 @@ def test_statistics_can_be_left_out(half_run):
     report = build_report(half_run.path)
     for cell in report.cells:
         assert cell.change is not None
-        assert cell.interval is cell.p_holm is cell.significant is cell.above_noise is None
+        assert cell.interval is cell.p_holm is cell.significant is None
     assert "significantly" not in render(report, "markdown")
     assert "without its noise" in render(report, "markdown")
 
@@ -150,11 +150,13 @@ def test_token_entropy_is_a_cell_of_its_own(half_run):
         entropies = factor * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
         half_run.write_edges(path, replace(edges, entropies=entropies), list("abcde"), "key")
     (cell,) = (c for c in build_report(half_run.path).cells if c.metric == "token_entropy")
-    assert (cell.before, cell.after, cell.change) == (3, 1.5, -0.5)
+    assert cell.paper == Change(3, 1.5, -0.5)
+    assert cell.before == pytest.approx(120**0.2)
+    assert cell.change == pytest.approx(-0.5)
     assert cell.real_edges == Change(3, 1.5, -0.5)
     assert cell.as_in_paper is False
     assert cell.interval == pytest.approx((-0.5, -0.5))
-    assert cell.p_value == pytest.approx(2 * 0.5**5, abs=0.01)
+    assert cell.p_value == 2 * 0.5**5
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_the_folder_holds_everything(finished):
 
 def test_the_report_has_every_cell_once(finished):
     report = report_of(finished)
-    assert report["schema"] == 1
+    assert report["schema"] == 2
     assert report["complete"] is True
     keys = [(c["pair"], c["benchmark"], c["alpha"], c["metric"]) for c in report["cells"]]
     assert len(keys) == len(set(keys)) == 2 * 1 * 2 * len(METRICS | TOKEN_METRICS)
@@ -73,7 +73,7 @@ def test_the_report_has_every_cell_once(finished):
         assert cell["interval"][0] <= cell["interval"][1]
         assert 0 < cell["p_value"] <= cell["p_holm"] <= 1
         assert cell["significant"] == (cell["p_holm"] < 0.05)
-        assert cell["above_noise"] == (abs(cell["change"]) > cell["noise_floor"])
+        assert cell["clusters"] == 6 - cell["left_out"]
 
 
 def test_the_cells_are_the_metrics_of_the_attributed_sequences(finished):
@@ -92,9 +92,9 @@ def test_the_cells_are_the_metrics_of_the_attributed_sequences(finished):
         if (cell["pair"], cell["alpha"]) == ("sft-grpo", 0.5):
             function = getattr(probe.metrics, cell["metric"])
             if cell["metric"] in TOKEN_METRICS:
-                assert function(edges.entropies) == pytest.approx(cell["after"], rel=1e-3)
+                assert function(edges.entropies) == pytest.approx(cell["paper"]["after"], rel=1e-3)
                 continue
-            assert function(edges.scores) == pytest.approx(cell["after"], rel=1e-3)
+            assert function(edges.scores) == pytest.approx(cell["paper"]["after"], rel=1e-3)
             real = function(edges.scores, edges.graph.mask)
             assert real == pytest.approx(cell["real_edges"]["after"], rel=1e-3)
 
@@ -295,7 +295,7 @@ def test_a_model_against_itself_is_identical(tmp_path):
         assert cell.real_edges.change == 0
         assert cell.interval == (0, 0)
         assert cell.p_value == cell.p_holm == 1
-        assert cell.significant is cell.above_noise is False
+        assert cell.significant is False
     assert len(list((tmp_path / "run" / "solutions").iterdir())) == 1  # asked once
 
 
