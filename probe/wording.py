@@ -279,7 +279,8 @@ def _left_out_lines(report: Report) -> list[str]:
 
 def warning(found: Influence | None) -> str:
     """A mark where one question holds much of a change."""
-    return "!" if found and found.share > LARGE_SHARE else ""
+    # Of five questions that contribute alike, each holds a fifth but for rounding.
+    return "!" if found and found.share > LARGE_SHARE + 1e-3 else ""
 
 
 def name_of(metric: str) -> str:
