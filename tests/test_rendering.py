@@ -89,7 +89,7 @@ def test_marks_do_not_need_colour(half_run):
         held = Influence("17", share, sign_survives=False)
         one = replace(report.cells[0], significant=significant, influence=held)
         found = replace(report, cells=(one,))
-        assert f"| {mark} | +100..+100 | yes |" in render(found, "markdown")
+        assert f"| {mark} | +100..+100 | yes |" in render(found, "markdown").replace("\\", "")
         words = [*mark.split(), "+100..+100", "yes"]
         row = next(line for line in shown(found, 80).splitlines() if " intensity  " in line)
         assert row.split()[5:-1] == words
