@@ -91,7 +91,7 @@ def test_marks_do_not_need_colour(half_run):
         found = replace(report, cells=(one,))
         assert f"| {mark} | +100..+100 | yes |" in render(found, "markdown").replace("\\", "")
         words = [*mark.split(), "+100..+100", "yes"]
-        row = next(line for line in shown(found, 80).splitlines() if " intensity  " in line)
+        row = next(line for line in shown(found, 80).splitlines() if "↗" in line)
         assert row.split()[5:-1] == words
         warned = "intensity of sft-grpo on tiny-math at 0.5 (question 17:" in render(
             found, "markdown"
@@ -101,7 +101,7 @@ def test_marks_do_not_need_colour(half_run):
             file=io.StringIO(), width=80, force_terminal=True, color_system="truecolor"
         )
         console.print(view([found]))
-        row = next(line for line in console.file.getvalue().splitlines() if " intensity  " in line)
+        row = next(line for line in console.file.getvalue().splitlines() if "↗" in line)
         assert ("\x1b[2m" in row) == (significant is False)  # dim
 
 
