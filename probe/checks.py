@@ -9,12 +9,13 @@ would refuse.
 import os
 from pathlib import Path
 
+from probe.answer_files import read_given
 from probe.architectures import architecture_of
 from probe.attribution import METHODS
 from probe.checkpoints import find_checkpoint, fingerprint, weight_files
 from probe.errors import ProbeError
 from probe.extras import check_extras
-from probe.imported import match, read_given
+from probe.imported import match
 from probe.kernels import resolve_kernels
 from probe.metrics import METRICS, TOKEN_METRICS
 from probe.models import check_pair, read_config, read_tokenizer, resolve_devices

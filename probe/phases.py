@@ -15,12 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from probe.answer_files import GivenAnswer
 from probe.attribution import attribute, method_named
 from probe.checkpoints import fingerprint
 from probe.edges import EdgeScores
 from probe.errors import ProbeError
 from probe.hosting import load_hosted
-from probe.imported import GivenAnswer, imported
+from probe.imported import imported
 from probe.models import Model, load_model, read_tokenizer
 from probe.parallel import Tell, Told
 from probe.problems import Problem

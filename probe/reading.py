@@ -1,8 +1,8 @@
 """Reading: the rows of a local file or folder, whatever its format.
 
-The suffix says the format: JSON lines, JSON, CSV or parquet. A row remembers where it stands, so
-that every complaint about it can say so; a folder gives the rows of all its files, or only those
-of its test split if it has one.
+The suffix says the format: JSON lines, JSON, CSV, parquet or a log of inspect_ai. A row remembers
+where it stands, so that every complaint about it can say so; a folder gives the rows of all its
+files, or only those of its test split if it has one.
 
     >>> rows = read_rows(Path("problems.csv"))
     >>> rows[0].where, rows[0].columns["answer"]
@@ -91,27 +91,52 @@ def _text(path: Path) -> str:
         ) from error
 
 
+def _parsed(text: str | bytes, where: str, hint: str) -> object:
+    """The value that JSON spells.
+
+    Raises:
+        json.JSONDecodeError: It is none.
+        ProbeError: It is one that Python or UTF-8 cannot hold.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise ProbeError(f"{where}: nested too deeply; {hint}") from error
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise ProbeError(f"{where}: not JSON that can be read ({error}); {hint}") from error
+    escaped = b"\\ud" if isinstance(text, bytes) else "\\ud"
+    if escaped in text.lower():  # type: ignore[operator]  # of the same kind as the text
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ProbeError(f"{where}: holds half of a surrogate pair; {hint}") from error
+    return value
+
+
 def _json_lines(path: Path) -> Iterator[Row]:
     # Not splitlines: a text may hold other line ends, such as U+2028, as they are.
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = _parsed(line, where, "mend or remove this line")
         except json.JSONDecodeError as error:
             raise ProbeError(
-                f"{path}:{number}: not JSON ({error.msg}); mend or remove this line"
+                f"{where}: not JSON ({error.msg}); mend or remove this line"
             ) from error
         if not isinstance(row, dict):
-            raise ProbeError(f"{path}:{number}: not a JSON object; each line needs {{...}}")
-        yield Row(f"{path}:{number}", row)
+            raise ProbeError(f"{where}: not a JSON object; each line needs {{...}}")
+        yield Row(where, row)
 
 
 def _json(path: Path) -> Iterator[Row]:
     """Read a list of objects, an object that holds such a list, one object, or JSON lines."""
     text = _text(path)
     try:
-        rows = json.loads(text)
+        rows = _parsed(text, str(path), "mend this file")
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             yield from _json_lines(path)
@@ -120,15 +145,46 @@ def _json(path: Path) -> Iterator[Row]:
             f"{path}:{error.lineno}: not JSON ({error.msg}); mend this line"
         ) from error
     if isinstance(rows, dict):
-        lists = [part for part in rows.values() if isinstance(part, list)]
-        held = [part for part in lists if part and isinstance(part[0], dict)]
-        rows = held[0] if len(held) == 1 else [rows]
+        rows = _held(rows)
     if not isinstance(rows, list):
         raise ProbeError(f"{path}: not a list of JSON objects")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise ProbeError(f"{path}, row {number}: not a JSON object; each row needs {{...}}")
         yield Row(f"{path}, row {number}", row)
+
+
+def _held(whole: Mapping[str, object]) -> list[object]:
+    """The one list of rows in an object, which has a usual name if there are several; or itself.
+
+    A list of messages is part of a row.
+    """
+    held = {
+        name: part
+        for name, part in whole.items()
+        if isinstance(part, list) and part and isinstance(part[0], dict)
+        if not {"role", "from"} & set(part[0])
+    }
+    if len(held) > 1:
+        held = {name: part for name, part in held.items() if name in _ROWS}
+    return next(iter(held.values())) if len(held) == 1 else [whole]
+
+
+_ROWS = ("samples", "data", "rows", "examples", "problems", "results")
+
+
+def _inspect_log(path: Path) -> Iterator[Row]:
+    from probe.logs import read_samples
+
+    for name, text in read_samples(path):
+        where = f"{path}, {name}"
+        try:
+            row = _parsed(text, where, "export the log again")
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ProbeError(f"{where}: not JSON; export the log again") from error
+        if not isinstance(row, dict):
+            raise ProbeError(f"{where}: not a JSON object")
+        yield Row(where, row)
 
 
 def _separated(delimiter: str) -> Callable[[Path], Iterator[Row]]:
@@ -172,6 +228,7 @@ FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _separated(","),
     ".tsv": _separated("\t"),
     ".parquet": _parquet,
+    ".eval": _inspect_log,
 }
 """How to read a file, by its suffix; the one place to add a format."""
 

@@ -27,6 +27,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from probe.answer_files import Given, GivenAnswer, read_given
 from probe.checkpoints import fetch_checkpoint, weight_files
 from probe.checks import check_here, check_output
 from probe.errors import ProbeError
@@ -34,7 +35,7 @@ from probe.escaping import PlainConsole
 from probe.extra_passes import measure_states, measure_weights
 from probe.extras import EXTRAS
 from probe.hosting import check_host, load_hosted, open_host
-from probe.imported import Given, GivenAnswer, match, read_given
+from probe.imported import match
 from probe.models import (
     check_pair,
     cpu_threads,

@@ -6,8 +6,9 @@ from rich.console import Console
 from test_cli import call
 
 import probe
+from probe.answer_files import GivenAnswer, read_given
 from probe.errors import ProbeError
-from probe.imported import GivenAnswer, imported, match, read_given
+from probe.imported import imported, match
 from probe.problems import Problem, load_problems
 from probe.report import build_report
 from probe.run_folder import RunFolder
@@ -21,8 +22,12 @@ def problems():
     return load_problems("gsm8k", DATA / "problems.jsonl")
 
 
+def data(file):
+    return DATA / (file if "." in file else f"{file}.jsonl")
+
+
 def solutions(tiny, problems, file, prompt=PROMPT):
-    given = match(read_given(DATA / f"{file}.jsonl"), {"gsm8k": problems}, "gsm8k")
+    given = match(read_given(data(file)), {"gsm8k": problems}, "gsm8k")
     parts = imported(tiny.tokenizer, problems, prompt, given)
     return [solution for part in parts for solution in part]
 
@@ -36,17 +41,29 @@ def solutions(tiny, problems, file, prompt=PROMPT):
         ("vllm_text", "vLLM", "the file's", "derived again from the text"),
         ("plain", "question and answer", "the recipe's", "derived again from the text"),
         ("by_id", "question and answer", "the recipe's", "the file's"),
+        ("inspect.eval", "inspect_ai", "the recipe's", "derived again from the text"),
+        ("inspect.json", "inspect_ai", "the recipe's", "derived again from the text"),
+        ("lighteval.parquet", "lighteval", "the file's", "derived again from the text"),
+        ("trl.parquet", "TRL", "the recipe's", "derived again from the text"),
+        ("verl", "verl", "the recipe's", "derived again from the text"),
+        ("openai_batch", "OpenAI batch", "the recipe's", "derived again from the text"),
     ],
 )
 def test_formats_are_recognised_by_their_columns(file, format, prompts, tokens):
-    given = read_given(DATA / f"{file}.jsonl")
+    given = read_given(data(file))
     assert given.format == format
     assert given.table["prompts"] == prompts
     assert given.table["token_ids"] == tokens
-    assert f"{file}.jsonl ({format}), graded again; prompts are {prompts}" in given.account
+    assert f"{data(file).name} ({format}), graded again; prompts are {prompts}" in given.account
 
 
-@pytest.mark.parametrize("file", ["lm_eval", "qwen_math", "vllm_text", "plain"])
+EVERY = [
+    *("lm_eval", "qwen_math", "vllm_text", "plain", "inspect.eval", "inspect.json"),
+    *("lighteval.parquet", "trl.parquet", "verl", "openai_batch"),
+]
+
+
+@pytest.mark.parametrize("file", EVERY)
 def test_answers_find_their_problems_and_are_graded_again(llama, problems, file):
     """Files say that all are wrong, or nothing; the third one is."""
     found = solutions(llama, problems, file)
@@ -97,7 +114,7 @@ ROW = {"question": "Tom has 3 apples and buys 4. How many has he?", "text": "###
         (
             [{"question": "q", "level": 3}],
             r"given\.jsonl:1: not recognised as solutions; found: question, level; needed: doc and "
-            r"arguments and resps \(lm-evaluation-harness\); question and code and pred \(Qwen2",
+            r"arguments and resps \(lm-evaluation-harness\); doc and model_response \(lighteval\)",
         ),
         ([ROW, {"prompt": "p", "outputs": ["x"]}], r"given\.jsonl:2: of format vLLM, but the rows"),
         (
@@ -110,13 +127,134 @@ ROW = {"question": "Tom has 3 apples and buys 4. How many has he?", "text": "###
         ),
         (
             [{"question": "q", "code": [], "pred": []}],
-            r"given\.jsonl:1: 0 answers to one question",
+            r"given\.jsonl:1: (0 answers to one question|no answer; needed)",
         ),
     ],
 )
 def test_files_that_are_no_solutions(tmp_path, rows, message):
     with pytest.raises(ProbeError, match=message):
         read_given(write(tmp_path, *rows))
+
+
+SAID = "He has 7.\n#### 7"
+SPOKEN = {"role": "assistant", "content": SAID}
+PART = {"type": "text", "text": SAID}
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"text": [SAID]},
+        {"TEXT": SAID},
+        {"Response": [[SAID]]},
+        {"completion": [SPOKEN]},
+        {"completion": SPOKEN},
+        {"completion": [{"role": "user", "content": "q"}, SPOKEN]},
+        {"messages": [{"role": "user", "content": "q"}, SPOKEN]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": SAID}]},
+        {"output": {"role": "assistant", "content": [PART]}},
+        {"output": [{"type": "thinking", "thinking": "#### 8"}, PART]},
+        {"output": [{"type": "reasoning"}, {"type": "message", **SPOKEN, "content": [PART]}]},
+        {"response": {"choices": [{"index": 0, "message": SPOKEN}]}},
+        {"generation": {"text": SAID}},
+        {"generated_text": [{"generated_text": SAID}]},
+        {"text": json.dumps([SPOKEN])},
+        {"text": repr([SPOKEN])},
+        {"text": repr([SAID])},
+    ],
+)
+def test_one_text_is_unwrapped(tmp_path, columns):
+    (answer,) = read_given(write(tmp_path, {"question": "q", **columns})).answers
+    assert answer.text == SAID
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"response": 104}, "the answer is a number; needed is the text that the model wrote"),
+        ({"response": 1.5}, "the answer is a number"),
+        ({"response": True}, "the answer is true or false"),
+        ({"response": []}, "0 answers to one question"),
+        ({"response": [None]}, "0 answers to one question"),
+        ({"response": [SAID, SAID]}, "2 answers to one question"),
+        ({"response": [PART, PART]}, "2 answers to one question"),
+        ({"response": [SPOKEN, SPOKEN]}, "2 messages of the assistant"),
+        ({"response": [{"role": "user", "content": "q"}]}, "0 messages of the assistant"),
+        ({"response": {"role": "user", "content": "q"}}, "a message of the user, not of the"),
+        ({"response": {"role": "assistant", "content": None}}, "an object without text: role"),
+        ({"response": {"score": 1}}, "the answer is an object without text: score"),
+        ({"response": {"type": "thinking", "text": "x"}}, "a thought without an answer"),
+        ({"response": {"content": 104}}, "the answer is a number"),
+        ({"text": SAID, "id": [1]}, "the id is no text or number"),
+    ],
+)
+def test_what_holds_no_text_or_several_is_an_error(tmp_path, columns, message):
+    with pytest.raises(ProbeError, match=rf"given\.jsonl:1: .*{message}"):
+        read_given(write(tmp_path, {"question": "q", **columns}))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"input": "q", "epoch": 1, "output": {"choices": []}, "error": {"message": "limit"}},
+            r"this sample has no answer \(limit\)",
+        ),
+        (
+            {"custom_id": "1", "response": {"body": {"error": {"message": "too long"}}}},
+            r"the request has no answer \(too long\)",
+        ),
+        ({"custom_id": "1", "response": None, "error": {"message": "expired"}}, "expired"),
+    ],
+)
+def test_a_failed_request_is_an_error(tmp_path, row, message):
+    with pytest.raises(ProbeError, match=message):
+        read_given(write(tmp_path, row))
+
+
+@pytest.mark.parametrize(
+    ("file", "capitals"), [("qwen_math", str.title), ("lm_eval", str.upper), ("vllm", str.title)]
+)
+def test_columns_in_any_capitals(tmp_path, file, capitals):
+    rows = [json.loads(line) for line in data(file).read_text().splitlines()]
+    turned = [{capitals(name): value for name, value in row.items()} for row in rows]
+    found, expected = read_given(write(tmp_path, *turned)), read_given(data(file))
+    assert found.format == expected.format
+    assert [a[1:] for a in found.answers] == [a[1:] for a in expected.answers]
+
+
+def test_a_question_inside_a_longer_one_is_not_asked(tmp_path):
+    asked = {"gsm8k": [Problem("0", "1+1=?", "2")]}
+    given = read_given(write(tmp_path, {"prompt": "Q: 11+1=?", "output": "12"}))
+    with pytest.raises(ProbeError, match="no answer to 1 of 1 questions"):
+        match(given, asked, "gsm8k")
+
+
+def test_a_damaged_log(tmp_path):
+    whole = data("inspect.eval").read_bytes()
+    for name, content in (("cut.eval", whole[:4000]), ("none.eval", b"PK"), ("empty.eval", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ProbeError, match=rf"{name}: not a log of inspect_ai"):
+            read_given(tmp_path / name)
+    place = whole.index(b"samples/2_epoch") + 60
+    (tmp_path / "bad.eval").write_bytes(whole[:place] + b"????" + whole[place + 4 :])
+    with pytest.raises(ProbeError, match=r"bad\.eval: not a log of inspect_ai"):
+        read_given(tmp_path / "bad.eval")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[" * 100_000, "nested too deeply|not JSON"),
+        ('{"question": "q", "text": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ('{"question": "q", "text": ' + "1" * 5000 + "}", "not JSON that can be read"),
+        (r'{"question": "q", "text": "\ud800"}', "holds half of a surrogate pair"),
+    ],
+)
+def test_json_that_python_cannot_hold(tmp_path, line, message):
+    (tmp_path / "given.jsonl").write_text(line)
+    with pytest.raises(ProbeError, match=rf"given\.jsonl:1: .*({message})"):
+        read_given(tmp_path / "given.jsonl")
 
 
 def test_questions_without_an_answer_and_with_two(tmp_path, problems):
