@@ -1,7 +1,7 @@
 """Terminal: a report as rich tables.
 
-Everything can be read without colour; a colour only repeats what a character says. 80 columns do,
-unless names are long.
+Everything can be read without colour; a colour only repeats what a character says. 80 columns do;
+where a terminal is narrower or names are long, a table goes on below itself.
 
     >>> Console().print(view([report]))
 """
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from probe import agreement
 from probe.cells import Cell
+from probe.fitted import Fitted
 from probe.layout import CELL_TITLES, cell_rows, extra_texts, numeric, shared_tables
 from probe.report import ExtraTable, Report
 from probe.wording import caveats, groups, heading, overview
@@ -56,10 +57,17 @@ def table_view(extra: ExtraTable) -> RenderableType:
     for row in zip(*columns, strict=True):
         table.add_row(*map(Text, row))
     note = [Text(extra.note, style="dim")] if extra.note else []
-    return Group(Text(extra.title, style="bold"), Text(""), table, *note)
+    # The first columns, up to the first number, say what a row is of; and so does alpha.
+    keys = 0
+    for title, is_number in zip(extra.columns, numeric(extra), strict=True):
+        if is_number and title != "alpha":
+            break
+        keys += 1
+    fitted = Fitted(table, keys)
+    return Group(Text(extra.title, style="bold"), Text(""), fitted, *note)
 
 
-def _cells_view(report: Report, cells: Sequence[Cell]) -> Table:
+def _cells_view(report: Report, cells: Sequence[Cell]) -> Fitted:
     table = _table()
     columns = CELL_TITLES
     verdict = columns.index("paper")
@@ -80,7 +88,7 @@ def _cells_view(report: Report, cells: Sequence[Cell]) -> Table:
             table.add_row(
                 *row, end_section=last and texts is rows[-1], style="dim" if faint else ""
             )
-    return table
+    return Fitted(table, columns.index("metric") + 1)
 
 
 def _table() -> Table:

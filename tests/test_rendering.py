@@ -15,7 +15,7 @@ from probe.recipe import Published, PublishedChange
 from probe.rendering import FORMATS, print_report, render, write_report
 from probe.report import ExtraTable, build_report
 from probe.statistics import Influence
-from probe.terminal import view
+from probe.terminal import table_view, view
 
 
 def test_an_empty_run_prints(half_run, capsys):
@@ -268,3 +268,42 @@ def test_a_report_of_accuracy_alone(half_run):
     assert "Table 1" not in text
     for style in FORMATS:
         assert "Metrics over" not in render(report, style)
+
+
+LONG = "Qwen2.5-0.5B-Instruct-vs-my-grpo-checkpoint"
+
+
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("name", ["sft-grpo", LONG])
+def test_narrow_terminals_break_no_word(width, name):
+    """Numbers and headings stay whole; a long name is folded, but not into single letters."""
+    columns = ("benchmark", "pair", "alpha", *(f"value{n}" for n in range(9)))
+    rows = tuple(
+        ("olympiadbench", pair, 0.03, *(n + 0.125 for n in range(9))) for pair in (name, "b")
+    )
+    text = shown_table(ExtraTable("Title", "Some note.", columns, rows), width)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    for word in ("benchmark", "alpha", *columns[3:], *(f"{n + 0.125:.3f}" for n in range(9))):
+        assert word in text.split()
+    # Each part of the table says what its rows are of.
+    parts = [line for line in lines if line.startswith("benchmark")]
+    assert len(parts) > 1
+    assert sum(line.split()[0] == "olympiadbench" for line in lines if line.strip()) == 2 * len(
+        parts
+    )
+    assert all(len(word) > 1 for line in lines for word in line.split() if word != "b"), text
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_cells_of_a_narrow_terminal(half_run, width):
+    text = shown(build_report(half_run.path), width)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    for word in ("Act.Intens.", "+100..+100", "interval", "paper"):
+        assert word in text.split()
+
+
+def shown_table(table, width):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table_view(table))
+    return console.file.getvalue()
