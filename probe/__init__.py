@@ -14,18 +14,29 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from probe import metrics as metrics
+    from probe.architectures import ARCHITECTURES as ARCHITECTURES
+    from probe.architectures import Architecture as Architecture
+    from probe.attribution import METHODS as METHODS
+    from probe.attribution import Method as Method
     from probe.attribution import attribute as attribute
     from probe.attribution import exact_effects as exact_effects
     from probe.comparison import compare as compare
     from probe.edges import Edge as Edge
     from probe.edges import EdgeScores as EdgeScores
     from probe.errors import ProbeError as ProbeError
+    from probe.extras import EXTRAS as EXTRAS
+    from probe.extras import Extra as Extra
     from probe.faithfulness import run_faithfulness as run_faithfulness
     from probe.graph import Graph as Graph
     from probe.hosting import load_hosted as load_hosted
     from probe.hosting import open_host as open_host
+    from probe.metrics import METRICS as METRICS
+    from probe.metrics import Metric as Metric
     from probe.models import Model as Model
     from probe.models import load_model as load_model
+    from probe.problems import BENCHMARKS as BENCHMARKS
+    from probe.problems import Benchmark as Benchmark
+    from probe.problems import Problem as Problem
     from probe.run import run_recipe as run_recipe
     from probe.selection import Selection as Selection
     from probe.selection import Solution as Solution
@@ -36,18 +47,29 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "ARCHITECTURES": "architectures",
+    "Architecture": "architectures",
+    "METHODS": "attribution",
+    "Method": "attribution",
     "attribute": "attribution",
     "exact_effects": "attribution",
     "compare": "comparison",
-    "run_faithfulness": "faithfulness",
     "Edge": "edges",
     "EdgeScores": "edges",
     "ProbeError": "errors",
+    "EXTRAS": "extras",
+    "Extra": "extras",
+    "run_faithfulness": "faithfulness",
     "Graph": "graph",
-    "Model": "models",
     "load_hosted": "hosting",
-    "load_model": "models",
     "open_host": "hosting",
+    "METRICS": "metrics",
+    "Metric": "metrics",
+    "Model": "models",
+    "load_model": "models",
+    "BENCHMARKS": "problems",
+    "Benchmark": "problems",
+    "Problem": "problems",
     "run_recipe": "run",
     "Selection": "selection",
     "Solution": "selection",

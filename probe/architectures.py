@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from probe.errors import ProbeError
+from probe.registry import Registry
 
 GUIDE = "docs/architectures.md"
 
@@ -104,7 +105,7 @@ _GEMMA2 = replace(
     logits_cap="final_logit_softcapping",
 )
 
-ARCHITECTURES: dict[str, Architecture] = {
+_ROWS: dict[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -159,6 +160,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mixtral": _MOE,
     "qwen3_moe": replace(_MOE, head_norms=_QK_NORMS),
 }
+
+ARCHITECTURES = Registry("architecture", Architecture, _ROWS)
 
 
 class Heads(NamedTuple):

@@ -24,6 +24,7 @@ from probe.errors import ProbeError, check_count
 from probe.graph import Graph
 from probe.layers import exact_dtype
 from probe.models import Model, as_model
+from probe.registry import Registry
 from probe.sequences import MAX_NEW_TOKENS, Given, TokenSequence, as_sequences
 from probe.tracing import (
     FASTEST,
@@ -144,12 +145,14 @@ class Method:
         return self.passes(ig_steps) if self.passes else 1
 
 
-METHODS: dict[str, Method] = {
+_ROWS: dict[str, Method] = {
     "eap": Method(eap),
     "eap-ig": Method(eap_ig, passes=pass_a_step),
     "relp": Method(relp, may_recompute=False, kernels=("eager",)),
     "exact": Method(exact, passes=None),
 }
+
+METHODS = Registry("method", Method, _ROWS, takes="score")
 """Every attribution method by its name; the one place to add one."""
 
 # A relative distance from what the model itself computes that is no rounding any more.

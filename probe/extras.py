@@ -30,6 +30,7 @@ from probe.extra_rows import (
     weight_rows,
 )
 from probe.recipe import Recipe
+from probe.registry import Registry
 from probe.run_folder import Missing, RunFolder
 
 _CHANGE = ("change %", "low %", "high %")
@@ -82,7 +83,7 @@ _MASS_NOTE = (
     "interval of it."
 )
 
-EXTRAS: dict[str, Extra] = {
+_ROWS: dict[str, Extra] = {
     "overlap": Extra(
         "Overlap of the circuits",
         "1 is the same circuit. Edges, nodes: Jaccard index of the strongest tenth of edges (by "
@@ -144,6 +145,8 @@ EXTRAS: dict[str, Extra] = {
         where=("pair",),
     ),
 }
+
+EXTRAS = Registry("table", Extra, _ROWS, takes="rows")
 """Every further table by its name; the one place to add one."""
 
 CONTROL = Extra(

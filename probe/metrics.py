@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from probe.errors import ProbeError
+from probe.registry import Registry
 from probe.vocabulary import BINS
 
 EPS = 1e-10
@@ -280,7 +281,7 @@ class Metric(NamedTuple):
         return Estimand(self.label, self.label, self.form, self.parts)
 
 
-METRICS: dict[str, Metric] = {
+_ROWS: dict[str, Metric] = {
     "activation_intensity": Metric(
         "Act.Intens.",
         intensities,
@@ -315,10 +316,12 @@ METRICS: dict[str, Metric] = {
         Estimand("eff. outputs", "effective output edges", "ratio", effective_outputs),
     ),
 }
+
+METRICS = Registry("metric", Metric, _ROWS, takes="parts")
 """Every metric by its name, in the order of the report; the one place to add one."""
 
 
-TOKEN_METRICS: dict[str, Metric] = {
+_TOKEN_ROWS: dict[str, Metric] = {
     "token_entropy": Metric(
         "Tok.Entropy",
         token_entropies,
@@ -326,6 +329,8 @@ TOKEN_METRICS: dict[str, Metric] = {
         ours=Estimand("token entropy", "token entropy", "ratio", token_entropies),
     ),
 }
+
+TOKEN_METRICS = Registry("metric of predictions", Metric, _TOKEN_ROWS, takes="parts")
 """Metrics of what a model predicts instead of its edges: of `Entries.entropies`."""
 
 

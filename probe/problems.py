@@ -20,6 +20,7 @@ from probe.checkpoints import PACKAGE_DATA
 from probe.errors import ProbeError, reason
 from probe.marks import last_boxed
 from probe.reading import Row, read_rows
+from probe.registry import Registry
 from probe.vocabulary import Grading
 
 QUESTION = ("question", "problem", "prompt", "query", "input")
@@ -137,7 +138,7 @@ def amc23(path: Path | None = None) -> list[Problem]:
     return _problems(rows, _whole_answer)
 
 
-BENCHMARKS: dict[str, Benchmark] = {
+_ROWS: dict[str, Benchmark] = {
     "tiny-math": Benchmark(tiny_math, None),
     "gsm8k": Benchmark(gsm8k, "openai/gsm8k", 1319),
     "math": Benchmark(math, "EleutherAI/hendrycks_math", 5000),
@@ -147,6 +148,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "aime24": Benchmark(aime24, "HuggingFaceH4/aime_2024", 30),
     "amc23": Benchmark(amc23, "math-ai/amc23", 40),
 }
+
+BENCHMARKS = Registry("benchmark", Benchmark, _ROWS, takes="load")
 """Every benchmark by its name; the one place to add one."""
 
 
