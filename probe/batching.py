@@ -65,6 +65,7 @@ class Batching:
         self._host = model.deployment.host if model.deployment else None
         self._bytes = graph.mask.numel() * torch.promote_types(model.dtype, torch.float32).itemsize
         self._size = size
+        self._turning_point = model.turning_point
         self._steps = steps
         ladder = [FASTEST]
         if recompute:
@@ -112,7 +113,7 @@ class Batching:
         while todo:
             length = lengths[todo[0]] * self._steps
             mode = self._mode(length)
-            places = todo[: self.rows(length, mode)]
+            places = self._alike(lengths, todo[: self.rows(length, mode)])
             try:
                 result = self._watched(len(places) * length, mode, partial(score, places, mode))
             except torch.OutOfMemoryError as error:
@@ -160,10 +161,16 @@ class Batching:
         batches = []
         while todo:
             count = self.rows(lengths[todo[0]] * self._steps)
-            batches.append(todo[:count])
-            todo = todo[count:]
+            batches.append(self._alike(lengths, todo[:count]))
+            todo = todo[len(batches[-1]) :]
         for found in in_flight((partial(parts, places) for places in batches), host.jobs):
             yield from found
+
+    def _alike(self, lengths: Sequence[int], places: list[int]) -> list[int]:
+        """Those of a batch, the longest first, that a model treats as it treats the first."""
+        if self._turning_point is None or lengths[places[0]] <= self._turning_point:
+            return places
+        return [place for place in places if lengths[place] > self._turning_point]
 
     def rows(self, length: int, mode: MemoryMode = FASTEST) -> int:
         """How many rows of so many tokens run together."""

@@ -16,6 +16,7 @@ completes a stop string, or at the limit of that prompt. This last token belongs
 
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
@@ -23,10 +24,11 @@ import torch
 
 from probe import continuous
 from probe.concurrency import in_flight
+from probe.decoding import end_tokens, greedy, over, own, own_stops
 from probe.errors import ProbeError, reason
 from probe.models import Model
 from probe.tracing import generate_tokens
-from probe.vocabulary import Engine
+from probe.vocabulary import Decoding, Engine
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -54,15 +56,17 @@ def generate(
     batch_size: int = 32,
     skip: Collection[int] = (),
     engine: Engine = "auto",
+    decoding: Decoding = "greedy",
+    seed: int = 42,
     say: Callable[[str], object] = warnings.warn,
 ) -> Generator[list[Answer], None, None]:
-    """Answer prompts greedily.
+    """Answer prompts, greedily unless the model's own decoding is asked for.
 
-    The model's own sampling settings (temperature, repetition penalty) are left out: the
-    published runs decode greedily and nothing else. The choice of a token depends on what else
-    is in its batch only by rounding, which decides between two tokens that are nearly alike.
-    Static batches depend on the prompts alone, not on what is skipped; what the continuous
-    engine runs together depends on both.
+    Greedily means that none of the model's own settings (a repetition penalty, beams, sampling) is
+    used: the published runs decode like this, and `probe.decoding` has more. The
+    choice of a token depends on what else is in its batch only by rounding, which decides between
+    two tokens that are nearly alike. Static batches depend on the prompts alone, not on what is
+    skipped; what the continuous engine runs together depends on both.
 
     Args:
         model: The model to ask.
@@ -72,6 +76,8 @@ def generate(
         batch_size: How many prompts run at once in a static batch.
         skip: Places of prompts that need no answer; a static batch of such alone is skipped.
         engine: `auto`, `continuous` or `static`.
+        decoding: `greedy`, or `model` for the model's own settings, in static batches here.
+        seed: Where these draw: the seed of the first batch, and with its place of each other.
         say: Is told in one line where the continuous engine, or the best way to use it, had to be
             left, and why.
 
@@ -79,16 +85,30 @@ def generate(
         What is finished: a static batch, or all answers that have ended since the last time.
 
     Raises:
-        ProbeError: An unknown engine.
+        ProbeError: An unknown engine or decoding, or two that do not go together.
     """
     if engine not in get_args(Engine):
         raise ProbeError(f"engine {engine!r} is not known; one of: {', '.join(get_args(Engine))}")
-    ending = _Ending(model, tuple(stop))
+    if decoding not in get_args(Decoding):
+        known = ", ".join(get_args(Decoding))
+        raise ProbeError(f"decoding {decoding!r} is not known; one of: {known}")
+    if decoding == "model" and (engine == "continuous" or model.deployment):
+        raise ProbeError("a model's own decoding works here and in static batches only")
+    ending = _Ending(model, tuple(stop), decoding)
     left = {place for place in range(len(prompts)) if place not in skip}
     if engine == "continuous" and model.deployment:
         raise ProbeError("a server generates in static batches; use engine auto or static")
+    point = model.turning_point
+    if point and any(len(prompts[place]) + limits[place] > point + 1 for place in left):
+        if engine == "continuous":
+            raise ProbeError(
+                f"{model.reference} turns another way beyond {point} tokens, which continuous "
+                "batching would mix; use engine auto or static"
+            )
+        yield from _past_the_turn(model, prompts, limits, left, ending, batch_size, seed)
+        return
     on_gpu = model.device.type in CONTINUOUS_ON
-    if left and (engine == "continuous" or (engine == "auto" and on_gpu)):
+    if left and (engine == "continuous" or (engine == "auto" and on_gpu and decoding == "greedy")):
         try:
             for finished in _continuous(model, prompts, limits, left, ending, say):
                 left.difference_update(answer.place for answer in finished)
@@ -100,22 +120,19 @@ def generate(
                 raise
             say(f"continuous batching failed ({reason(error)}); going on with static batches")
     if left:
-        yield from _static(model, prompts, limits, left, ending, batch_size)
+        yield from _static(model, prompts, limits, left, ending, batch_size, seed)
 
 
 class _Ending:
     """The rule by which answers end."""
 
-    def __init__(self, model: Model, stop: tuple[str, ...]) -> None:
-        ends = model.network._module.generation_config.eos_token_id
-        if ends is None:
-            ends = model.tokenizer.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        self.ends: list[int] = [end for end in ends if end is not None]
-        self.stop = stop
+    def __init__(self, model: Model, stop: tuple[str, ...], decoding: Decoding) -> None:
+        self.ends = list(end_tokens(model.settings, model.tokenizer))
+        self.own = model.settings if decoding == "model" else None
+        self.stop = (*stop, *own_stops(self.own)) if self.own else stop
         self._tokenizer = model.tokenizer
         # A token writes a byte at least, so a stop string is within so many of them.
-        self._tail = max((len(text.encode()) for text in stop), default=0) + 4
+        self._tail = max((len(text.encode()) for text in self.stop), default=0) + 4
 
     def stopped(self, tokens: Sequence[int]) -> bool:
         """Whether the last of these tokens completes a stop string."""
@@ -138,29 +155,69 @@ class _Ending:
 
         return stopped
 
+    def ended(self, tokens: Sequence[int]) -> bool:
+        """Whether the last of these tokens is an end, or completes a stop string."""
+        return bool(tokens) and (tokens[-1] in self.ends or self.stopped(tokens))
+
     def cut(self, tokens: list[int], limit: int) -> list[int]:
         """An answer without what an engine wrote after its end."""
-        for length, token in enumerate(tokens[:limit], start=1):
-            if token in self.ends or self.stopped(tokens[:length]):
+        for length in range(1, len(tokens[:limit]) + 1):
+            if self.ended(tokens[:length]):
                 return tokens[:length]
         return tokens[:limit]
 
     def config(self, longest: int) -> "GenerationConfig":
-        """Greedy decoding, for either engine."""
+        """How tokens are chosen, for either engine."""
         from transformers import GenerationConfig
 
-        return GenerationConfig(
-            do_sample=False,
-            max_new_tokens=longest,
-            eos_token_id=self.ends or None,
-            pad_token_id=self.filling,
-        )
+        if self.own is not None:
+            return GenerationConfig(**own(self.own, self.ends, self.filling, longest))
+        return GenerationConfig(**greedy(self.ends, self.filling, longest))
 
     @property
     def filling(self) -> int:
         """A token that may stand where none is read."""
         filling = self._tokenizer.pad_token_id
         return int(filling) if filling is not None else (self.ends or [0])[0]
+
+
+def _past_the_turn(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    left: set[int],
+    ending: _Ending,
+    batch_size: int,
+    seed: int,
+) -> Iterator[list[Answer]]:
+    """Static batches of a model that is another one beyond some length.
+
+    A batch writes until its longest row gets there. What is unfinished goes on as a new prompt, so
+    that beyond that length the keys of what was read before are turned as the model then wants.
+    """
+    written: dict[int, list[int]] = {place: [] for place in range(len(prompts))}
+    while left:
+        whole = [[*prompt, *written[place]] for place, prompt in enumerate(prompts)]
+        rest = [limit - len(written[place]) for place, limit in enumerate(limits)]
+        for part in _static(model, whole, rest, set(left), ending, batch_size, seed):
+            finished = []
+            for place, tokens in part:
+                written[place] += tokens
+                answer = ending.cut(written[place], limits[place])
+                if len(answer) == limits[place] or ending.ended(answer):
+                    finished.append(Answer(place, answer))
+                    left.remove(place)
+            if finished:
+                yield finished
+
+
+@contextmanager
+def drawn_with(seed: int, device: torch.device) -> Iterator[None]:
+    """Let random numbers be those of a seed for a while, and go on as before."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
 
 
 def _static(
@@ -170,12 +227,19 @@ def _static(
     wanted: set[int],
     ending: _Ending,
     batch_size: int,
+    seed: int,
 ) -> Iterator[list[Answer]]:
     """Prompts of similar length run together, filled up on the left."""
     from transformers import StoppingCriteriaList
 
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    point = model.turning_point
+    turn = sum(len(prompt) <= point for prompt in prompts) if point else len(order)
+    batches = [
+        side[start : start + batch_size]
+        for side in (order[:turn], order[turn:])
+        for start in range(0, len(side), batch_size)
+    ]
     batches = [places for places in batches if wanted.intersection(places)]
 
     def write(places: list[int]) -> list[list[int]]:
@@ -189,12 +253,15 @@ def _static(
         longest = max(limits[place] for place in places)
         if model.context:
             longest = min(longest, model.context - width)
+        if point and width <= point:
+            longest = min(longest, point - width + 1)
         criteria = StoppingCriteriaList([ending.criterion(width)] if ending.stop else [])
         config = ending.config(longest)
         if model.deployment:
-            generated = generate_tokens(model, input_ids, attention_mask, config, criteria)
+            beside = over(model.settings, vars(config))
+            generated = generate_tokens(model, input_ids, attention_mask, config, criteria, beside)
         else:
-            with torch.inference_mode():
+            with torch.inference_mode(), drawn_with(seed + places[0], model.device):
                 generated = model.network._module.generate(
                     input_ids=input_ids.to(model.device),
                     attention_mask=attention_mask.to(model.device),

@@ -13,7 +13,6 @@ there, to be used as one from `load_model`.
 import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from typing import NamedTuple, cast
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 
 from probe.architectures import architecture_of
 from probe.checkpoints import fetch_checkpoint, local_folder
+from probe.decoding import read_settings
 from probe.errors import ProbeError
 from probe.models import Model, check_dtype, read_config, read_tokenizer
 from probe.remote import Deployment, Host
@@ -197,7 +197,6 @@ def load_hosted(reference: str, host: Host, dtype: str = "float32") -> Model:
     """
     import torch
     from nnsight.modeling.transformers import TransformersModel
-    from transformers import GenerationConfig
 
     check_dtype(dtype)
     config = read_config(reference)
@@ -210,11 +209,9 @@ def load_hosted(reference: str, host: Host, dtype: str = "float32") -> Model:
         )
     folder = str(checkpoint.folder)
     network = TransformersModel(folder, task="text-generation", tokenizer=tokenizer, dtype=dtype)
-    # Built from the config alone, it lacks what a file of its own says of generation.
-    with suppress(OSError):
-        network._module.generation_config = GenerationConfig.from_pretrained(folder)
     here, precision = torch.device("cpu"), getattr(torch, dtype)
     model = Model(reference, network, tokenizer, config, architecture, here, precision)
+    model = replace(model, settings=read_settings(checkpoint.folder))
     return replace(model, deployment=deploy(model, host))
 
 

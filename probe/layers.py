@@ -59,6 +59,11 @@ def layers_of(model: Model) -> list[SimpleNamespace]:
     def module(layer: object, path: str | None) -> object:
         return path and there(attrgetter(path)(layer))
 
+    def experts(layer: object) -> object:
+        # Some layers of a mixture may be dense.
+        inside = dict(layer._module.named_modules())  # type: ignore[attr-defined]
+        return module(layer, row.experts) if row.experts in inside else None
+
     norms = [*row.head_norms]
     norms += [row.attention_output] if row.attention_output != row.attention else []
     norms += [row.ffn_output] if row.ffn_output != row.ffn else []
@@ -73,12 +78,13 @@ def layers_of(model: Model) -> list[SimpleNamespace]:
             attention_output=module(layer, row.attention_output),
             ffn_norm=module(layer, row.ffn_norm),
             ffn=module(layer, row.ffn),
-            activation=None if row.experts else module(layer, row.ffn_activation),
-            product=None if row.experts else module(layer, row.ffn_product),
-            experts=module(layer, row.experts),
+            activation=None if mixed else module(layer, row.ffn_activation),
+            product=None if mixed else module(layer, row.ffn_product),
+            experts=mixed,
             ffn_output=module(layer, row.ffn_output),
         )
         for layer in attrgetter(row.layers)(model.network)
+        for mixed in (experts(layer),)
     ]
 
 

@@ -10,9 +10,9 @@ memory.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -63,6 +63,9 @@ class Model:
     threads: int | None = None
     """CPU threads that it runs with; None for as many as torch uses, which a GPU's host may."""
 
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """Its own generation settings, as they lie beside its weights; see `probe.decoding`."""
+
     deployment: "Deployment | None" = None
     """Where on a server it runs; None for here. There `network` has no weights, and `device` is
     only where inputs and results are."""
@@ -87,6 +90,24 @@ class Model:
         """The most positions it was made for; None where its config does not say."""
         positions = getattr(self.config, "max_position_embeddings", None)
         return None if positions is None else int(positions)
+
+    @property
+    def turning_point(self) -> int | None:
+        """The length beyond which it is another model, and batches must not lie on both sides.
+
+        Long-context rotations (`longrope`, arXiv 2402.13753) have two sets of frequencies, and the
+        longest sequence of a batch chooses for all. Those of `dynamic` begin beyond the context;
+        linear, YaRN's and Llama 3's are the same for every length. None where there is no such.
+        """
+        table = getattr(self.config, "rope_parameters", None) or {}
+        # Models with two kinds of layers have a table for each.
+        tables = [table, *(part for part in table.values() if isinstance(part, dict))]
+        points = [
+            int(part["original_max_position_embeddings"])
+            for part in tables
+            if part.get("rope_type") == "longrope"
+        ]
+        return min(points, default=None)
 
     @property
     def heads(self) -> Heads:
@@ -126,7 +147,7 @@ def read_config(reference: str) -> "PretrainedConfig":
     folder = fetch_checkpoint(reference, weights=False).folder
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what a file of strangers holds may end in any
         raise ProbeError(_cannot_read("the config", reference, error)) from error
     return config
 
@@ -142,8 +163,12 @@ def read_tokenizer(reference: str) -> "PreTrainedTokenizerBase":
     folder = fetch_checkpoint(reference, weights=False).tokenizer
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # that of tokenizers is of no narrower kind
         raise ProbeError(_cannot_read("the tokenizer", reference, error)) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ProbeError(
+            f"{folder} holds no tokenizer (tokenizer.json); copy that of the model's base into it"
+        )
     return tokenizer
 
 
@@ -174,6 +199,7 @@ def load_model(
     import torch
     from nnsight.modeling.transformers import TransformersModel
 
+    from probe.decoding import read_settings
     from probe.fitting import check_weights, load_weights
     from probe.kernels import fuse, resolve_kernels
     from probe.tensor_files import is_finite
@@ -193,10 +219,9 @@ def load_model(
     # Over several devices a model's layers are laid out evenly.
     layout = {"device_map": "balanced", "max_memory": _room(place, *more)} if more else {}
     check_weights(reference)
+    checkpoint = fetch_checkpoint(reference)
     with without_bars():
-        module = load_weights(
-            fetch_checkpoint(reference), config, getattr(torch, dtype), **experts, **layout
-        )
+        module = load_weights(checkpoint, config, getattr(torch, dtype), **experts, **layout)
     config.vocab_size = module.config.vocab_size  # an adapter may bring tokens
     module.requires_grad_(False).eval()
     if not more:
@@ -214,8 +239,10 @@ def load_model(
     network = TransformersModel(module, task="text-generation", tokenizer=tokenizer, **own)
     if threads is None and place.type == "cpu":
         threads = threads_for(module.num_parameters())
+    settings = read_settings(checkpoint.folder)
     return Model(
-        *(reference, network, tokenizer, config, architecture, place, module.dtype, chosen), threads
+        *(reference, network, tokenizer, config, architecture, place, module.dtype, chosen),
+        *(threads, settings),
     )
 
 
@@ -338,12 +365,12 @@ def check_pair(before: str, after: str) -> None:
     configs = [read_config(before), read_config(after)]
     for config in configs:
         architecture_of(config.model_type)
-    for field, name in (
+    for key, name in (
         ("model_type", "architecture"),
         ("num_hidden_layers", "number of layers"),
         ("hidden_size", "width"),
     ):
-        left, right = (getattr(config, field) for config in configs)
+        left, right = (getattr(config, key) for config in configs)
         if left != right:
             raise ProbeError(
                 f"{before} and {after} differ in {name} ({left} and {right}): "

@@ -124,6 +124,8 @@ def solve_with(
                     stop=asked.stop,
                     batch_size=options.batch_size,
                     engine=options.engine,
+                    decoding=options.decoding,
+                    seed=options.seed,
                     done=frozenset(done),
                     say=lambda text: tell(Told(text=text)),
                 )

@@ -41,22 +41,58 @@ def encode_text(
     Raises:
         ProbeError: The tokenizer has no chat template, or it refuses these messages.
     """
-    if chat:
-        if not tokenizer.chat_template:
-            raise ProbeError(no_template(tokenizer.name_or_path))
-        from jinja2 import TemplateError  # what transformers fills templates with
-
-        turns = [{"role": "user", "content": text}] if isinstance(text, str) else [*map(dict, text)]
-        try:
-            text = str(
-                tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            )
-        except TemplateError as error:
-            name = tokenizer.name_or_path
-            raise ProbeError(f"{name}: the chat template refuses: {reason(error)}") from error
+    if not chat:
+        assert isinstance(text, str)
+        return _without_what_follows(tokenizer, text)
+    turns = [{"role": "user", "content": text}] if isinstance(text, str) else [*map(dict, text)]
     # A template writes special tokens itself.
-    tokens: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    tokens: list[int] = tokenizer(_filled(tokenizer, turns), add_special_tokens=False)["input_ids"]
+    # One that does not open the model's turn may end in the token that closes the user's.
+    while tokens and tokens[-1] == tokenizer.eos_token_id:
+        tokens.pop()
     return tokens
+
+
+def _filled(tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]]) -> str:
+    """The text of a chat, whether its template wants contents as text or as a list of parts."""
+    name = tokenizer.name_or_path
+    if not tokenizer.chat_template:
+        raise ProbeError(no_template(name))
+    said = turns[-1]["content"].strip()
+    parts: list[dict[str, object]]
+    parts = [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns]
+    fault = "it leaves the question out, as text and as a list of parts"
+    for messages in (turns, parts):
+        try:
+            text = tokenizer.apply_chat_template(
+                messages,  # type: ignore[arg-type]
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except Exception as error:
+            # Templates are programs of strangers: any exception may come out of one.
+            if messages is turns:
+                fault = reason(error)
+            continue
+        if isinstance(text, str) and said in text:
+            return text
+    raise ProbeError(
+        f"{name}: the chat template refuses: {fault}; mend it, or give a prompt as text"
+    )
+
+
+def _without_what_follows(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """A text's tokens with what the tokenizer puts before every text, not with what it puts behind.
+
+    An end token that closes a prompt would make an empty answer the likeliest one.
+    """
+    tokens: list[int] = tokenizer(text)["input_ids"]
+    plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    around: list[int] = tokenizer("")["input_ids"]
+    found = [n for n in range(len(around) + 1) if tokens == [*around[:n], *plain, *around[n:]]]
+    # Where the text itself begins or ends in such tokens, none that ends a text goes before it.
+    likely = [n for n in found if tokenizer.eos_token_id not in around[:n]] or found
+    return tokens[: likely[-1] + len(plain)] if likely else tokens
 
 
 def chat_message(prompt: str) -> tuple[bool, str]:

@@ -46,7 +46,7 @@ from probe.parallel import Tell, Told, on_each, places_for
 from probe.phases import Side, attribute_with, solve_with
 from probe.plan import check_reach, lengths_line, make_plan, plan_lines, took_line
 from probe.problems import Problem, load_problems
-from probe.prompts import chat_message, no_template
+from probe.prompts import encode_prompt
 from probe.recipe import Recipe, read_recipe
 from probe.record import now, open_record, phase_seconds, timed, with_earlier_tables
 from probe.remote import Host
@@ -167,9 +167,10 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
     }
     for pair in recipe.pairs:
         check_pair(pair.before, pair.after)
-        for model in (pair.before, pair.after) if chat_message(pair.prompt)[0] else ():
-            if not read_tokenizer(model).chat_template:
-                raise ProbeError(no_template(model))
+        for model in (pair.before, pair.after):
+            tokenizer = read_tokenizer(model)
+            for first, *_ in problems.values():
+                encode_prompt(tokenizer, pair.prompt, first.question)
     return problems
 
 

@@ -16,6 +16,7 @@ from probe.vocabulary import (
     TIMEOUT,
     Ablation,
     Convention,
+    Decoding,
     DType,
     Engine,
     Grading,
@@ -224,6 +225,10 @@ class SolutionOptions:
 
     batch_size: Count = 32
     """How many questions run at once in a static batch."""
+
+    decoding: Decoding = "greedy"
+    """`greedy`, or `model`: by the settings in the model's own generation_config.json, where they
+    draw with `seed`; in static batches, and not on a server. See `probe.decoding`."""
 
 
 @dataclass(frozen=True, config=STRICT)

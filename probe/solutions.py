@@ -20,7 +20,7 @@ from probe.models import Model, cpu_threads
 from probe.problems import Problem
 from probe.prompts import encode_prompt
 from probe.selection import Solution
-from probe.vocabulary import Engine
+from probe.vocabulary import Decoding, Engine
 
 _T = TypeVar("_T")
 
@@ -34,6 +34,8 @@ def solve(
     stop: Sequence[str] = (),
     batch_size: int = 32,
     engine: Engine = "auto",
+    decoding: Decoding = "greedy",
+    seed: int = 42,
     done: Collection[str] = (),
     say: Callable[[str], object] = warnings.warn,
 ) -> Generator[list[Solution], None, None]:
@@ -47,6 +49,8 @@ def solve(
         stop: Texts that end an answer; see `probe.generation`.
         batch_size: How many questions run at once in a static batch.
         engine: What generates; see `probe.generation`.
+        decoding: How tokens are chosen, likewise.
+        seed: Where they are drawn.
         done: Ids that need no solution.
         say: Is told in one line what a reader should know about the engine.
 
@@ -60,6 +64,11 @@ def solve(
     for problem, tokens in zip(problems, prompts, strict=True):
         if not tokens:
             raise ProbeError(f"question {problem.id}: its prompt has no tokens")
+        if max(tokens) >= model.config.vocab_size:
+            raise ProbeError(
+                f"question {problem.id}: its prompt has token {max(tokens)}, but the model knows "
+                f"only {model.config.vocab_size}; tokenizer and weights are of two models"
+            )
         if model.context and len(tokens) >= model.context:
             raise ProbeError(
                 f"question {problem.id}: its prompt has {len(tokens)} tokens, which leaves no room "
@@ -74,6 +83,8 @@ def solve(
         batch_size=batch_size,
         skip=frozenset(place for place, problem in enumerate(problems) if problem.id in done),
         engine=engine,
+        decoding=decoding,
+        seed=seed,
         say=say,
     )
     # Closed at once where the reader breaks off, as an engine may have a thread and much memory.

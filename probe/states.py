@@ -75,6 +75,7 @@ def compare_states(
         size = ENOUGH_TOKENS[before.device.type] // longest if batch_size == "auto" else batch_size
         room = _LOGITS // (vocabulary * max(len(s.answer) for s in sequences[start:]))
         part = sequences[start : start + max(1, min(size, room))]
+        part = _alike(part, before.turning_point or after.turning_point)
         batch = make_batch(part)
         old, new = (states(model, batch, vocabulary) for model in (before, after))
         new = type(new)(*(tensor.to(before.device) for tensor in new))
@@ -128,6 +129,14 @@ def _hsic(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     sums = one.sum(0), other.sum(0)
     whole = (one * other).sum() + sums[0].sum() * sums[1].sum() / ((n - 1) * (n - 2))
     return (whole - 2 * (sums[0] @ sums[1]) / (n - 2)) / (n * (n - 3))
+
+
+def _alike(sequences: Sequence[TokenSequence], point: int | None) -> Sequence[TokenSequence]:
+    """Those at the start that lie on one side of the length at which a model becomes another."""
+    if point is None:
+        return sequences
+    sides = [len(s.prompt) + len(s.answer) - 1 > point for s in sequences]
+    return sequences[: next((n for n, side in enumerate(sides) if side != sides[0]), len(sides))]
 
 
 def _positions(lengths: Sequence[int]) -> list[list[int]]:

@@ -16,10 +16,11 @@ behind mean ablation; all are called through `probe.attribution`, which makes th
 is behind `probe.states`. Where a model's modules are is in `probe.layers`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import nnsight
@@ -323,8 +324,12 @@ def generate_tokens(
     attention_mask: torch.Tensor,
     options: "GenerationConfig",
     stopping: "StoppingCriteriaList",
+    beside: Mapping[str, object] = MappingProxyType({}),
 ) -> torch.Tensor:
-    """Prompts with what the model generates after them: int64 [sequence, position]."""
+    """Prompts with what the model generates after them: int64 [sequence, position].
+
+    What is given beside the options counts before them, None too.
+    """
     network, away = model.network, model.deployment is not None
 
     with network.generate(
@@ -333,6 +338,7 @@ def generate_tokens(
         generation_config=options,
         stopping_criteria=stopping,
         backend=_backend(model),
+        **beside,
     ) as tracer:
         settle(away, network.device)
         tokens = nnsight.save(tracer.result.cpu())

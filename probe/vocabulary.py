@@ -17,6 +17,9 @@ Kernels = Literal["auto", "eager", "liger"]
 Engine = Literal["auto", "continuous", "static"]
 """How batches of prompts are answered; see `probe.generation`."""
 
+Decoding = Literal["greedy", "model"]
+"""How tokens are chosen: greedily, or by the model's own settings; see `probe.decoding`."""
+
 Grading = Literal["math", "exact"]
 """How answers are compared: by what they mean as mathematics, or as texts."""
 

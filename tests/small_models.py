@@ -75,6 +75,26 @@ MODELS = {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
+    # Its first layer is dense.
+    "qwen3_moe-dense": _GROUPED_12
+    | {
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+    },
+    # Every other layer is dense.
+    "qwen3_moe-sparse": _GROUPED_12
+    | {
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 2,
+    },
 }
 """The settings of each model's config; a name may add to its `model_type` after a hyphen."""
 

@@ -89,10 +89,9 @@ def test_stop_strings(tiny, prompts, engine, stop):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_special_token_may_be_a_stop_string(tiny, prompts, monkeypatch, engine):
     """Other models end a turn with a token that their config does not name."""
-    module = tiny.network._module
     end = tiny.tokenizer.eos_token_id
     expected = answers(tiny, prompts, engine="static")
-    monkeypatch.setattr(module.generation_config, "eos_token_id", [tiny.tokenizer.pad_token_id])
+    monkeypatch.setitem(tiny.settings, "eos_token_id", [tiny.tokenizer.pad_token_id])
     endless = answers(tiny, prompts, engine=engine)
     assert all(len(endless[place]) > len(expected[place]) for place in expected)
     stop = [tiny.tokenizer.convert_ids_to_tokens(end)]

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import probe
 
 POST_NORMED = ("gemma2", "gemma3_text", "olmo2")
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "qwen3_moe-dense", "qwen3_moe-sparse")
 SUMS_OVER_HEADS = [name for name in MODELS if name not in POST_NORMED]
 every_model = pytest.mark.parametrize("name", MODELS)
 every_sum_over_heads = pytest.mark.parametrize("name", SUMS_OVER_HEADS)
