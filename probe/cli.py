@@ -142,10 +142,14 @@ def _run(chosen: "Recipe", output: "str | Path | None", fresh: bool, dry_run: bo
         from probe.checks import check_here, check_output
         from probe.escaping import PlainConsole
         from probe.plan import make_plan, plan_view
+        from probe.timing import measured_line
 
         check_here(chosen)
         check_output(chosen, Path(output or f"runs/{chosen.name}"), fresh)
         PlainConsole().print(plan_view(make_plan(chosen)))
+        line = measured_line(chosen)
+        if line:
+            PlainConsole().print(line)
         return
     from probe.rendering import print_report
     from probe.run import run_recipe

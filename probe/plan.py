@@ -30,7 +30,7 @@ from probe.checkpoints import (
     weight_files,
 )
 from probe.errors import ProbeError
-from probe.models import read_config
+from probe.models import read_config, resolve_devices
 from probe.problems import BENCHMARKS, data_set_here, load_problems
 from probe.recipe import Pair, Recipe, Shape
 
@@ -347,7 +347,7 @@ def _needs(plan: Plan) -> list[str]:
         )
         if seconds is not None
     ]
-    if times:
+    if times and (recipe.compute.remote or not _on_cpu(recipe)):
         lines.append(f"Time on one H100 or H200, roughly: {', '.join(times)}.")
     if len(needs) == 2 * len(recipe.pairs):
         lengths = sorted({round(answer_tokens(pair)) for pair in recipe.pairs})
@@ -356,6 +356,12 @@ def _needs(plan: Plan) -> list[str]:
             f"({', '.join(map(str, lengths))} tokens)."
         )
     return lines
+
+
+def _on_cpu(recipe: Recipe) -> bool:
+    """Whether a recipe whose models are all here runs on the CPU, where no GPU's time is of use."""
+    here = all(weight_files(model) for model in recipe.models())
+    return here and resolve_devices(recipe.compute.device)[0].type == "cpu"
 
 
 def _downloads(plan: Plan) -> str:

@@ -147,6 +147,10 @@ def test_dry_run_does_nothing(tmp_path):
     result = call("recipe", "tiny-math", "--dry-run", "--limit", 70, "--output", tmp_path / "run")
     assert result.exit_code == 0
     assert "Downloads: nothing" in result.output
+    assert "H100" not in result.output
+    assert re.search(
+        r"Time on this machine \(c\w+\), from a measured batch: solving \d+ s, scor", result.output
+    )
     assert re.search(r"yes +70$", result.output, re.MULTILINE)
     assert not (tmp_path / "run").exists()
 
