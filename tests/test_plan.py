@@ -5,6 +5,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+import torch
 from rich.console import Console
 from small_models import save_small_model
 
@@ -43,6 +44,9 @@ def test_every_recipe_has_a_plan_without_network(monkeypatch, name):
     text = shown(plan_view(plan))
     assert "?" not in text  # all sizes and numbers of questions are known
     assert "unknown" not in text
+    if name.startswith("tiny-math") and not torch.cuda.is_available():
+        assert "H100" not in text  # its models are here: a dry run measures this machine instead
+        return
     assert re.search(r"solving about [\d.]+ (s|min|h)", text)
     assert ("scoring about" in text) == (name != "paper-accuracy")
     if name == "tiny-math":
