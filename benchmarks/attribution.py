@@ -36,7 +36,7 @@ import probe
 from probe.architectures import architecture_of
 from probe.kernels import fuse
 from probe.models import read_tokenizer
-from probe.parallel import Told, on_each
+from probe.parallel import OnEvent, on_each
 
 SHAPES: dict[str, dict[str, object]] = {
     "mistral-7b": {
@@ -407,9 +407,9 @@ def cpu(results: Results, threads: int) -> None:
         )
 
 
-def work_on(number: int, *, place: str, tell: Callable[[Told], None]) -> tuple[float, float]:
+def work_on(number: int, *, device: str, on_event: OnEvent) -> tuple[float, float]:
     """Attribute on one card; when the work began and ended, the model being there."""
-    model = random_model("mistral-7b", place, torch.bfloat16, "liger")
+    model = random_model("mistral-7b", device, torch.bfloat16, "liger")
     sequences = random_sequences(model, [256] * 32 * 80)
     probe.attribute(model, sequences[:64])
     start = time.time()

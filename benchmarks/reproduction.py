@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 import probe
+from probe.choosing import cut
 from probe.edges import EdgeScores
 from probe.metrics import METRICS, compute_metric
 from probe.report import Report
-from probe.run import cut
 from probe.run_folder import RunFolder, cell_name, first_names
 from probe.sequences import TokenSequence
 

@@ -9,9 +9,9 @@ Solve, select, attribute, compare. `probe.run_recipe` does the same, and keeps i
 import argparse
 
 import probe
+from probe.choosing import cut
 from probe.metrics import Entries
 from probe.problems import load_problems
-from probe.run import cut
 from probe.solutions import solve
 from probe.statistics import compare_sides
 

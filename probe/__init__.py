@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from probe.errors import ProbeError as ProbeError
     from probe.extras import EXTRAS as EXTRAS
     from probe.extras import Extra as Extra
-    from probe.faithfulness import run_faithfulness as run_faithfulness
+    from probe.finished import run_faithfulness as run_faithfulness
     from probe.graph import Graph as Graph
     from probe.hosting import load_hosted as load_hosted
     from probe.hosting import open_host as open_host
@@ -59,7 +59,7 @@ _MODULES = {
     "ProbeError": "errors",
     "EXTRAS": "extras",
     "Extra": "extras",
-    "run_faithfulness": "faithfulness",
+    "run_faithfulness": "finished",
     "Graph": "graph",
     "load_hosted": "hosting",
     "open_host": "hosting",

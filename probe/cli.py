@@ -319,7 +319,7 @@ def faithfulness(
       probe faithfulness runs/tiny-math
       probe faithfulness runs/tiny-math --edges 1000 --methods eap,relp
     """
-    from probe.faithfulness import run_faithfulness
+    from probe.finished import run_faithfulness
     from probe.rendering import print_faithfulness
 
     names = methods and [name.strip() for name in methods.split(",")]
@@ -408,7 +408,7 @@ def plot(runs: tuple[str, ...], output: str | None) -> None:
     from probe.escaping import PlainConsole
     from probe.figures import write_figures
     from probe.report import build_report
-    from probe.run import progress_bar
+    from probe.session import progress_bar
 
     if output is None and len(runs) > 1:
         raise ProbeError("figures of several runs need a place: give --output FOLDER")

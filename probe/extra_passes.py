@@ -4,97 +4,95 @@
 model's and then the other's; `weights` compares the checkpoints' files. What comes out stands in
 the run folder under `extras`, with what it was computed from, and is computed once.
 
-    >>> measure_weights(recipe, RunFolder(Path("runs/tiny-math")), progress)
+    >>> PASSES["weights"](run, sides)
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
-
-from rich.progress import Progress
 
 from probe.checkpoints import fingerprint
+from probe.choosing import Side
 from probe.errors import ProbeError
-from probe.models import Model, cpu_threads, load_model
-from probe.recipe import Recipe
-from probe.run_folder import Damaged, RunFolder, cell_name
+from probe.models import Model, cpu_threads
+from probe.recipe import Comparison
+from probe.run_folder import Damaged
 from probe.run_names import TEXTS, edges_key, states_file, weights_file
+from probe.session import Run
 from probe.states import compare_states
 from probe.weights import weight_changes
 
-if TYPE_CHECKING:
-    from probe.phases import Side
 
-
-def measure_states(
-    recipe: Recipe,
-    sides: Sequence["Side"],
-    folder: RunFolder,
-    places: Sequence[str],
-    progress: Progress,
-) -> None:
+def measure_states(run: Run, sides: Sequence[Side]) -> None:
     """Compare the states of every pair on every benchmark; what is there already stays."""
+    recipe, folder = run.recipe, run.folder
+    if not recipe.selection.alpha:
+        return
     alpha = max(recipe.selection.alpha)
-    texts = {(side.cell, side.side): side.sequences for side in sides}
-    total = sum(
-        len(texts[cell_name(pair, choice.name, alpha), text])
+    answers = {(side.comparison, side.side): side.sequences for side in sides}
+    texts = {
+        (pair.name, choice.name, text): answers[Comparison(pair, choice.name, alpha).name, text]
         for pair in recipe.pairs
         for choice in recipe.benchmarks
         for text in TEXTS
-    )
-    task = progress.add_task("states", total=total)
-    for pair in recipe.pairs:
-        models: tuple[Model, Model] | None = None
-        weights = " ".join(map(fingerprint, (pair.before, pair.after)))
-        for choice in recipe.benchmarks:
-            for text in TEXTS:
-                name = states_file(pair, choice.name, text)
-                sequences = texts[cell_name(pair, choice.name, alpha), text]
-                key = edges_key(weights, ("states", recipe.compute.dtype), sequences)
-                if _is_there(folder, name, key, progress):
-                    progress.update(task, advance=len(sequences))
-                    continue
-                dtype, threads = recipe.compute.dtype, recipe.compute.threads
-                models = models or (
-                    load_model(pair.before, places[0], dtype, threads=threads),
-                    load_model(pair.after, places[-1], dtype, threads=threads),
-                )
-                with cpu_threads(models[0].threads):
-                    found = compare_states(
-                        *models,
-                        sequences,
-                        recipe.attribution.batch_size,
-                        lambda count: progress.update(task, advance=count),
+    }
+    with run.phase("states"):
+        bar = run.bar("states", sum(map(len, texts.values())))
+        for pair in recipe.pairs:
+            models: tuple[Model, Model] | None = None
+            weights = " ".join(map(fingerprint, (pair.before, pair.after)))
+            for choice in recipe.benchmarks:
+                for text in TEXTS:
+                    name = states_file(pair, choice.name, text)
+                    sequences = texts[pair.name, choice.name, text]
+                    key = edges_key(weights, ("states", recipe.compute.dtype), sequences)
+                    if _is_there(run, name, key):
+                        bar.advance(len(sequences))
+                        continue
+                    models = models or (
+                        run.load(pair.before, run.devices[0]),
+                        run.load(pair.after, run.devices[-1]),
                     )
-                ids = [sequence.id for sequence in sequences]
-                folder.write_json(name, {"key": key, "ids": ids, **asdict(found)})
-        del models
-        gc.collect()
+                    size = recipe.attribution.batch_size
+                    with cpu_threads(models[0].threads):
+                        found = compare_states(*models, sequences, size, bar.advance)
+                    ids = [sequence.id for sequence in sequences]
+                    folder.write_json(name, {"key": key, "ids": ids, **asdict(found)})
+            del models
+            gc.collect()
 
 
-def measure_weights(recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
+def measure_weights(run: Run, sides: Sequence[Side]) -> None:
     """Compare the weights of every pair; what is there already stays.
 
     A pair whose files cannot be compared is said, and left out.
     """
-    task = progress.add_task("weights", total=len(recipe.pairs))
-    for pair in recipe.pairs:
-        name = weights_file(pair)
-        key = " ".join(map(fingerprint, (pair.before, pair.after)))
-        if not _is_there(folder, name, key, progress):
-            try:
-                changes = weight_changes(pair.before, pair.after)
-                folder.write_json(name, {"key": key, "matrices": [asdict(c) for c in changes]})
-            except ProbeError as error:
-                progress.console.print(f"{name}: {error}")
-        progress.update(task, advance=1)
+    del sides
+    with run.phase("weights"):
+        bar = run.bar("weights", len(run.recipe.pairs))
+        for pair in run.recipe.pairs:
+            name = weights_file(pair)
+            key = " ".join(map(fingerprint, (pair.before, pair.after)))
+            if not _is_there(run, name, key):
+                try:
+                    found = [asdict(change) for change in weight_changes(pair.before, pair.after)]
+                    run.folder.write_json(name, {"key": key, "matrices": found})
+                except ProbeError as error:
+                    run.say(f"{name}: {error}")
+            bar.advance(1)
 
 
-def _is_there(folder: RunFolder, name: str, key: str, progress: Progress) -> bool:
+PASSES: Mapping[str, Callable[[Run, Sequence[Side]], None]] = {
+    "states": measure_states,
+    "weights": measure_weights,
+}
+"""What measures each thing that an extra `needs`; the one place to add one."""
+
+
+def _is_there(run: Run, name: str, key: str) -> bool:
     try:
-        table = folder.read_json(name)
+        table = run.folder.read_json(name)
     except Damaged as damage:
-        progress.console.print(f"{name}: {damage}; computing it again")
+        run.say(f"{name}: {damage}; computing it again")
         return False
     return table is not None and table.get("key") == key

@@ -25,7 +25,7 @@ Result = TypeVar("Result", covariant=True)
 _R = TypeVar("_R")
 
 
-class Told(NamedTuple):
+class Event(NamedTuple):
     """What a piece of work says while it runs."""
 
     advance: int = 0
@@ -38,18 +38,19 @@ class Told(NamedTuple):
     """How fast it goes."""
 
 
-Tell = Callable[[Told], None]
+OnEvent = Callable[[Event], None]
+"""What is called with each event."""
 
 
 class Work(Protocol[Result]):
     """A piece of work on one model."""
 
-    def __call__(self, *, place: str, tell: Tell) -> Result:
+    def __call__(self, *, device: str, on_event: OnEvent) -> Result:
         """Do it on a device, or on several joined by commas."""
         ...
 
 
-def places_for(references: Sequence[str], devices: Sequence[torch.device]) -> list[str]:
+def devices_for(references: Sequence[str], devices: Sequence[torch.device]) -> list[str]:
     """Where models run: each device on its own, or all as one where a model does not fit on one."""
     names = [str(device) for device in devices]
     cards = [device for device in devices if device.type == "cuda"]
@@ -60,27 +61,27 @@ def places_for(references: Sequence[str], devices: Sequence[torch.device]) -> li
     return [",".join(names)] if largest > 0.9 * smallest else names
 
 
-def on_each(work: Sequence[Work[_R]], places: Sequence[str], tell: Tell) -> list[_R]:
-    """Do all work: in turn in one place, or at once in several.
+def on_each(work: Sequence[Work[_R]], devices: Sequence[str], on_event: OnEvent) -> list[_R]:
+    """Do all work: in turn on one device, or at once on several.
 
     Args:
-        work: What is to be done; the places take it in turn, so that the two models of a pair are
+        work: What is to be done; the devices take it in turn, so that the two models of a pair are
             apart. To be sent to a process, it must be made of functions of modules and plain data.
-        places: Devices, as `places_for` gives them.
-        tell: Called with what the work says, in this process.
+        devices: As `devices_for` gives them.
+        on_event: Called with what the work says, in this process.
 
     Raises:
         RuntimeError: A process ended without a word. What work raises is raised here, and ends the
             other processes.
     """
-    if len(places) == 1 or len(work) == 1:
-        return [part(place=places[0], tell=tell) for part in work]
+    if len(devices) == 1 or len(work) == 1:
+        return [part(device=devices[0], on_event=on_event) for part in work]
     context = multiprocessing.get_context("spawn")
-    said: multiprocessing.Queue[Told | tuple[int, object] | BaseException] = context.Queue()
-    shares = [list(enumerate(work))[start :: len(places)] for start in range(len(places))]
+    said: multiprocessing.Queue[Event | tuple[int, object] | BaseException] = context.Queue()
+    shares = [list(enumerate(work))[start :: len(devices)] for start in range(len(devices))]
     processes = [
-        context.Process(target=_serve, args=(share, place, said), daemon=True)
-        for share, place in zip(shares, places, strict=True)
+        context.Process(target=_serve, args=(share, device, said), daemon=True)
+        for share, device in zip(shares, devices, strict=True)
         if share
     ]
     results: dict[int, object] = {}
@@ -97,8 +98,8 @@ def on_each(work: Sequence[Work[_R]], places: Sequence[str], tell: Tell) -> list
                             f"a process of this run ended with code {process.exitcode}"
                         ) from None
                 continue
-            if isinstance(message, Told):
-                tell(message)
+            if isinstance(message, Event):
+                on_event(message)
             elif isinstance(message, BaseException):
                 raise message
             else:
@@ -113,10 +114,10 @@ def on_each(work: Sequence[Work[_R]], places: Sequence[str], tell: Tell) -> list
 
 def _serve(
     share: Sequence[tuple[int, Work[object]]],
-    place: str,
-    said: "multiprocessing.Queue[Told | tuple[int, object] | BaseException]",
+    device: str,
+    said: "multiprocessing.Queue[Event | tuple[int, object] | BaseException]",
 ) -> None:
-    """Do one place's share of the work; this is the main function of its process."""
+    """Do one device's share of the work; this is the main function of its process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -128,6 +129,6 @@ def _serve(
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         for number, part in share:
-            said.put((number, part(place=place, tell=said.put)))
+            said.put((number, part(device=device, on_event=said.put)))
     except Exception as error:
         said.put(error)

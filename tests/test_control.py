@@ -5,9 +5,9 @@ import pytest
 import scipy.stats
 import torch
 
+from probe.choosing import cross
 from probe.control import Control, cross_text, split
 from probe.metrics import METRICS, TOKEN_METRICS, Entries
-from probe.run import cross
 from probe.sequences import TokenSequence
 
 

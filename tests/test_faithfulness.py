@@ -19,7 +19,8 @@ import probe.faithfulness as module
 from probe.agreement import Agreement, Estimate, agreement_from, compare, view
 from probe.cli import main
 from probe.errors import ProbeError
-from probe.faithfulness import draw_edges, measure, run_faithfulness
+from probe.faithfulness import draw_edges, measure
+from probe.finished import run_faithfulness
 from probe.recipe import AttributionOptions
 from probe.rendering import render
 from probe.report import build_report
@@ -283,7 +284,7 @@ def test_scores_are_those_of_the_run(measured):
 def test_measuring_again_computes_nothing(copy, monkeypatch):
     old = {p: p.stat().st_mtime_ns for p in (copy / "faithfulness").iterdir()}
     first = build_report(copy).faithfulness
-    monkeypatch.setattr(module, "measure", None)
+    monkeypatch.setattr("probe.measuring.measure", None)
     found, said = run(copy)
     assert found == first
     assert {p: p.stat().st_mtime_ns for p in (copy / "faithfulness").iterdir()} == old

@@ -1,10 +1,14 @@
 """How the package hangs together."""
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import probe
 
 HEAVY = ("torch", "numpy", "transformers", "nnsight", "rich", "matplotlib", "datasets")
 
@@ -24,3 +28,49 @@ def test_the_ground_floor_is_light(module):
         assert not set(HEAVY) & set(modules)
         took.append(seconds)
     assert min(took) < 0.3
+
+
+def modules():
+    """The package's modules by their full names."""
+    root = Path(probe.__file__).parent
+    found = {}
+    for path in root.rglob("*.py"):
+        parts = ("probe", *path.relative_to(root).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name, path, known):
+    """Which modules a module imports, anywhere in it: in functions, and for types only, too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            found = [entry if entry in known else node.module for entry in whole]
+        else:
+            continue
+        yield from (entry for entry in found if entry in known)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    known = modules()
+    assert len(known) > 60
+    # The faces of packages name what lies below them; the names load on first use.
+    faces = {name for name, path in known.items() if path.name == "__init__.py"}
+    edges = {
+        name: set(imports(name, path, known)) for name, path in known.items() if name not in faces
+    }
+
+    def reached(start):
+        seen, waiting = set(), [start]
+        while waiting:
+            for name in edges.get(waiting.pop(), ()):
+                if name not in seen:
+                    seen.add(name)
+                    waiting.append(name)
+        return seen
+
+    circles = {name for name in edges if name in reached(name)}
+    assert not circles

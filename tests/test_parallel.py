@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 import probe
-from probe.parallel import Told, on_each
+from probe.parallel import Event, on_each
 
 OPTIONS = {
     "solutions.questions": 30,
@@ -20,31 +20,31 @@ OPTIONS = {
 }
 
 
-def double(number, *, place, tell):
-    tell(Told(1, f"{number} on {place}"))
+def double(number, *, device, on_event):
+    on_event(Event(1, f"{number} on {device}"))
     return 2 * number
 
 
-def fail(error, *, place, tell):
+def fail(error, *, device, on_event):
     raise error
 
 
-def vanish(*, place, tell):
+def vanish(*, device, on_event):
     os._exit(3)
 
 
-def sleep(*, place, tell):
+def sleep(*, device, on_event):
     time.sleep(600)
 
 
-@pytest.mark.parametrize("places", [["a"], ["a", "b"], ["a", "b", "c", "d"]])
-def test_results_come_in_order(places):
+@pytest.mark.parametrize("devices", [["a"], ["a", "b"], ["a", "b", "c", "d"]])
+def test_results_come_in_order(devices):
     said = []
     work = [partial(double, number) for number in range(3)]
-    assert on_each(work, places, said.append) == [0, 2, 4]
-    expected = {f"{number} on {places[number % len(places)]}" for number in range(3)}
-    assert {told.text for told in said} == expected
-    assert sum(told.advance for told in said) == 3
+    assert on_each(work, devices, said.append) == [0, 2, 4]
+    expected = {f"{number} on {devices[number % len(devices)]}" for number in range(3)}
+    assert {event.text for event in said} == expected
+    assert sum(event.advance for event in said) == 3
 
 
 @pytest.mark.parametrize("error", [probe.ProbeError("no such model"), KeyError("a bug")])

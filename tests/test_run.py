@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import probe
+from probe.choosing import cut
 from probe.errors import ProbeError
 from probe.metrics import METRICS, TOKEN_METRICS
 from probe.report import build_report
-from probe.run import cut
 from probe.run_folder import RunFolder
 
 SMALL = {
@@ -395,7 +395,7 @@ def test_a_smaller_limit_asks_less_and_loses_nothing(copy, monkeypatch):
     few = asked(copy)
     assert few == [row for row in whole if row["id"] in {part["id"] for part in few}]
     # What was solved once is not solved again.
-    monkeypatch.setattr("probe.phases.solve", None)
+    monkeypatch.setattr("probe.solving.solve", None)
     assert run(copy, {"solutions.questions": 60})[0].accuracy[0].questions == 60
     assert asked(copy) == whole
 

@@ -1,0 +1,148 @@
+"""Choosing: the step from solutions to the sequences that are scored.
+
+>>> sides = select_all(run, solutions)
+>>> sides[0].comparison, sides[0].side
+('sft-grpo.tiny-math.alpha-0.03', 'before')
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from probe.errors import ProbeError
+from probe.recipe import Comparison, Recipe, SelectionOptions
+from probe.run_folder import RunFolder
+from probe.run_names import model_names
+from probe.selection import Selection, Solution, select
+from probe.sequences import TokenSequence
+from probe.session import Run
+
+
+class Side(NamedTuple):
+    """One model of one comparison, to be attributed."""
+
+    model: str
+    """Its reference."""
+
+    comparison: str
+    """The comparison's name."""
+
+    side: str
+    """`before` or `after`; with the cross-text control also `before-on-after` and
+    `after-on-before`: which model on whose answers."""
+
+    sequences: Sequence[TokenSequence]
+    """What is scored: each prompt with its cut answer."""
+
+
+def select_all(run: Run, solutions: Mapping[tuple[str, str], Sequence[Solution]]) -> list[Side]:
+    """Select the questions of each comparison, and cut the answers.
+
+    A comparison without any question is left out; where all are, that is an error.
+    """
+    recipe, names = run.recipe, model_names(run.recipe)
+    sides: list[Side] = []
+    left_out: dict[str, ProbeError] = {}
+    with run.phase("selection"):
+        comparisons = recipe.comparisons()
+        bar = run.bar("selection", len(comparisons))
+        for comparison in comparisons:
+            pair, benchmark, _ = comparison
+            before, after = (solutions[names[asked], benchmark] for asked in pair.asked())
+            try:
+                selection = _select(before, after, comparison.alpha, recipe.selection)
+            except ProbeError as error:
+                run.folder.leave_out(comparison.name, str(error))
+                left_out[f"pair {pair.name}, benchmark {benchmark}: {error}"] = error
+                continue
+            run.folder.write_selection(comparison.name, selection)
+            control = recipe.attribution.control == "cross-text"
+            sides += _sides(comparison, cut(before, selection), cut(after, selection), control)
+            bar.advance(1)
+        for message, cause in left_out.items():
+            if not sides:
+                raise ProbeError(message) from cause
+            run.say(f"left out: {message}")
+    return sides
+
+
+def _select(
+    before: Sequence[Solution], after: Sequence[Solution], alpha: float, options: SelectionOptions
+) -> Selection:
+    return select(
+        before,
+        after,
+        alpha,
+        options.beta,
+        options.gamma,
+        options.delta,
+        options.samples,
+        options.seed,
+        options.convention,
+    )
+
+
+def _sides(
+    comparison: Comparison,
+    before: Sequence[TokenSequence],
+    after: Sequence[TokenSequence],
+    control: bool,
+) -> list[Side]:
+    """Both models on their own answers, and with the control on each other's."""
+    pair, name = comparison.pair, comparison.name
+    sides = [Side(pair.before, name, "before", before), Side(pair.after, name, "after", after)]
+    if control:
+        before, after = cross(before, after)
+        sides.append(Side(pair.before, name, "before-on-after", before))
+        sides.append(Side(pair.after, name, "after-on-before", after))
+    return sides
+
+
+def cut(solutions: Sequence[Solution], selection: Selection) -> list[TokenSequence]:
+    """The sequences of a selection: each prompt with the part of its answer that is scored."""
+    by_id = {solution.id: solution for solution in solutions}
+    return [
+        TokenSequence(by_id[name].prompt, by_id[name].answer[: selection.cut_length], name)
+        for name in selection.ids
+    ]
+
+
+def cross(
+    before: Sequence[TokenSequence], after: Sequence[TokenSequence]
+) -> tuple[list[TokenSequence], list[TokenSequence]]:
+    """Exchange the answers of two sides; each model keeps the prompt as it tokenises it."""
+    pairs = list(zip(before, after, strict=True))
+    return (
+        [old._replace(answer=new.answer) for old, new in pairs],
+        [new._replace(answer=old.answer) for old, new in pairs],
+    )
+
+
+def measured_on(recipe: Recipe) -> list[Comparison]:
+    """The comparison of each pair that its models may be measured on: of the largest alpha."""
+    alpha = max(recipe.selection.alpha)
+    return [Comparison(pair, recipe.benchmarks[0].name, alpha) for pair in recipe.pairs]
+
+
+def read_sides(recipe: Recipe, folder: RunFolder) -> list[Side]:
+    """What models may be measured on, from the run folder alone.
+
+    Raises:
+        ProbeError: The run has not got so far.
+    """
+    names = model_names(recipe)
+    sides: list[Side] = []
+    for comparison in measured_on(recipe):
+        selection = folder.read_selection(comparison.name)
+        found: list[list[TokenSequence]] = []
+        for asked in comparison.pair.asked():
+            path = folder.solutions_file(names[asked], comparison.benchmark)
+            solutions, _ = folder.read_solutions(path)
+            if selection is None or not {s.id for s in solutions} >= set(selection.ids):
+                raise ProbeError(
+                    f"{folder.path} has no whole selection or solutions of {comparison.name}; go "
+                    f"on with its recipe first: probe recipe ... --output {folder.path}"
+                )
+            found.append(cut(solutions, selection))
+        before, after = found
+        sides += _sides(comparison, before, after, control=False)
+    return sides

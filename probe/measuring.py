@@ -1,0 +1,109 @@
+"""Measuring: the step that compares fast scores with the exact effects of some edges.
+
+>>> measure_models(run, sides)  # into runs/tiny-math/faithfulness
+"""
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from pydantic import TypeAdapter, ValidationError
+
+from probe.agreement import MeasuredEdge, compare_all
+from probe.checkpoints import fingerprint
+from probe.choosing import Side, measured_on
+from probe.errors import ProbeError
+from probe.faithfulness import measure
+from probe.run_folder import SCHEMA, Damaged
+from probe.run_names import edges_key, faithfulness_file, first_names
+from probe.scatter import draw_scatter
+from probe.session import Bar, Run
+
+
+def measure_models(run: Run, sides: Sequence[Side]) -> None:
+    """Measure every model of a run into its folder, from where an earlier run has got to.
+
+    A model's sequences are those of the largest alpha of its first pair, on the first benchmark.
+    """
+    recipe = run.recipe
+    total = recipe.faithfulness.edges * len(recipe.models())
+    with run.phase("faithfulness"):
+        bar = run.bar("faithfulness", total)
+        for number, (reference, name) in enumerate(first_names(recipe).items()):
+            side = next(
+                side
+                for comparison in measured_on(recipe)
+                for side in sides
+                if (side.comparison, side.model) == (comparison.name, reference)
+            )
+            edges = _measure_side(run, side, name, run.devices[number % len(run.devices)], bar)
+            total += edges - recipe.faithfulness.edges  # where a model has fewer than that
+            bar.resize(total)
+            gc.collect()
+
+
+def _rows(table: Mapping[str, object], header: Mapping[str, object]) -> list[MeasuredEdge]:
+    """The edges in a file, if they belong to this model and these sequences."""
+    if table.get("key") != header["key"]:
+        raise Damaged("computed from other solutions or settings")
+    try:
+        return TypeAdapter(list[MeasuredEdge]).validate_python(table.get("sample"))
+    except ValidationError as error:
+        raise Damaged("damaged (not a sample of edges)") from error
+
+
+def _measure_side(run: Run, side: Side, name: str, device: str, bar: Bar) -> int:
+    """Measure one model; how many edges there were."""
+    recipe, folder = run.recipe, run.folder
+    options = recipe.faithfulness
+    scoring, precision = recipe.attribution, recipe.compute.dtype
+    settings = ("exact", scoring.granularity, scoring.ablation, precision)
+    sequences = side.sequences[: options.sequences]
+    file = faithfulness_file(name)
+    picture = (folder.path / file).with_suffix(".png")
+    header: dict[str, object] = {
+        "schema": SCHEMA,
+        "model": side.model,
+        "cell": f"{side.comparison}.{side.side}",
+        "key": edges_key(fingerprint(side.model), settings, sequences),
+        **{key: value for key, value in asdict(options).items() if key != "batch_size"},
+        "methods": list(options.methods),
+        "ig_steps": scoring.ig_steps,
+    }
+    finished, rows = False, []
+    try:
+        old = folder.read_json(file)
+        if old is not None:
+            rows = _rows(old, header)
+            finished = "agreement" in old and all(old.get(key) == header[key] for key in header)
+    except Damaged as damage:
+        run.say(f"{folder.path / file}: {damage}; computing it again")
+    if finished and picture.exists():
+        bar.advance(len(rows))
+        return len(rows)
+
+    def keep(sample: list[MeasuredEdge], new: int) -> None:
+        folder.write_json(file, header | {"sample": [asdict(row) for row in sample]})
+        bar.advance(new)
+
+    known = {(r.sequence, r.source, r.target): r.exact for r in rows if r.exact is not None}
+    model = run.load(side.model, device)
+    try:
+        rows = measure(
+            model,
+            sequences,
+            options.methods,
+            options.edges,
+            options.seed,
+            scoring,
+            options.batch_size,
+            known,
+            keep,
+        )
+    except ProbeError as error:
+        raise ProbeError(f"{name}, {header['cell']}: {error}") from error
+    found = compare_all(name, rows)
+    table = header | {"sample": [asdict(row) for row in rows]}
+    folder.write_json(file, table | {"agreement": [agreement.table for agreement in found]})
+    draw_scatter(picture, rows, found, len(sequences))
+    return len(rows)
