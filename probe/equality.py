@@ -17,6 +17,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from probe.notation import Quantity, first_sentence, known_unit, quantity, tidy
+from probe.slack import within_slack as within_slack
 
 LONGEST = 20_000
 """Longest text that is read as mathematics; a longer one is only compared as it stands."""
@@ -44,12 +45,6 @@ _BASED = re.compile(
 _COMPUTER = re.compile(r"0([bxo])([0-9A-Fa-f]+)")
 _TIME = re.compile(r"(?P<hour>\d{1,2})(?::(?P<minute>\d{2}))?\s?(?P<half>[aApP])?\.?(?:[mM]\.?)?")
 
-SLACK = Fraction(1, 10**6)
-"""How far a decimal may lie from what is no decimal, as a part of its size: 3.141593 is pi."""
-
-_SIXTH_PLACE = Fraction(5, 10**7)
-_SMALL = Fraction(5, 10**6)
-
 
 def same_answer(gold: str, answer: str) -> bool:
     """Whether two final answers are the same text, number, quantity, set or formula.
@@ -66,16 +61,6 @@ def same_answer(gold: str, answer: str) -> bool:
         return True
     head = None if first_sentence(one) else first_sentence(two)
     return head is not None and _same_tidy(one, tidy(head))
-
-
-def within_slack(one: Fraction, two: Fraction) -> bool:
-    """Whether a decimal is near enough to a number that is none.
-
-    A part in a million, or of small numbers half of the sixth place (0.083333 is a twelfth), but
-    no more than five parts in a million.
-    """
-    size = max(abs(one), abs(two))
-    return abs(one - two) <= max(SLACK * size, min(_SIXTH_PLACE, _SMALL * size))
 
 
 def plain(text: str) -> str:

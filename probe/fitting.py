@@ -5,7 +5,7 @@ dropped. Both end a run in numbers that mean nothing, so every name and shape ha
 known to be harmless is allowed by name in `HARMLESS`. The same function puts headers without
 numbers into a model without memory, which takes no time and tells the same.
 
-    >>> check_weights("probe:tiny-math/sft")
+    >>> check_weights("probe:tiny-math/sft", read_config("probe:tiny-math/sft"))
     ()
 """
 
@@ -64,7 +64,7 @@ class _Loading(TypedDict):
     mismatched_keys: set[tuple[str, tuple[int, ...], tuple[int, ...]]]
 
 
-def check_weights(reference: str) -> tuple[str, ...]:
+def check_weights(reference: str, config: "PretrainedConfig") -> tuple[str, ...]:
     """Check that a model's weights are the ones that its config describes, from headers alone.
 
     Returns:
@@ -73,9 +73,7 @@ def check_weights(reference: str) -> tuple[str, ...]:
     Raises:
         ProbeError: They cannot be read or do not fit.
     """
-    from probe.models import read_config
-
-    checkpoint, config = fetch_checkpoint(reference), read_config(reference)
+    checkpoint = fetch_checkpoint(reference)
     headers = read_headers(base_files(checkpoint))
     module, remarks = fit(str(checkpoint.folder), config, headers, device_map={"": "meta"})
     if checkpoint.adapter:

@@ -4,7 +4,7 @@ Numbers that are fractions are compared as such. Others are evaluated to as many
 to tell them apart: 20 where they differ there, and where they do not, their difference to 1,000.
 Formulas with variables are compared at several points, which are fractions, to 200. So nothing is
 lost to rounding: 2^50 - 1 is not 2^50, and e^-1000 is not 0. A decimal point makes an expression a
-decimal, which may stand for what it is near (`probe.equality.within_slack`).
+decimal, which may stand for what it is near (`probe.slack.within_slack`).
 """
 
 import random
@@ -13,7 +13,7 @@ from fractions import Fraction
 from itertools import permutations
 from typing import TYPE_CHECKING
 
-from probe.equality import within_slack
+from probe.slack import within_slack
 
 if TYPE_CHECKING:
     from sympy import Basic, Expr, Set

@@ -218,7 +218,7 @@ def load_model(
     )
     # Over several devices a model's layers are laid out evenly.
     layout = {"device_map": "balanced", "max_memory": _room(place, *more)} if more else {}
-    check_weights(reference)
+    check_weights(reference, config)
     checkpoint = fetch_checkpoint(reference)
     with without_bars():
         module = load_weights(checkpoint, config, getattr(torch, dtype), **experts, **layout)

@@ -12,12 +12,18 @@ from safetensors.torch import load_file, save_file
 from small_models import MODELS, save_small_model
 
 import probe
+from probe import fitting
 from probe.checkpoints import weight_files
 from probe.errors import ProbeError
-from probe.fitting import check_weights
+from probe.models import read_config
 from probe.tensor_files import find_not_finite, read_headers
 
 SFT = Path(probe.__file__).parent / "data" / "tiny-math" / "sft"
+
+
+def check_weights(reference):
+    """What is said of the weights, with the config that is beside them."""
+    return fitting.check_weights(reference, read_config(reference))
 
 
 @pytest.fixture
