@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from probe.metrics import Metric as Metric
     from probe.models import Model as Model
     from probe.models import load_model as load_model
+    from probe.opened import OpenRun as OpenRun
+    from probe.opened import open_run as open_run
     from probe.problems import BENCHMARKS as BENCHMARKS
     from probe.problems import Benchmark as Benchmark
     from probe.problems import Problem as Problem
@@ -67,6 +69,8 @@ _MODULES = {
     "Metric": "metrics",
     "Model": "models",
     "load_model": "models",
+    "OpenRun": "opened",
+    "open_run": "opened",
     "BENCHMARKS": "problems",
     "Benchmark": "problems",
     "Problem": "problems",

@@ -29,6 +29,7 @@ from probe.cells import (
 from probe.extras import ExtraTable as ExtraTable
 from probe.extras import extra_tables
 from probe.metrics import METRICS, TOKEN_METRICS
+from probe.notebook import html_table
 from probe.recipe import Pair, Recipe, recipe_from
 from probe.run_folder import (
     Damaged,
@@ -48,7 +49,7 @@ REPORT_SCHEMA = 2
 Row = TypeVar("Row", Cell, Accuracy)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """Everything a run has to say."""
 
@@ -86,6 +87,18 @@ class Report:
             "extras": [asdict(table) for table in self.extras],
             "missing": list(self.missing),
         }
+
+    def __repr__(self) -> str:
+        """What it is of, in a line."""
+        state = f"{len(self.missing)} parts are missing" if self.missing else "complete"
+        count = f"{len(self.recipe.pairs)} pairs, {len(self.cells)} cells"
+        return f"Report({self.recipe.name}: {count}, {state})"
+
+    def _repr_html_(self) -> str:
+        """How each metric changed, for a notebook."""
+        columns = ("pair", "benchmark", "alpha", "metric", "before", "after", "change")
+        cells = [[getattr(cell, column) for column in columns] for cell in self.cells]
+        return html_table(repr(self), columns, cells)
 
 
 def build_report(path: str | Path) -> Report:
