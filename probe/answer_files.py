@@ -308,7 +308,7 @@ def _only(value: object) -> object:
 FORMATS: dict[str, Format] = {
     "lm-evaluation-harness": Format((("doc",), ("arguments",), ("resps",)), _harness),
     "lighteval": Format((("doc",), ("model_response",)), _lighteval),
-    "lighteval before 0.9": Format((("full_prompt",), ("predictions",)), _lighteval_before),
+    "lighteval, older": Format((("full_prompt",), ("predictions",)), _lighteval_before),
     "inspect_ai": Format((("input",), ("epoch",), ("output",)), _inspect),
     "Qwen2.5-Math": Format((("question",), ("code",), ("pred",)), _qwen),
     "OpenAI batch": Format((("custom_id",), ("response",)), _openai_batch),

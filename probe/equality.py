@@ -40,10 +40,12 @@ _BASES = (
 )
 _BASED = re.compile(
     r"\(?(?P<digits>[0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?)\)?"
-    r"(?:_\{?\(?(?:base)?(?P<base>\d{1,2}|[a-z]+)\)?\}?|(?:in)?base(?P<named>\d{1,2}|[a-z]+))"
+    r"(?:_\{?\(?(?:base)?(?P<base>\d{1,2}|[a-z]+)\)?\}?|\(?(?:in)?base(?P<named>\d{1,2}|[a-z]+)\)?)"
 )
 _COMPUTER = re.compile(r"0([bxo])([0-9A-Fa-f]+)")
-_TIME = re.compile(r"(?P<hour>\d{1,2})(?::(?P<minute>\d{2}))?\s?(?P<half>[aApP])?\.?(?:[mM]\.?)?")
+_TIME = re.compile(
+    r"(?P<hour>\d{1,2})(?::(?P<minute>\d{2}))?\s{0,3}(?P<half>[aApP])?\.?(?:[mM]\.?)?"
+)
 
 
 def same_answer(gold: str, answer: str) -> bool:

@@ -70,7 +70,16 @@ _BEFORE = re.compile(
     re.IGNORECASE,
 )
 _BRACKETS = 10
-_BEHIND = ("I hope it is correct", "ки", "</b>", "</strong>", "</answer>")
+_BEHIND = (
+    ", as required",
+    ", as desired",
+    ", as expected",
+    "I hope it is correct",
+    "ки",
+    "</b>",
+    "</strong>",
+    "</answer>",
+)
 _PROSE = re.compile(
     r"(?:an?|not|no longer|indeed|correct|right|wrong|incorrect|reasonable|consistent|valid|clear"
     r"|unique|as|given|found|obtained|expected|required|in|of|between|less|more|greater|at|that"

@@ -272,6 +272,8 @@ _UNITS = {
     "K": "kelvin kelvins",
     "Hz": "hertz",
     "Pa": "pascal pascals",
+    "ohm": "ohms",
+    "um": "micrometer micrometers micron microns",
     "mph": "",
     "km/h": "kmh kph kmph",
     "m/s": "",
@@ -328,7 +330,8 @@ def quantity(text: str) -> Quantity:
 def _counted(words: str) -> tuple[str, str] | None:
     r"""Read what stands behind a number: a power of ten (`million`) and a unit; None if neither."""
     words = re.sub(r"\\(?:text|mathrm|mbox|textrm|rm)\s?(?=\{)|\\[,;!:]|~", " ", words)
-    words = words.replace(r"^{\circ}", " deg ")
+    for sign, name in ((r"^{\circ}", " deg "), (r"\mu ", "u"), (r"\Omega", "ohm")):
+        words = words.replace(sign, name)
     words = re.sub(r"(?<!\^)\{([^{}]*)\}", r"\1", words).strip().rstrip(".").strip()
     large = ""
     first, _, rest = words.partition(" ")
