@@ -21,6 +21,7 @@ from probe.errors import ProbeError, reason
 from probe.marks import last_boxed
 from probe.reading import Row, read_rows
 from probe.registry import Registry
+from probe.unwrapping import last_question
 from probe.vocabulary import Grading
 
 QUESTION = ("question", "problem", "prompt", "query", "input")
@@ -205,7 +206,7 @@ def _problems(rows: Sequence[Row], answer: Callable[[Row], str]) -> list[Problem
     """Make a problem of each row, given how to get its final answer."""
     problems = []
     for row, name in zip(rows, _ids(rows), strict=True):
-        question = str(row.need("question", *QUESTION))
+        question = _question(row)
         if context := row.find("context"):
             question = f"{context}\n{question}"
         final = answer(row).strip()
@@ -226,15 +227,33 @@ def _ids(rows: Sequence[Row]) -> list[str]:
     return [str(place) for place in range(len(rows))]
 
 
+def _question(row: Row) -> str:
+    """The text of the question, which may be the last message of a user."""
+    value = row.need("question", *QUESTION)
+    try:
+        asked = last_question(value)
+    except ProbeError as error:
+        raise ProbeError(f"{row.where}: no text in the question's message") from error
+    if asked or isinstance(value, str | int | float):
+        return asked or str(value)
+    raise ProbeError(f"{row.where}: the question is no text, nor messages with one of a user")
+
+
 def _answer(row: Row) -> str:
-    return str(row.need("answer", *ANSWER))
+    value = row.need("answer", *ANSWER)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, dict | list):
+        raise ProbeError(f"{row.where}: the answer is no text or number, nor a list with one")
+    return str(value)
 
 
 def _boxed_answer(row: Row) -> str:
     r"""Take the column of the answer, or else what the solution puts into its last \boxed{}."""
-    text = str(row.need("answer", *ANSWER, *SOLUTION))
+    marked = row.find(*ANSWER) is None
+    text = str(row.need("answer", *ANSWER, *SOLUTION)) if marked else _answer(row)
     boxed = last_boxed(text)
-    if boxed is None and row.find(*ANSWER) is None:
+    if boxed is None and marked:
         raise ProbeError(f"{row.where}: the solution has no \\boxed{{}}; mend or remove this row")
     return boxed or text
 

@@ -277,6 +277,29 @@ def test_golds_in_the_wild(tmp_path, benchmark, row, gold):
     assert load_problems(benchmark, write(tmp_path, json.dumps(row)))[0].answer == gold
 
 
+MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "1+1=?"}]
+
+
+def test_questions_that_are_messages(tmp_path):
+    rows = [{"prompt": MESSAGES, "answer": ["2"]}, {"prompt": json.dumps(MESSAGES), "answer": 2}]
+    found = load_problems("tiny-math", write(tmp_path, *map(json.dumps, rows)))
+    assert [(p.question, p.answer) for p in found] == [("1+1=?", "2")] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": ["a", "b"], "answer": "1"}, "the question is no text, nor messages"),
+        ({"question": {"text": "a"}, "answer": "1"}, "the question is no text, nor messages"),
+        ({"question": "a", "answer": {"value": 1}}, "the answer is no text or number"),
+        ({"question": "a", "answer": ["1", "2"]}, "the answer is no text or number"),
+    ],
+)
+def test_questions_and_answers_of_another_kind(tmp_path, row, message):
+    with pytest.raises(ProbeError, match=rf"p\.jsonl:1: {message}"):
+        load_problems("tiny-math", write(tmp_path, json.dumps(row)))
+
+
 def test_context_comes_before_the_question(tmp_path):
     row = {"context": "Let $n=1$.", "question": "What is $n$?", "final_answer": ["1"]}
     problem = load_problems("olympiadbench", write(tmp_path, json.dumps(row)))[0]
