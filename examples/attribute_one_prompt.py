@@ -19,20 +19,17 @@ parser.add_argument("--edges", type=int, default=10, help="how many to show")
 arguments = parser.parse_args()
 
 model = probe.load_model(arguments.model)
-prompt = model.tokenizer(arguments.prompt)["input_ids"]
-answer = model.tokenizer(arguments.answer, add_special_tokens=False)["input_ids"]
-sequence = probe.Sequence(prompt, answer)
-
-found = probe.attribute(model, [sequence])
-scores, graph = found.scores[0], found.graph
-strongest = scores.abs().where(graph.mask, -1).flatten().argsort(descending=True)
-strongest = strongest[: min(arguments.edges, int(graph.mask.sum()))].tolist()
-edges = [probe.Edge(0, *divmod(place, len(graph.targets))) for place in strongest]
-exact = probe.exact_effects(model, [sequence], edges)
+text = (arguments.prompt, arguments.answer)
+found = probe.attribute(model, text)
+strongest, graph = found.top(arguments.edges), found.graph
+edges = [
+    probe.Edge(0, graph.sources.index(edge.source), graph.targets.index(edge.target))
+    for edge in strongest
+]
+exact = probe.exact_effects(model, text, edges)
 
 print(f"{arguments.prompt} → {arguments.answer}   loss {found.losses[0]:.4f} nats a token")
 print(f"the {len(edges)} strongest of {graph.mask.sum()} edges:\n")
 print(f"{'edge':<18} {'eap':>10} {'removed':>10}")
-for edge, effect in zip(edges, exact.tolist(), strict=True):
-    name = f"{graph.sources[edge.source]} → {graph.targets[edge.target]}"
-    print(f"{name:<18} {scores[edge.source, edge.target]:>+10.4f} {effect:>+10.4f}")
+for edge, effect in zip(strongest, exact.tolist(), strict=True):
+    print(f"{f'{edge.source} → {edge.target}':<18} {edge.score:>+10.4f} {effect:>+10.4f}")

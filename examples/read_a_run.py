@@ -5,24 +5,19 @@ python examples/read_a_run.py runs/tiny-math
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import pandas as pd
 
+import probe
 from probe.metrics import metric_named
-from probe.recipe import recipe_from
-from probe.run_folder import RunFolder, model_names
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("run", type=Path, nargs="?", default=Path("runs/tiny-math"))
-run = parser.parse_args().run
-report = json.loads((run / "report.json").read_text())
-folder = RunFolder(run)
-recipe = recipe_from(folder.read_record()["recipe"], str(run))
+run = probe.open_run(parser.parse_args().run)
 where = ["benchmark", "pair", "alpha"]  # what tells one row of cells from another
 
-cells = pd.DataFrame(report["cells"], columns=[*where, "metric", "change", "significant"])
+cells = run.cells.to_pandas()
 cells["shown"] = [
     "-" if change is None else f"{100 * change:+.1f}{'*' if significant else ' '}"
     for change, significant in zip(cells["change"], cells["significant"], strict=True)
@@ -34,8 +29,7 @@ table = cells.set_index([*where, "metric"])["shown"].unstack(sort=False).fillna(
 print(f"{table.to_string()}\n")
 
 tables = {
-    extra["title"]: pd.DataFrame(extra["rows"], columns=extra["columns"])
-    for extra in report["extras"]
+    extra.title: pd.DataFrame(extra.rows, columns=extra.columns) for extra in run.report.extras
 }
 for title, rows in tables.items():
     print(f"{title}: {len(rows)} rows of {', '.join(rows.columns[:5])}, ...")
@@ -44,21 +38,11 @@ if "Overlap of the circuits" in tables:
     print(f"\nHow alike the circuits are\n\n{rows[['edges', 'ranks', 'nodes']].round(2)}")
 
 print("\nAnswers\n")
-answers = pd.concat(
-    pd.DataFrame(folder.read_solutions(folder.solutions_file(model, benchmark.name))[0]).assign(
-        model=model, benchmark=benchmark.name
-    )
-    for model in model_names(recipe).values()
-    for benchmark in recipe.benchmarks
-)
-answers["tokens"] = answers["answer"].map(len)
-by_model = answers.groupby(["model", "benchmark"])
+by_model = run.problems.to_pandas().groupby(["name", "benchmark"])
 print(by_model.agg(right=("correct", "mean"), tokens=("tokens", "mean")).round(3))
 
-for path in sorted((run / "edges").glob("*.after.safetensors"))[:1]:
-    edges = folder.read_edges(path)
-    strength = pd.DataFrame(
-        edges.scores.abs().mean(0).numpy(), edges.graph.sources, edges.graph.targets
-    )
+for path in sorted((run.path / "edges").glob("*.after.safetensors"))[:1]:
+    edges = probe.EdgeScores.load(path).to_pandas()
+    strength = edges["score"].abs().groupby([edges["source"], edges["target"]]).mean()
     print(f"\nStrongest edges of {path.name}\n")
-    print(strength.stack().nlargest(5).rename_axis(["from", "into"]).to_string())
+    print(strength.nlargest(5).rename_axis(["from", "into"]).to_string())

@@ -70,6 +70,9 @@ class SolvedProblem:
     model: str
     """The model's reference."""
 
+    name: str
+    """The model's name in files; a model that is asked in two ways has two."""
+
     gold: str
     """The right answer."""
 
@@ -126,7 +129,7 @@ class OpenRun:
             for asked, name in model_names(self.recipe).items():
                 file = self.folder.solutions_file(name, benchmark)
                 for one in self.folder.read_solutions(file)[0]:
-                    found = one.gold, one.extracted, one.correct, one.text, len(one.answer)
+                    found = name, one.gold, one.extracted, one.correct, one.text, len(one.answer)
                     yield SolvedProblem(benchmark, one.id, asked.model, *found)
 
     def edges(
