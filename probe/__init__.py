@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from probe.attribution import attribute as attribute
     from probe.attribution import exact_effects as exact_effects
     from probe.comparison import compare as compare
+    from probe.diagnosis import doctor as doctor
     from probe.edges import Edge as Edge
     from probe.edges import EdgeScores as EdgeScores
     from probe.errors import ProbeError as ProbeError
@@ -68,6 +69,7 @@ _MODULES = {
     "METRICS": "metrics",
     "Metric": "metrics",
     "Model": "models",
+    "doctor": "diagnosis",
     "load_model": "models",
     "OpenRun": "opened",
     "open_run": "opened",

@@ -12,7 +12,8 @@ from pathlib import Path
 from probe.answer_files import read_given
 from probe.architectures import architecture_of
 from probe.attribution import METHODS
-from probe.checkpoints import find_checkpoint, fingerprint, weight_files
+from probe.checkpoints import check_folder, find_checkpoint, fingerprint, weight_files
+from probe.diagnosis import check_model
 from probe.errors import ProbeError
 from probe.extras import check_extras
 from probe.imported import match
@@ -45,6 +46,9 @@ def check_here(recipe: Recipe) -> None:
             kind = read_config(model).model_type
             architecture_of(kind)
             if not recipe.compute.remote:
+                check_folder(model)
+                if weight_files(model):
+                    check_model(model, numbers=False)
                 resolve_kernels(recipe.compute.kernels, devices[0], kind)
             if chat_message(pair.prompt)[0] and not read_tokenizer(model).chat_template:
                 raise ProbeError(no_template(model))

@@ -336,6 +336,31 @@ def faithfulness(
 
 
 @main.command()
+@click.argument("before", metavar="MODEL")
+@click.argument("after", metavar="[MODEL]", required=False)
+def doctor(before: str, after: str | None) -> None:
+    """Say what one or two models are, and whether a run would take them.
+
+    Each is a folder or a hub id. All of its files are looked through, its numbers too. The exit
+    code is 2 where a run would refuse a model or the pair.
+
+    \b
+    Examples:
+      probe doctor ./my-grpo-checkpoint
+      probe doctor Qwen/Qwen2.5-0.5B-Instruct ./my-grpo-checkpoint
+    """
+    from probe.diagnosis import diagnosis_lines
+    from probe.diagnosis import doctor as examine
+    from probe.escaping import PlainConsole
+
+    found = examine(before, after)
+    for line in diagnosis_lines(found):
+        PlainConsole().print(line, soft_wrap=True)
+    if not found.sound:
+        sys.exit(2)
+
+
+@main.command()
 @click.argument("server", metavar="[URL]", default="ndif")
 def ndif(server: str) -> None:
     """Say whether an NDIF server can be used.

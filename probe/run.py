@@ -19,6 +19,7 @@ from probe.attributing import attribute_all
 from probe.checkpoints import fetch_checkpoint, weight_files
 from probe.checks import check_here, check_output
 from probe.choosing import select_all
+from probe.diagnosis import check_model
 from probe.escaping import PlainConsole
 from probe.extra_passes import PASSES
 from probe.extras import EXTRAS
@@ -71,6 +72,12 @@ def run_recipe(
         if host is None and not weight_files(reference):
             console.print(f"downloading {reference}")
             fetch_checkpoint(reference)
+    # A run that goes on has looked through these numbers: its record knows these weights.
+    new = fresh or not folder.record.exists()
+    for reference in recipe.models():
+        if weight_files(reference):
+            for line in check_model(reference, numbers=new):
+                console.print(line, soft_wrap=True)
     if not fresh:
         recipe = with_earlier_tables(folder, recipe)
     tables = {name: file.table for name, file in given.items()}
