@@ -117,9 +117,10 @@ def check_model(reference: str, numbers: bool = True) -> tuple[str, ...]:
         ProbeError: A run would refuse it.
     """
     check_folder(reference)
-    architecture_of(read_config(reference).model_type)
+    config = read_config(reference)
+    architecture_of(config.model_type)
     read_tokenizer(reference)
-    remarks = check_weights(reference)
+    remarks = check_weights(reference, config)
     if numbers:
         broken = find_not_finite(weight_files(reference))
         if broken:
