@@ -183,7 +183,7 @@ def _paired(values: Array, case: Case, relative: bool) -> Row:
     if old is None or new is None or (relative and old == 0):
         return (old, new, None, None, None)
     found = contributions("mean", *values) if relative else None
-    change = found.change if found else new - old
+    change = (new - old) / (abs(old) if relative else 1)
     ends = t_interval(found.to_change if found else values[1] - values[0], case.units)
     return (old, new, 100 * change, *_ends(ends, case, 100))
 

@@ -312,8 +312,9 @@ def _work(recipe: Recipe) -> str:
         return f"{text}; no edges are scored."
     pairs = ", ".join(pair.name for pair in recipe.pairs)
     return (
-        f"{text}; then {options.method} ({options.granularity}) on at most "
-        f"{recipe.selection.samples} questions per benchmark, pair ({pairs}), side and alpha "
+        f"{text}; then {options.method} ({options.granularity}) on all "
+        f"questions that qualify, at most {recipe.selection.samples}, per benchmark, pair "
+        f"({pairs}), side and alpha "
         f"({', '.join(f'{alpha:g}' for alpha in alphas)}), in {recipe.compute.dtype} on "
         f"{recipe.compute.device}."
     )

@@ -218,8 +218,11 @@ class RunFolder:
         return None if reason is None else str(reason)
 
     def write_clusters(self, clusters: Mapping[str, Mapping[str, str]]) -> None:
-        """Write the cluster of each question by benchmark, where questions have one."""
-        self.write_json("clusters.json", clusters)
+        """Write the cluster of each question by benchmark; no file where none has one."""
+        if any(clusters.values()):
+            self.write_json("clusters.json", clusters)
+        else:
+            (self.path / "clusters.json").unlink(missing_ok=True)
 
     def read_clusters(self, benchmark: str) -> dict[str, str]:
         """The cluster of each question of a benchmark that has one.

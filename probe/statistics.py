@@ -117,8 +117,8 @@ class Contributions(NamedTuple):
     to_change: Array
     """[question]; their mean is the relative change to first order, of a ratio again its log."""
 
-    change: float
-    """The relative change."""
+    change: float | None
+    """The relative change; None from 0."""
 
 
 def compare_sides(
@@ -193,32 +193,24 @@ def describe(
         before, after = before[rows], after[rows]
     units = np.unique(units[rows], return_inverse=True)[1]
     groups = int(units.max(initial=-1)) + 1
+    if count < least - 1:
+        return Statistics(samples=count, clusters=groups), None, rows
+    found = contributions(form, before, after)
+    statistics = Statistics(
+        _known(found.before), _known(found.after), found.change, samples=count, clusters=groups
+    )
     if count < least:
-        whole = contributions(form, before, after) if count == least - 1 else None
-        if whole is None:
-            return Statistics(samples=count, clusters=groups), None, rows
-        old, new, change = map(_known, (whole.before, whole.after, whole.change))
-        return Statistics(old, new, change, samples=count, clusters=groups), None, rows
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = contributions(form, before, after)
-    # What scores in float32 do not tell apart is no difference.
-    rounding = _ROUNDING * (1 if form == "ratio" else abs(found.before))
-    parts = np.where(np.abs(found.to_difference) <= rounding, 0, found.to_difference)
-    change = _known(found.change) if parts.any() else 0.0
-    interval = t_interval(found.to_change, units) if parts.any() else (0.0, 0.0)
-    interval = interval if change is not None and groups > 1 else None
+        return statistics, None, rows
+    parts = found.to_difference
+    interval = t_interval(found.to_change, units) if found.change is not None else None
     if interval is not None and form == "ratio":
         interval = float(np.expm1(interval[0])), float(np.expm1(interval[1]))
     deviation = parts.std(ddof=1)
     certain = deviation > _ROUNDING * np.abs(parts).max(initial=0)
-    statistics = Statistics(
-        before=_known(found.before),
-        after=_known(found.after),
-        change=change,
+    statistics = replace(
+        statistics,
         interval=interval,
         effect_size=float(parts.mean() / deviation) if certain else None,
-        samples=count,
-        clusters=groups,
         influence=influence(parts, np.flatnonzero(rows)),
     )
     return statistics, parts if groups > 1 else None, rows
@@ -235,16 +227,17 @@ def contributions(form: Form, before: Array, after: Array) -> Contributions:
     if form == "ratio":
         logs = np.log(before), np.log(after)
         old, new = (float(np.exp(side.mean())) for side in logs)
-        parts = logs[1] - logs[0]
+        parts = _without_rounding(logs[1] - logs[0], 1)
         return Contributions(old, new, parts, parts, float(np.expm1(parts.mean())))
     if form == "pairs":
         before, after = pseudo_values(before), pseudo_values(after)
     old, new = float(before.mean()), float(after.mean())
+    parts = _without_rounding(after - before, abs(old))
     if old == 0:
-        return Contributions(old, new, after - before, after - before, float("nan"))
-    change = (new - old) / abs(old)
-    to_change = change + (after - before * (new / old)) / abs(old)
-    return Contributions(old, new, after - before, to_change, change)
+        return Contributions(old, new, parts, parts, None)
+    change = float(parts.mean()) / abs(old)
+    to_change = change + (parts - before * (change * abs(old) / old)) / abs(old)
+    return Contributions(old, new, parts, to_change, change)
 
 
 def pseudo_values(pairs: Array) -> Array:
@@ -421,6 +414,11 @@ def defined(form: Form, before: Array, after: Array) -> npt.NDArray[np.bool_]:
         return np.all([side.sum(1) > min(1, len(side) - 1) for side in apart], axis=0)
     found = np.isfinite(before) & np.isfinite(after)
     return found & (before > 0) & (after > 0) if form == "ratio" else found
+
+
+def _without_rounding(parts: Array, size: float) -> Array:
+    """Contributions, 0 where scores in float32 of values of this size do not tell them from it."""
+    return np.where(np.abs(parts) <= _ROUNDING * size, 0, parts)
 
 
 def _known(value: float) -> float | None:

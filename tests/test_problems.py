@@ -366,3 +366,16 @@ def test_any_text_survives_a_file(rows):
         problems = load_problems("aime24", path)
     assert [p.question for p in problems] == [row["question"] for row in rows]
     assert [int(p.answer) for p in problems] == [row["answer"] for row in rows]
+
+
+def test_questions_may_share_a_cluster(tmp_path):
+    path = tmp_path / "own.jsonl"
+    rows = [
+        {"question": "1+1=?", "answer": "2", "cluster": "sums"},
+        {"question": "1+2=?", "answer": "3", "Cluster": 7},
+        {"question": "2-1=?", "answer": "1", "cluster": None},
+        {"question": "2-2=?", "answer": "0"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = load_problems("own", path, grading="math")
+    assert [problem.cluster for problem in found] == ["sums", "7", None, None]

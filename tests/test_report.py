@@ -172,3 +172,42 @@ def test_token_entropy_is_a_cell_of_its_own(half_run):
 )
 def test_a_change_in_percent(change, text):
     assert percent(change) == text
+
+
+def test_clusters_of_the_benchmark_bind_questions(half_run):
+    torch.manual_seed(2)
+    before = torch.randn(12, *Graph.build(2, "qkv").mask.shape)
+    after = before * (1 + torch.rand(12, 1, 1))
+    write_sides(half_run, "sft-grpo.tiny-math.alpha-0.5", before, after)
+    alone = {cell.metric: cell for cell in build_report(half_run.path).cells}
+    clusters = {str(place): "ab"[place % 2] for place in range(8)}
+    half_run.write_clusters({"tiny-math": clusters})
+    report = build_report(half_run.path)
+    for cell in report.cells:
+        assert (cell.samples, cell.clusters) == (12, 6)  # two, and four questions that are alone
+        assert cell.change == pytest.approx(alone[cell.metric].change)
+    intensity = report.cells[0]
+    assert alone["activation_intensity"].p_value == 2 / 2**12
+    assert intensity.p_value == 2 / 2**6
+    assert "12 samples in 6 clusters" in render(report, "markdown")
+    half_run.write_clusters({"tiny-math": {}})
+    assert not (half_run.path / "clusters.json").exists()
+    (half_run.path / "clusters.json").write_text("{")
+    with pytest.raises(ProbeError, match="clusters.json: damaged"):
+        build_report(half_run.path)
+
+
+def test_accuracy_comes_first_and_is_tested(half_run):
+    for model, right in (("sft", [True] * 66 + [False] * 34), ("grpo", [True] * 43 + [False] * 57)):
+        rows = [Solution(str(number), [1], [2], correct) for number, correct in enumerate(right)]
+        if model == "grpo":
+            rows = [replace(row, correct=row.correct or int(row.id) >= 97) for row in rows]
+        path = half_run.solutions_file(f"tiny-math--{model}", "tiny-math")
+        half_run.write_solutions(path, rows)
+    report = build_report(half_run.path)
+    (row,) = report.accuracy
+    assert (row.gained, row.lost, row.significant) == (3, 23, True)
+    assert summary(report)[0].startswith(
+        "On tiny-math, GRPO lowered accuracy from 66.0 to 46.0 % (-20.0 points, 95 % -29.8..-11.0; "
+        "McNemar p = 9e-5). Inside, it changed none of 6 cells significantly."
+    )

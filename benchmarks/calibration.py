@@ -1,0 +1,332 @@
+"""Calibration: how often a report's intervals miss, and how often its stars lie, on real edges.
+
+The questions of a real run are the population: its numbers are the truth, and thousands of samples
+are drawn from it, question by question with repetition. Two populations are used: `tiny-math`, and
+one with heavier tails, exact ablation of fewer questions at the shortest cuts. Of each sample, what
+a report would say is computed by the package itself:
+
+    coverage    how often the 95 % interval holds the truth
+    labels      nothing differs: the two sides of each question are exchanged at random
+    shape       the mean change is 0, but sides differ in shape (those of the real pair, scaled)
+    mix         half the questions rise and half fall, 0 on average
+    clusters    as shape, each question five times, said to be a cluster
+    shocks      as shape, ten clusters of five questions that rise or fall together
+    family      any star in a report of all cells after Holm, none of which has changed
+    accuracy    coverage of the interval, and McNemar's false positives where as many rise as fall
+
+    python benchmarks/calibration.py --quick                # a few minutes on two cores
+    python benchmarks/calibration.py --draws 4000
+"""
+
+import argparse
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import probe
+from probe.accuracy import mcnemar, tango_interval
+from probe.metrics import METRICS, TOKEN_METRICS, Array, Entries, Form
+from probe.run_folder import RunFolder
+from probe.statistics import contributions, defined, flip_all, flips_for, holm, t_interval
+
+SIZES = (20, 50, 100)
+FLIPS = 1999
+ALL = METRICS | TOKEN_METRICS
+NULLS = ("labels", "shape", "mix", "clusters", "shocks")
+
+Rows = npt.NDArray[np.int64]
+"""Which questions."""
+
+
+@dataclass(frozen=True)
+class Population:
+    """One metric of all questions of a cell."""
+
+    run: str
+    """The run that it is from."""
+
+    pair: str
+    """The pair."""
+
+    alpha: float
+    """The share of the answer."""
+
+    metric: str
+    """The metric."""
+
+    form: Form
+    """How values of questions become one."""
+
+    values: Array
+    """Of all questions before, and then of all after: [value], or [value, value] for pairs."""
+
+    @property
+    def size(self) -> int:
+        """How many questions there are."""
+        return len(self.values) // 2
+
+    @property
+    def truth(self) -> tuple[float, float]:
+        """The metric before, and its relative change.
+
+        Questions are drawn with repetition, so one makes pairs with itself, at distance 0.
+        """
+        old, new = (
+            float(np.exp(np.log(side).mean()) if self.form == "ratio" else side.mean())
+            for side in self.sides(np.arange(self.size))
+        )
+        return old, (new - old) / abs(old)
+
+    @property
+    def null(self) -> "Population":
+        """The same with the after side scaled so that nothing has changed on average."""
+        factor = np.ones(2 * self.size)
+        factor[self.size :] = 1 / (1 + self.truth[1])
+        # Of pairs, those of a question before and one after are of no use to the tests of a null.
+        scale = np.minimum.outer(factor, factor) if self.form == "pairs" else factor
+        if self.form == "pairs":
+            scale[self.size :, self.size :] = factor[-1]
+        return replace(self, values=self.values * scale)
+
+    def sides(self, rows: Rows, exchanged: npt.NDArray[np.bool_] | None = None) -> list[Array]:
+        """The values of these questions before and after, some of them exchanged."""
+        first = rows if exchanged is None else np.where(exchanged, rows + self.size, rows)
+        second = 2 * rows + self.size - first
+        if self.form == "pairs":
+            return [self.values[np.ix_(side, side)] for side in (first, second)]
+        return [self.values[side] for side in (first, second)]
+
+
+@dataclass
+class Count:
+    """Trials, and how many of them were hits."""
+
+    hits: int = 0
+    """How many hit."""
+
+    trials: int = 0
+    """How many there were."""
+
+    def add(self, hit: bool) -> None:
+        """Count one trial."""
+        self.hits += hit
+        self.trials += 1
+
+    @property
+    def share(self) -> float:
+        """Of hits, in percent."""
+        return 100 * self.hits / self.trials
+
+    @property
+    def error(self) -> float:
+        """Its Monte Carlo standard error, in percent."""
+        share = self.hits / self.trials
+        return 100 * (share * (1 - share) / self.trials) ** 0.5
+
+
+def populations(path: Path, run: str) -> Iterator[Population]:
+    """Every cell of a run, over all questions that have a value."""
+    folder = RunFolder(path)
+    for file in sorted((path / "edges").glob("*.before.safetensors")):
+        name = file.name.removesuffix(".before.safetensors")
+        sides = folder.read_sides(name, "before", "after")
+        both = Entries(
+            torch.cat([side.scores for side in sides]),
+            sides[0].graph.mask,
+            dense=True,
+            entropies=torch.cat([side.entropies for side in sides]),
+        )
+        pair, alpha = name.split(".")[0], float(name.partition(".alpha-")[2])
+        for metric, entry in ALL.items():
+            if entry.estimand is not None:
+                values, form = both.parts(entry.estimand.values), entry.estimand.form
+                sound = defined(form, values, values).reshape(2, -1).all(0)
+                rows = np.flatnonzero(np.tile(sound, 2))
+                values = values[np.ix_(rows, rows)] if form == "pairs" else values[rows]
+                yield Population(run, pair, alpha, metric, form, values)
+
+
+def coverage(part: Population, size: int, draws: int, random: np.random.Generator) -> Count:
+    """How often the interval of a sample's change holds that of the population."""
+    _, change = part.truth
+    count = Count()
+    for _ in range(draws):
+        sides = part.sides(random.integers(part.size, size=size))
+        ends = t_interval(contributions(part.form, *sides).to_change)
+        low, high = np.expm1(ends) if part.form == "ratio" else ends
+        count.add(low <= change <= high)
+    return count
+
+
+def false_positives(
+    kind: str, part: Population, size: int, draws: int, random: np.random.Generator
+) -> Count:
+    """How often p < 0.05 where nothing has changed."""
+    null = part if kind == "labels" else part.null
+    tests = []
+    for _ in range(draws):
+        rows, units = random.integers(part.size, size=size), np.arange(size)
+        if kind == "clusters":
+            units = np.repeat(units, 5)
+            rows = rows[units]
+        exchanged = random.random(size) < 0.5 if kind == "labels" else None
+        sides = null.sides(rows, exchanged)
+        if kind in ("mix", "shocks"):
+            units = units // 5 if kind == "shocks" else units
+            sides[1] = shifted(null.form, *sides, steps(kind, units, random))
+        tests.append((contributions(null.form, *sides).to_difference, units))
+    count = Count()
+    for p_value in flip_all(tests, FLIPS):
+        count.add(p_value < 0.05)
+    return count
+
+
+def steps(kind: str, units: Rows, random: np.random.Generator) -> Array:
+    """How far each question is moved, 0 on average: up or down, or as its cluster is."""
+    if kind == "mix":
+        return np.where(random.random(len(units)) < 0.5, 2.0, -2.0)
+    return random.normal(size=units.max() + 1)[units]
+
+
+def shifted(form: Form, before: Array, after: Array, step: Array) -> Array:
+    """The after side with questions moved, in standard deviations of their own change."""
+    if form == "pairs":
+        return after * (1 + 0.05 * (step[:, None] + step) / 2)
+    if form == "ratio":
+        return after * np.exp(step * np.log(after / before).std())
+    return after + step * (after - before).std()
+
+
+def family(
+    parts: Sequence[Population], size: int, draws: int, random: np.random.Generator
+) -> Count:
+    """How often any cell of a report is starred where none has changed."""
+    count = Count()
+    nulls = [part.null for part in parts]
+    for _ in range(draws):
+        drawn: dict[str, Rows] = {}
+        tests = []
+        for null in nulls:
+            rows = drawn.setdefault(null.pair, random.integers(null.size, size=size))
+            parts_of = contributions(null.form, *null.sides(rows)).to_difference
+            tests.append((parts_of, np.arange(size)))
+        count.add(min(holm(flip_all(tests, flips_for(len(tests)) // 4))) < 0.05)
+    return count
+
+
+def accuracy(path: Path, size: int, draws: int, random: np.random.Generator) -> list[Count]:
+    """Of the accuracies of a run: the interval's coverage, and McNemar's false positives."""
+    folder, found = RunFolder(path), [Count(), Count()]
+    right = [
+        {s.id: s.correct for s in folder.read_solutions(file)[0]}
+        for file in sorted((path / "solutions").glob("*.jsonl"))
+    ]
+    for other in right[1:]:
+        values = np.array([(right[0][name], other[name]) for name in right[0]], dtype=int)
+        change = (values[:, 1] - values[:, 0]).mean()
+        for _ in range(draws):
+            rows = values[random.integers(len(values), size=size)]
+            gained, lost = ((rows[:, 1] - rows[:, 0] == sign).sum() for sign in (1, -1))
+            low, high = tango_interval(int(gained), int(lost), size)
+            found[0].add(low <= change <= high)
+            differ = int(gained + lost)
+            gained = random.binomial(differ, 0.5)
+            found[1].add(mcnemar(int(gained), differ - int(gained)) < 0.05)
+    return found
+
+
+def line(*texts: str) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(texts) + " |"
+
+
+def shown(count: Count | None) -> str:
+    """A share in percent, with its standard error."""
+    return "-" if count is None else f"{count.share:.1f} ± {count.error:.1f}"
+
+
+def measure(
+    parts: Sequence[Population], draws: int, random: np.random.Generator
+) -> tuple[list[Count], list[Count]]:
+    """Print the tables of one run; every coverage, and all false positives, of an entry each."""
+    held: list[Count] = []
+    false: list[Count] = []
+    columns = [f"coverage, n = {size}" for size in SIZES] + [f"{kind}, n = 50" for kind in NULLS]
+    print(f"\n{parts[0].run}: {parts[0].size} questions\n")
+    print(line("pair", "metric", *columns))
+    print("|---|---|" + "---:|" * len(columns))
+    for pair in dict.fromkeys(part.pair for part in parts):
+        for metric, entry in ALL.items():
+            cells = [part for part in parts if (part.pair, part.metric) == (pair, metric)]
+            if not cells or entry.estimand is None:
+                continue
+            row = [total(coverage(cell, size, draws, random) for cell in cells) for size in SIZES]
+            nulls = [
+                total(false_positives(kind, cell, 50, draws, random) for cell in cells)
+                for kind in NULLS
+            ]
+            held += row
+            false += nulls
+            print(line(pair, entry.estimand.label, *map(shown, row + nulls)), flush=True)
+    return held, false
+
+
+def total(counts: Iterable[Count]) -> Count:
+    """Several counts as one: those of the nested alphas of a pair."""
+    found = Count()
+    for count in counts:
+        found.hits += count.hits
+        found.trials += count.trials
+    return found
+
+
+def main() -> None:
+    """Measure, and print tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer draws: a few minutes")
+    parser.add_argument("--draws", type=int, help="samples of each cell and size")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are, or go")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    draws = options.draws or (1000 if options.quick else 5000)
+    start, random = time.monotonic(), np.random.default_rng(options.seed)
+    held: list[Count] = []
+    false: list[Count] = []
+    for name, changes in RUNS.items():
+        path = options.runs / f"calibration-{name}"
+        probe.run_recipe("tiny-math", path, overrides=dict(changes))
+        parts = list(populations(path, name))
+        found = measure(parts, draws, random)
+        held, false = held + found[0], false + found[1]
+        if name == "tiny-math":
+            report = family(parts, 50, draws, random)
+            false.append(report)
+            print(f"\nany star of {len(parts)} cells after Holm, n = 50: {shown(report)} %")
+            for size in SIZES:
+                interval, p_value = accuracy(path, size, draws, random)
+                held, false = [*held, interval], [*false, p_value]
+                print(f"accuracy, n = {size}: {shown(interval)} %, {shown(p_value)} %")
+    print(f"\n{time.monotonic() - start:.0f} s; {draws} draws of each cell, alphas pooled")
+    lowest, highest = min(c.share for c in held), max(c.share for c in false)
+    print(f"lowest coverage {lowest:.1f} %, highest false positives {highest:.1f} %")
+
+
+RUNS: dict[str, dict[str, str | int | float]] = {
+    "tiny-math": {"report.extra": "[]"},
+    "exact": {
+        "report.extra": "[]",
+        "attribution.method": "exact",
+        "selection.samples": 200,
+        "selection.alpha": "[0.03, 0.1]",
+    },
+}
+"""Runs that are the populations: the recipe as it ships, and one of heavier tails."""
+
+
+if __name__ == "__main__":
+    main()
