@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import probe
 
+ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "numpy", "transformers", "nnsight", "rich", "matplotlib", "datasets")
 
 
@@ -74,3 +76,12 @@ def test_no_module_imports_itself_by_way_of_others():
 
     circles = {name for name in edges if name in reached(name)}
     assert not circles
+
+
+def test_the_hooks_are_the_checks_of_ci():
+    """What pre-commit runs are lines of .ci/run, and it runs all that are checks of code."""
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    entries = [hook["entry"] for repo in hooks["repos"] for hook in repo["hooks"]]
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert entries == [line for line in lines if line.split(" ")[0] in ("ruff", "mypy")]
+    assert {repo["repo"] for repo in hooks["repos"]} == {"local"}
