@@ -15,8 +15,10 @@ import probe
 from probe.choosing import cut
 from probe.edges import EdgeScores
 from probe.metrics import METRICS, compute_metric
+from probe.recipe import Comparison
 from probe.report import Report
-from probe.run_folder import RunFolder, cell_name, first_names
+from probe.run_folder import RunFolder
+from probe.run_names import first_names
 from probe.sequences import TokenSequence
 
 VARIANTS: dict[str, dict[str, str | int | float]] = {
@@ -77,7 +79,7 @@ def bfloat16_scores(folder: RunFolder, report: Report) -> Scores:
     found = {}
     for pair in recipe.pairs:
         for alpha in recipe.selection.alpha:
-            selection = folder.read_selection(cell_name(pair, "tiny-math", alpha))
+            selection = folder.read_selection(Comparison(pair, "tiny-math", alpha).name)
             assert selection is not None
             for side, reference in (("before", pair.before), ("after", pair.after)):
                 path = folder.solutions_file(names[reference], "tiny-math")
@@ -113,7 +115,7 @@ def bins_table(folder: RunFolder, report: Report) -> list[str]:
     edges: dict[tuple[str, str], EdgeScores] = {}
     for pair in report.recipe.pairs:
         for side in ("before", "after"):
-            path = folder.edges_file(cell_name(pair, "tiny-math", ALPHA), side)
+            path = folder.edges_file(Comparison(pair, "tiny-math", ALPHA).name, side)
             found = folder.read_edges(path)
             assert found is not None
             edges[pair.name, side] = found
@@ -162,7 +164,7 @@ def main() -> None:
     print("|---|---|---:|---:|---:|---:|")
     for (pair, alpha, side), scores in half.items():
         cell = next(p for p in report.recipe.pairs if p.name == pair)
-        exact = run.read_edges(run.edges_file(cell_name(cell, "tiny-math", alpha), side))
+        exact = run.read_edges(run.edges_file(Comparison(cell, "tiny-math", alpha).name, side))
         assert exact is not None
         parts = rounding(exact.scores, scores) + rounding(scores, summed[pair, alpha, side])
         shown = " | ".join(f"{part:.2g} %" for part in parts)

@@ -52,8 +52,8 @@ def draw_edges(
         count: How many to draw; all of them where there are fewer.
         seed: Seed of the draw.
     """
-    places = mask.expand(scores.shape).nonzero()
-    strengths = scores[tuple(places.T)].abs()
+    every = mask.expand(scores.shape).nonzero()  # [edge, (sequence, source, target)]
+    strengths = scores[tuple(every.T)].abs()
     ranking: list[int] = torch.argsort(strengths, descending=True, stable=True).tolist()
     real = len(ranking)
     count = min(count, real)
@@ -63,13 +63,13 @@ def draw_edges(
     middle = ranking[max(len(top), real // 3) : real - real // 3]
     middle = generator.sample(middle, min((count + 1) // 3, len(middle)))
     taken = {*top, *middle}
-    rest = [place for place in ranking if place not in taken]
+    rest = [index for index in ranking if index not in taken]
     rest = generator.sample(rest, count - len(taken))
     strata: dict[Stratum, list[int]] = {"top": top, "middle": middle, "random": rest}
     return tuple(
-        DrawnEdge(Edge(*places[place].tolist()), stratum)
+        DrawnEdge(Edge(*every[index].tolist()), stratum)
         for stratum, drawn in strata.items()
-        for place in drawn
+        for index in drawn
     )
 
 
@@ -101,7 +101,7 @@ def measure(
     """
     options = options or AttributionOptions()
     granularity, ablation = options.granularity, options.ablation
-    names = [sequence.id or str(place) for place, sequence in enumerate(sequences)]
+    names = [sequence.id or str(index) for index, sequence in enumerate(sequences)]
     found = {
         method: attribute(
             model,
@@ -127,9 +127,9 @@ def measure(
 
     # Sequence by sequence, so that a batch holds next to no filling. The batches do not depend on
     # what is known: a run that was stopped between two of them ends in the same numbers.
-    order = sorted(range(len(rows)), key=lambda place: drawn[place])
+    order = sorted(range(len(rows)), key=lambda index: drawn[index])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    batches = [[place for place in batch if rows[place].exact is None] for batch in batches]
+    batches = [[index for index in batch if rows[index].exact is None] for batch in batches]
     batches = [batch for batch in batches if batch]
     baseline = ablation_means(model, sequences if batches else [], graph, ablation, batch_size)
     exact = partial(
@@ -141,10 +141,10 @@ def measure(
         ablation=ablation,
         baseline=baseline,
     )
-    calls = (partial(exact, [drawn[place] for place in batch]) for batch in batches)
+    calls = (partial(exact, [drawn[index] for index in batch]) for batch in batches)
     for batch, effects in zip(batches, in_flight(calls, model.jobs), strict=True):
-        for place, effect in zip(batch, effects.tolist(), strict=True):
-            rows[place] = replace(rows[place], exact=effect)
+        for index, effect in zip(batch, effects.tolist(), strict=True):
+            rows[index] = replace(rows[index], exact=effect)
         if progress:
             progress(rows, len(batch))
     return rows

@@ -80,7 +80,7 @@ def shares(values: Array, groups: Groups) -> Array:
 def _groups(graph: Graph, sources: Sequence[str], targets: Sequence[str]) -> Groups:
     written, read = np.nonzero(graph.mask.numpy())
     found: Groups = []
-    for word, names, places in (("from", sources, written), ("into", targets, read)):
-        of_edge = np.array(names)[places]
+    for word, names, indices in (("from", sources, written), ("into", targets, read)):
+        of_edge = np.array(names)[indices]
         found += [(f"{word} {name}", of_edge == name) for name in dict.fromkeys(names)]
     return found

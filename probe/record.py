@@ -104,8 +104,10 @@ def check_goes_on(
         ProbeError: The folder holds a run of something else.
     """
     old = folder.read_record()
+    # Keys that have come since stand at their defaults, which are what was done before.
+    earlier = recipe_table(recipe_from(old.get("recipe"), str(folder.record)))
     for what, here, there in (
-        ("recipe", _fixed(recipe_table(recipe)), _fixed(old.get("recipe"))),
+        ("recipe", _fixed(recipe_table(recipe)), _fixed(earlier)),
         ("weights", models, old.get("models")),
         ("solutions", solutions, old.get("given_solutions")),
     ):
@@ -171,7 +173,7 @@ def _fixed(table: object) -> object:
 
 
 def _first_difference(here: object, there: object, key: str = "") -> str:
-    """Name the first place where two pieces of plain data differ, or nothing."""
+    """Name where two pieces of plain data differ first, or nothing."""
     if isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
         here, there = dict(enumerate(here)), dict(enumerate(there))
     if isinstance(here, dict) and isinstance(there, dict):

@@ -35,18 +35,15 @@ from probe.run_folder import (
     Damaged,
     Missing,
     RunFolder,
-    cell_name,
-    faithfulness_file,
-    first_names,
-    model_names,
     run_path,
 )
+from probe.run_names import faithfulness_file, first_names, model_names
 from probe.statistics import flips_for
 
 REPORT_SCHEMA = 2
 """Of report.json; other files of a run have the run folder's."""
 
-Row = TypeVar("Row", Cell, Accuracy)
+Judged = TypeVar("Judged", Cell, Accuracy)
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,38 +109,54 @@ def build_report(path: str | Path) -> Report:
     """
     folder = RunFolder(run_path(path))
     recipe = recipe_from(folder.read_record()["recipe"], str(folder.record))
+    planned = len(recipe.comparisons()) * len(METRICS | TOKEN_METRICS)
+    flips = flips_for(planned) if recipe.report.resamples else 0
+    flips = max(flips, recipe.report.resamples) if flips else 0
+    cells, absent = _cells(folder, recipe, flips)
+    rows = judged_accuracy(_accuracies(folder, recipe, flips))
+    faithfulness, unmeasured = _faithfulness(folder, recipe)
+    extras, lacking = extra_tables(folder, recipe)
+    return Report(
+        recipe,
+        tuple(_beside_published(cell, recipe) for cell in judged_cells(cells)),
+        tuple(_beside_published(row, recipe) for row in rows),
+        (*absent, *unmeasured, *lacking),
+        faithfulness,
+        extras,
+        path=folder.path,
+    )
+
+
+def _cells(folder: RunFolder, recipe: Recipe, flips: int) -> tuple[list[Cell], list[str]]:
+    """The cells of every comparison; and a line for each comparison that is missing."""
     cells: list[Cell] = []
     missing: list[str] = []
-    planned = len(recipe.pairs) * len(recipe.benchmarks) * len(recipe.selection.alpha)
-    flips = flips_for(planned * len(METRICS | TOKEN_METRICS)) if recipe.report.resamples else 0
-    flips = max(flips, recipe.report.resamples) if flips else 0
-    accuracy = []
+    for comparison in recipe.comparisons(by="benchmark"):
+        clusters = folder.read_clusters(comparison.benchmark)
+        try:
+            before, after = folder.read_sides(comparison.name, "before", "after")
+        except Missing as error:
+            missing.append(f"{comparison.name}: {error}")
+            continue
+        cells += make_cells(
+            comparison.key,
+            before,
+            after,
+            bins=recipe.report.bins,
+            flips=flips,
+            clusters=[clusters.get(question) for question in before.ids],
+        )
+    return cells, missing
+
+
+def _accuracies(folder: RunFolder, recipe: Recipe, flips: int) -> list[Accuracy]:
+    """The accuracies of every pair on every benchmark whose solutions are there."""
+    found = []
     for benchmark in (choice.name for choice in recipe.benchmarks):
         clusters = folder.read_clusters(benchmark)
         for pair in recipe.pairs:
-            accuracy.append(_accuracy(folder, recipe, pair, benchmark, clusters, flips))
-            for alpha in recipe.selection.alpha:
-                name = cell_name(pair, benchmark, alpha)
-                try:
-                    before, after = folder.read_sides(name, "before", "after")
-                except Missing as error:
-                    missing.append(f"{name}: {error}")
-                    continue
-                cells += make_cells(
-                    (pair.name, benchmark, alpha),
-                    before,
-                    after,
-                    bins=recipe.report.bins,
-                    flips=flips,
-                    clusters=[clusters.get(question) for question in before.ids],
-                )
-    faithfulness, unmeasured = _faithfulness(folder, recipe)
-    rows = judged_accuracy([row for row in accuracy if row])
-    known = tuple(_beside_published(row, recipe) for row in rows)
-    judged = tuple(_beside_published(cell, recipe) for cell in judged_cells(cells))
-    extras, lacking = extra_tables(folder, recipe)
-    missing = [*missing, *unmeasured, *lacking]
-    return Report(recipe, judged, known, tuple(missing), faithfulness, extras, path=folder.path)
+            found.append(_accuracy(folder, recipe, pair, benchmark, clusters, flips))
+    return [row for row in found if row]
 
 
 def _faithfulness(folder: RunFolder, recipe: Recipe) -> tuple[tuple[Agreement, ...], list[str]]:
@@ -185,7 +198,7 @@ def _accuracy(
     return make_accuracy(pair.name, benchmark, *sides, clusters=groups, flips=flips)
 
 
-def _beside_published(row: Row, recipe: Recipe) -> Row:
+def _beside_published(row: Judged, recipe: Recipe) -> Judged:
     """The row with the value that the recipe publishes for it, if it does."""
     cell = row if isinstance(row, Cell) else None
     if cell and cell.control:

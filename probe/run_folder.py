@@ -14,7 +14,7 @@
     report.json                                  the cells
     figures/                                     pictures, by `probe plot`
 
-A file is written beside its place and moved there, so a kill leaves the old one or the new one.
+A file is written beside where it will be and moved there: a kill leaves the old one or the new one.
 Solutions are appended; a torn last line is the most that a kill costs, and reading drops it.
 What is read is checked against what it should hold; what does not fit is computed again.
 
@@ -38,11 +38,6 @@ from safetensors import SafetensorError, safe_open
 from probe.edges import EdgeScores, read_edges
 from probe.errors import ProbeError, reason
 from probe.files import write_whole
-from probe.recipe import Comparison, Pair
-from probe.run_names import edges_key as edges_key
-from probe.run_names import faithfulness_file as faithfulness_file
-from probe.run_names import first_names as first_names
-from probe.run_names import model_names as model_names
 from probe.selection import Selection, Solution
 
 SCHEMA = 1
@@ -95,11 +90,11 @@ class RunFolder:
             with tempfile.TemporaryFile(dir=self.path):
                 pass
             for part in PARTS if fresh else ():
-                place = self.path / part
-                if place.is_dir():
-                    shutil.rmtree(place)
+                old = self.path / part
+                if old.is_dir():
+                    shutil.rmtree(old)
                 else:
-                    place.unlink(missing_ok=True)
+                    old.unlink(missing_ok=True)
             for part in FOLDERS:
                 (self.path / part).mkdir(exist_ok=True)
         except OSError as error:
@@ -192,7 +187,7 @@ class RunFolder:
         """Write a file of solutions anew."""
         text = "".join(_line(solution) for solution in solutions)
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, lambda place: place.write_text(text, encoding="utf-8"))
+        write_whole(path, lambda path: path.write_text(text, encoding="utf-8"))
 
     def write_selection(self, cell: str, selection: Selection) -> None:
         """Write a cell's selection; a run that goes on selects anew."""
@@ -242,17 +237,17 @@ class RunFolder:
         """Where the edges of one side of a cell are."""
         return self.path / "edges" / f"{cell}.{side}.safetensors"
 
-    def write_part(self, path: Path, edges: EdgeScores, places: Sequence[int], key: str) -> None:
-        """Write one batch of what will be a file of edges, beside that file's place."""
-        part = path.with_suffix(f".part-{places[0]}.safetensors")
-        self.write_edges(part, edges, [str(place) for place in places], key)
+    def write_part(self, path: Path, edges: EdgeScores, indices: Sequence[int], key: str) -> None:
+        """Write one batch of what will be a file of edges, beside where that will be."""
+        part = path.with_suffix(f".part-{indices[0]}.safetensors")
+        self.write_edges(part, edges, [str(index) for index in indices], key)
 
     def parts(self, path: Path) -> list[Path]:
         """The batches that wait for the rest of their file."""
         return sorted(path.parent.glob(f"{glob.escape(path.stem)}.part-*.safetensors"))
 
     def sequence_ids(self, path: Path) -> list[str]:
-        """Which questions a file of edges holds, in order; of a part, their places in its file.
+        """Which questions a file of edges holds, in order; of a part, their indices in its file.
 
         Raises:
             Damaged: The file does not say.
@@ -337,19 +332,14 @@ class RunFolder:
         return table
 
 
-def run_path(place: str | Path) -> Path:
+def run_path(inside: str | Path) -> Path:
     """The run folder that a path means: itself, or the one that this file or folder lies in."""
-    path = Path(place)
+    path = Path(inside)
     if path.exists():
         for folder in (path, *path.absolute().parents[:2]):
             if (folder / "run.json").is_file():
                 return folder
     return path
-
-
-def cell_name(pair: Pair, benchmark: str, alpha: float) -> str:
-    """The part of a file name that says which cell of a run it belongs to."""
-    return Comparison(pair, benchmark, alpha).name
 
 
 def _line(solution: Solution) -> str:

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 from conftest import run_recorded
 
@@ -55,7 +56,9 @@ def test_the_tables_are_what_the_models_do(finished):
             means = [sum(line) / len(line) for line in found.divergences]
             row = rows["sft-grpo", alpha]
             assert row[f"on {text}"] == pytest.approx(sum(means) / 5, rel=1e-3)
-            assert min(means) - 1e-9 <= row[f"on {text} low"] <= row[f"on {text}"]
+            ends = scipy.stats.t.interval(0.95, 4, sum(means) / 5, scipy.stats.sem(means))
+            found_ends = [row[f"on {text} {end}"] for end in ("low", "high")]
+            assert found_ends == pytest.approx(ends, rel=1e-3)
     residual = [row for row in table(report, "residual") if row["pair"] == "sft-grpo"]
     assert [row["before"] for row in residual] == [*(f"layer {n}" for n in range(4)), "logits"]
     assert [r["cosine on after"] for r in residual] == pytest.approx(found.cosines, abs=1e-5)

@@ -224,11 +224,16 @@ def test_each_model_is_scored_on_the_others_answers(copy):
     assert losses["before"] > 2 * losses["before-on-after"]
     assert losses["after-on-before"] > 2 * losses["after"]
     table = next(extra for extra in report.extras if extra.title == "Cross-text control")
+    estimands = [metric.estimand for metric in (METRICS | TOKEN_METRICS).values()]
+    ratios = {e.label for e in estimands if e is not None and e.form == "ratio"}
     for row in table.rows:
         values = dict(zip(table.columns, row, strict=True))
         if values["pair"] == "sft-grpo":
             assert values["text %"] != 0
-            whole = values["model %"] + values["text %"]
+            model, text = values["model %"], values["text %"]
+            whole = model + text
+            if values["metric"] in ratios:  # the two parts multiply
+                whole += model * text / 100
             assert whole == pytest.approx(values["change %"], rel=1e-6, abs=1e-6)
 
 

@@ -5,7 +5,8 @@ from probe.architectures import Heads
 from probe.edges import EdgeScores
 from probe.graph import Graph
 from probe.recipe import read_recipe
-from probe.run_folder import Damaged, RunFolder, model_names
+from probe.run_folder import Damaged, RunFolder
+from probe.run_names import model_names
 
 
 def test_a_model_has_one_name_for_each_way_of_asking():
