@@ -2,8 +2,8 @@
 
 The questions of a real run are the population: its numbers are the truth, and thousands of samples
 are drawn from it, question by question with repetition. Two populations are used: `tiny-math`, and
-one with heavier tails, exact ablation of fewer questions at the shortest cuts. Of each sample, what
-a report would say is computed by the package itself:
+one with heavier tails, the SFT model against itself with a little noise on its weights, and with a
+change of rank 2 to one matrix. Of each sample, what a report would say is computed by the package:
 
     coverage    how often the 95 % interval holds the truth
     labels      nothing differs: the two sides of each question are exchanged at random
@@ -27,10 +27,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from known_answers import CASES, make_model
 
 import probe
 from probe.accuracy import mcnemar, tango_interval
 from probe.metrics import METRICS, TOKEN_METRICS, Array, Entries, Form
+from probe.recipe import recipe_from
 from probe.run_folder import RunFolder
 from probe.statistics import contributions, defined, flip_all, flips_for, holm, t_interval
 
@@ -297,9 +299,9 @@ def main() -> None:
     start, random = time.monotonic(), np.random.default_rng(options.seed)
     held: list[Count] = []
     false: list[Count] = []
-    for name, changes in RUNS.items():
+    for name in ("tiny-math", "noise"):
         path = options.runs / f"calibration-{name}"
-        probe.run_recipe("tiny-math", path, overrides=dict(changes))
+        run(name, path)
         parts = list(populations(path, name))
         found = measure(parts, draws, random)
         held, false = held + found[0], false + found[1]
@@ -316,16 +318,31 @@ def main() -> None:
     print(f"lowest coverage {lowest:.1f} %, highest false positives {highest:.1f} %")
 
 
-RUNS: dict[str, dict[str, str | int | float]] = {
-    "tiny-math": {"report.extra": "[]"},
-    "exact": {
-        "report.extra": "[]",
-        "attribution.method": "exact",
-        "selection.samples": 200,
-        "selection.alpha": "[0.03, 0.1]",
-    },
-}
-"""Runs that are the populations: the recipe as it ships, and one of heavier tails."""
+def run(name: str, path: Path) -> None:
+    """Make one of the runs that are the populations, or go on with it."""
+    if name == "tiny-math":
+        probe.run_recipe("tiny-math", path, overrides={"report.extra": "[]"})
+        return
+    pairs = [
+        {
+            "name": word,
+            "before": "probe:tiny-math/sft",
+            "after": str(make_model(CASES[case], path.with_name(f"{path.name}-{word}"))),
+            "max_new_tokens": 64,
+        }
+        for word, case in (("noise", "noise of 0.1 %"), ("lora", "LoRA on one matrix"))
+    ]
+    table = {
+        "name": "noise",
+        "pairs": pairs,
+        "benchmarks": [{"name": "tiny-math"}],
+        "compute": {"dtype": "float32", "threads": 1, "device": "cpu"},
+        "solutions": {"questions": 600, "batch_size": 100},
+        "selection": {"alpha": [0.1, 0.3]},
+        "attribution": {"batch_size": 25},
+        "report": {"extra": []},
+    }
+    probe.run_recipe(recipe_from(table, name), path)
 
 
 if __name__ == "__main__":

@@ -83,13 +83,15 @@ def test_the_own_benchmark(tmp_path):
     (tmp_path / "copying.toml").write_text(recipe)
     run(tmp_path, "-c", code)
     printed = run(tmp_path, "-m", "probe.cli", "recipe", "copying.toml")
-    assert "GRPO significantly lowered token entropy in 2 of 2 cells" in printed
+    printed = " ".join(printed.split())
+    assert "On copying, GRPO did not measurably change accuracy" in printed
+    assert "significantly lowered intensity in 2 of 2 cells and token entropy in 2 of 2" in printed
     report = json.loads((tmp_path / "runs" / "copying" / "report.json").read_text())
     (accuracy,) = report["accuracy"]
     assert accuracy["before"] == accuracy["after"] == 1
     assert {cell["samples"] for cell in report["cells"]} == {50}
     significant = {cell["metric"] for cell in report["cells"] if cell["significant"]}
-    assert significant == {"token_entropy"}
+    assert significant == {"activation_intensity", "token_entropy"}
     solutions = tmp_path / "runs" / "copying" / "solutions" / "tiny-math--sft.copying.jsonl"
     for line in solutions.read_text().splitlines():
         solution = json.loads(line)
