@@ -2,17 +2,17 @@
 
 >>> run = probe.open_run("runs/tiny-math")
 >>> run
-OpenRun('runs/tiny-math': tiny-math with sft-grpo, sft-dpo)
+OpenRun('runs/tiny-math': tiny-math, 2 pairs)
 >>> change = run.edges("grpo", 0.3) - run.edges("sft", 0.3)
 >>> change.top(3)
 >>> run.cells.to_pandas()
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from probe.cells import Accuracy, Cell
 from probe.edges import EdgeScores
@@ -35,7 +35,14 @@ Row = TypeVar("Row")
 class Table(tuple[Row, ...]):
     """Rows of one kind, as a tuple that notebooks and pandas know."""
 
-    __slots__ = ()
+    kind: type | None
+    """Of which class the rows are; tells the columns where there are none."""
+
+    def __new__(cls, rows: Iterable[Row] = (), kind: type | None = None) -> "Table[Row]":
+        """Take rows."""
+        table = super().__new__(cls, rows)
+        table.kind = kind
+        return table
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row each; what is a record in a row becomes columns of its own.
@@ -43,18 +50,24 @@ class Table(tuple[Row, ...]):
         Raises:
             ProbeError: There is no pandas.
         """
-        return records_frame(map(_record, self))
+        names = [field.name for field in fields(self.kind)] if self.kind else []
+        return records_frame(map(_record, self), names)
+
+    def __repr__(self) -> str:
+        """How many rows of what there are."""
+        what = f" of {self.kind.__name__}" if self.kind else ""
+        return f"Table({len(self)} row{'s' * (len(self) != 1)}{what})"
 
     def _repr_html_(self) -> str:
-        """The first rows, for a notebook."""
+        """The first ten rows, for a notebook."""
         rows = [_record(row) for row in self[:10]]
-        title = f"{len(self)} rows" if len(self) <= len(rows) else f"10 of {len(self)} rows"
-        return html_table(title, list(rows[0]) if rows else (), [list(r.values()) for r in rows])
+        return html_table(
+            repr(self), list(rows[0]) if rows else (), [list(r.values()) for r in rows]
+        )
 
 
 def _record(row: object) -> Mapping[str, object]:
-    fields: Any = row
-    return asdict(fields) if is_dataclass(row) else fields._asdict()
+    return asdict(cast(Any, row))  # any dataclass
 
 
 @dataclass(frozen=True)
@@ -112,17 +125,17 @@ class OpenRun:
     @property
     def cells(self) -> Table[Cell]:
         """One metric of one pair on one benchmark at one alpha each."""
-        return Table(self.report.cells)
+        return Table(self.report.cells, Cell)
 
     @property
     def accuracy(self) -> Table[Accuracy]:
         """How many questions both models of a pair solve, by benchmark."""
-        return Table(self.report.accuracy)
+        return Table(self.report.accuracy, Accuracy)
 
     @cached_property
     def problems(self) -> Table[SolvedProblem]:
         """Every question with what each model made of it."""
-        return Table(self._problems())
+        return Table(self._problems(), SolvedProblem)
 
     def _problems(self) -> Iterator[SolvedProblem]:
         for benchmark in (choice.name for choice in self.recipe.benchmarks):
@@ -186,8 +199,8 @@ class OpenRun:
 
     def __repr__(self) -> str:
         """Where it is, and of what."""
-        pairs = ", ".join(pair.name for pair in self.recipe.pairs)
-        return f"OpenRun({str(self.path)!r}: {self.recipe.name} with {pairs})"
+        count = len(self.recipe.pairs)
+        return f"OpenRun({str(self.path)!r}: {self.recipe.name}, {count} pair{'s' * (count != 1)})"
 
     def _repr_html_(self) -> str:
         """The report, for a notebook."""

@@ -87,8 +87,9 @@ class Report:
 
     def __repr__(self) -> str:
         """What it is of, in a line."""
-        state = f"{len(self.missing)} parts are missing" if self.missing else "complete"
-        count = f"{len(self.recipe.pairs)} pairs, {len(self.cells)} cells"
+        state = f"missing parts: {len(self.missing)}" if self.missing else "complete"
+        pairs = len(self.recipe.pairs)
+        count = f"{pairs} pair{'s' * (pairs != 1)}, {len(self.cells)} cells"
         return f"Report({self.recipe.name}: {count}, {state})"
 
     def _repr_html_(self) -> str:

@@ -25,7 +25,7 @@ def run(folder, name, *arguments):
 def test_few_questions(tmp_path):
     """Some metrics are not defined there."""
     printed = run(tmp_path, "compare_two_checkpoints.py", "--questions", 1)
-    assert re.search(r"sample_diversity +nan +nan +- +- +-", printed)
+    assert re.search(r"sample_diversity +- +- +- +- +-", printed)
 
 
 @pytest.fixture(scope="module")

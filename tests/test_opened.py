@@ -1,5 +1,6 @@
 """Opened runs: what a folder holds, as objects, tables and HTML."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,21 @@ def test_cells_are_those_of_the_report(opened):
     assert list(table["real_edges.change"].dropna()) == [
         cell.real_edges.change for cell in opened.cells if cell.real_edges.change is not None
     ]
+
+
+def test_tables_without_rows_have_columns(half_run):
+    run = probe.open_run(half_run.path)
+    assert len(run.problems) == len(run.accuracy) == 0
+    assert {"model", "correct", "text"} <= set(run.problems.to_pandas())
+    assert {"pair", "before", "after"} <= set(run.accuracy.to_pandas())
+    assert "Table(0 rows of SolvedProblem)" in run.problems._repr_html_()
+
+
+def test_a_table_is_a_tuple(opened):
+    again = pickle.loads(pickle.dumps(opened.problems))
+    assert again == opened.problems == tuple(opened.problems)
+    assert len(again.to_pandas()) == 4
+    assert repr(opened.accuracy) == "Table(1 row of Accuracy)"
 
 
 def test_accuracy(opened):
@@ -100,9 +116,9 @@ def test_any_file_of_a_run_stands_for_it(opened):
 
 
 def test_what_is_shown(opened):
-    assert repr(opened) == f"OpenRun({str(opened.path)!r}: tiny-math with sft-grpo, sft-dpo)"
+    assert repr(opened) == f"OpenRun({str(opened.path)!r}: tiny-math, 2 pairs)"
     report = opened.report
-    assert repr(report).startswith(f"Report(tiny-math: 2 pairs, {len(report.cells)} cells, 3 parts")
+    assert repr(report).startswith(f"Report(tiny-math: 2 pairs, {len(report.cells)} cells, missing")
     foreign = tuple(replace(cell, pair="<b>") for cell in report.cells)
     shown = replace(report, cells=foreign)._repr_html_()
     assert "<td>&lt;b&gt;</td>" in shown

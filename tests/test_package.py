@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,14 @@ def test_no_module_imports_itself_by_way_of_others():
 
     circles = {name for name in edges if name in reached(name)}
     assert not circles
+
+
+def test_every_page_is_in_the_site():
+    """As a strict build of it asks, which takes longer."""
+    listed = re.findall(r"^ +- (.+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    made = {"index.md", "contributing.md", "changelog.md", "api.md", "examples/index.md"}
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert sorted(listed) == sorted(pages | made)
 
 
 def test_the_hooks_are_the_checks_of_ci():
