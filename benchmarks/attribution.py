@@ -280,7 +280,7 @@ def mixed(results: Results) -> None:
 
 def memory(results: Results) -> None:
     """Peak memory of one sequence of 4096 tokens, with and without recomputation."""
-    from probe.attribution import make_batch
+    from probe.methods import make_batch
     from probe.tracing import MemoryMode, edge_scores
 
     for kernels in ("eager", "liger"):

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from probe import metrics as metrics
     from probe.architectures import ARCHITECTURES as ARCHITECTURES
     from probe.architectures import Architecture as Architecture
-    from probe.attribution import METHODS as METHODS
-    from probe.attribution import Method as Method
     from probe.attribution import attribute as attribute
     from probe.attribution import exact_effects as exact_effects
     from probe.comparison import compare as compare
@@ -31,6 +29,8 @@ if TYPE_CHECKING:
     from probe.graph import Graph as Graph
     from probe.hosting import load_hosted as load_hosted
     from probe.hosting import open_host as open_host
+    from probe.methods import METHODS as METHODS
+    from probe.methods import Method as Method
     from probe.metrics import METRICS as METRICS
     from probe.metrics import Metric as Metric
     from probe.models import Model as Model
@@ -46,14 +46,17 @@ if TYPE_CHECKING:
     from probe.selection import select as select
     from probe.sequences import TokenSequence as Sequence
     from probe.sequences import TokenSequence as TokenSequence
+    from probe.targets import TARGETS as TARGETS
+    from probe.targets import Target as Target
+    from probe.temperature import matched_temperature as matched_temperature
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "ARCHITECTURES": "architectures",
     "Architecture": "architectures",
-    "METHODS": "attribution",
-    "Method": "attribution",
+    "METHODS": "methods",
+    "Method": "methods",
     "attribute": "attribution",
     "exact_effects": "attribution",
     "compare": "comparison",
@@ -80,7 +83,10 @@ _MODULES = {
     "Selection": "selection",
     "Solution": "selection",
     "select": "selection",
+    "TARGETS": "targets",
+    "Target": "targets",
     "TokenSequence": "sequences",
+    "matched_temperature": "temperature",
 }
 
 __all__ = [*_MODULES, "Sequence", "__version__", "metrics"]

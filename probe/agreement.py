@@ -76,7 +76,7 @@ class Agreement:
     """The model's name within the run."""
 
     method: str
-    """A name in `probe.attribution.METHODS`."""
+    """A name in `probe.methods.METHODS`."""
 
     edges: int
     """How many edges are compared."""

@@ -13,17 +13,20 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from probe.attribution import attribute, method_named
+from probe.attribution import attribute
 from probe.checkpoints import fingerprint
 from probe.choosing import Side
 from probe.edges import EdgeScores
 from probe.errors import ProbeError
+from probe.integration import RULE
+from probe.methods import method_named
 from probe.models import Model
 from probe.parallel import Event, OnEvent
 from probe.recipe import Recipe
 from probe.run_folder import Damaged, RunFolder
 from probe.run_names import edges_key
 from probe.session import Run, Setup
+from probe.targets import Target
 
 
 def attribute_all(run: Run, sides: Sequence[Side]) -> None:
@@ -66,7 +69,9 @@ def attribute_with(
     options = recipe.attribution
     method = method_named(options.method)
     steps = method.steps(options.ig_steps)
-    settings = (options.method, options.granularity, options.ablation, str(steps))
+    points = str(steps) if steps == 1 else f"{steps} {RULE}"
+    target = Target(options.target).key  # nothing of the loss: keys of old runs stay
+    settings = (options.method, options.granularity, options.ablation, points, *target)
     kernels = recipe.compute.kernels
     if kernels == "auto" and "liger" not in method.kernels:
         kernels = "eager"
@@ -117,13 +122,16 @@ def _attribute(
         options.batch_size,
         ablation=options.ablation,
         ig_steps=options.ig_steps,
+        target=options.target,
         done=kept,
         finished=keep,
     )
     error = edges.residual_error
     for index, (row, part) in kept.items():
         edges.scores[index], edges.losses[index] = part.scores[row], part.losses[row]
-        edges.entropies[index] = part.entropies[row]
+        edges.entropies[index], edges.values[index] = part.entropies[row], part.values[row]
+        if edges.gaps is not None and part.gaps is not None:
+            edges.gaps[index] = part.gaps[row]
         error = max(error, part.residual_error)
     edges = replace(edges, residual_error=error)
     folder.write_edges(path, edges, [s.id for s in side.sequences], key)

@@ -10,8 +10,9 @@ the answer, and every token of the answer is scored; cut the answer before, not 
     torch.Size([1, 9, 17])
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -23,151 +24,18 @@ from probe.edges import Edge, EdgeScores, checked_edges
 from probe.errors import ProbeError, check_count
 from probe.graph import Graph
 from probe.layers import exact_dtype
+from probe.methods import Method, Options, edge_effects, make_batch, method_named
 from probe.models import Model, as_model
-from probe.registry import Registry
-from probe.sequences import MAX_NEW_TOKENS, Given, TokenSequence, as_sequences
-from probe.tracing import (
-    FASTEST,
-    Batch,
-    EdgeBatch,
-    MemoryMode,
-    ablated_losses,
-    edge_scores,
-    source_sums,
-)
+from probe.sequences import MAX_NEW_TOKENS, Given, TokenSequence, as_sequences, corrupted_beside
+from probe.targets import Target, Value
+from probe.tracing import LOSS, EdgeBatch, MemoryMode, send_module, source_sums
 from probe.vocabulary import Ablation, Granularity
 
-
-@dataclass(frozen=True)
-class Options:
-    """What a method may be told; each takes what concerns it."""
-
-    ig_steps: int = 5
-    """Points of the integral of `eap-ig`; 1 is `eap`."""
-
-    baseline: torch.Tensor | None = None
-    """What an ablation leaves of each source, [source, d_model]; nothing if not given."""
-
-    batch_size: BatchSize = "auto"
-    """How many rows `exact` runs at once."""
-
-    memory: MemoryMode = FASTEST
-    """What is done for the sake of memory."""
-
-
-def eap(
-    model: Model, sequences: Sequence[TokenSequence], graph: Graph, options: Options
-) -> EdgeBatch:
-    """Edge attribution patching: -<dL/dH, O> (paper, Eq. 9)."""
-    batch = make_batch(sequences)
-    return edge_scores(model, batch, graph, baseline=options.baseline, memory=options.memory)
-
-
-def eap_ig(
-    model: Model, sequences: Sequence[TokenSequence], graph: Graph, options: Options
-) -> EdgeBatch:
-    """EAP with the gradient averaged on the way from the ablated to the real embedding.
-
-    Hanna et al. 2024 (arXiv 2403.17806), "EAP-IG inputs". The scores out of `input` sum to the
-    loss with a zero embedding, minus the loss, as the steps become many.
-    """
-    return edge_scores(
-        model,
-        make_batch(sequences),
-        graph,
-        steps=options.ig_steps,
-        baseline=options.baseline,
-        memory=options.memory,
-    )
-
-
-def relp(
-    model: Model, sequences: Sequence[TokenSequence], graph: Graph, options: Options
-) -> EdgeBatch:
-    """Relevance patching: EAP with gradients by rules (Jafari et al. 2025, arXiv 2508.21258).
-
-    Norms' denominators are constant, activations lines, and the gradients of products of gate
-    and input halved; attention patterns keep their gradients.
-    """
-    return edge_scores(
-        model,
-        make_batch(sequences),
-        graph,
-        relp=True,
-        baseline=options.baseline,
-        memory=options.memory,
-    )
-
-
-def exact(
-    model: Model, sequences: Sequence[TokenSequence], graph: Graph, options: Options
-) -> EdgeBatch:
-    """Run the model again without each edge: L(f without the edge) - L(f) (paper, Eq. 8)."""
-    every = graph.mask.nonzero().tolist()
-    edges = [Edge(number, *edge) for number in range(len(sequences)) for edge in every]
-    first = eap(model, sequences, graph, options)
-    scores = torch.zeros_like(first.scores, device="cpu")
-    for part, effects in _effects(model, sequences, edges, graph, options):
-        for edge, effect in zip(part, effects, strict=True):
-            scores[edge] = effect
-    return first._replace(scores=scores)
-
-
-def one_pass(ig_steps: int) -> int:
-    """A forward and backward pass for each sequence."""
-    return 1
-
-
-def pass_a_step(ig_steps: int) -> int:
-    """A forward and backward pass for each point of the integral."""
-    return ig_steps
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to score edges: all that the package knows of it."""
-
-    score: Callable[[Model, Sequence[TokenSequence], Graph, Options], EdgeBatch]
-    """Scores a few sequences: about how much the loss grows when an edge is removed."""
-
-    passes: Callable[[int], int] | None = one_pass
-    """How many forward and backward passes a sequence takes with so many `ig_steps`; None for a
-    forward pass for each edge, in batches that the method makes itself."""
-
-    may_recompute: bool = True
-    """Whether activations may be dropped and computed again in the backward pass."""
-
-    kernels: tuple[str, ...] = ("eager", "liger")
-    """What it runs with; see `probe.kernels`."""
-
-    def steps(self, ig_steps: int) -> int:
-        """How many rows a sequence has in a batch."""
-        return self.passes(ig_steps) if self.passes else 1
-
-
-_ROWS: dict[str, Method] = {
-    "eap": Method(eap),
-    "eap-ig": Method(eap_ig, passes=pass_a_step),
-    "relp": Method(relp, may_recompute=False, kernels=("eager",)),
-    "exact": Method(exact, passes=None),
-}
-
-METHODS = Registry("method", Method, _ROWS, takes="score")
-"""Every attribution method by its name; the one place to add one."""
+LARGEST_GAP = 0.05
+"""A share of what an integral should give that is more than a matter of a few points."""
 
 # A relative distance from what the model itself computes that is no rounding any more.
 _LARGEST_ERROR = {torch.bfloat16: 3e-2, torch.float16: 3e-2}
-
-
-def method_named(name: str) -> Method:
-    """A method by its name.
-
-    Raises:
-        ProbeError: There is none of that name.
-    """
-    if name not in METHODS:
-        raise ProbeError(f"method {name!r} is not known; one of: {', '.join(METHODS)}")
-    return METHODS[name]
 
 
 def attribute(
@@ -179,6 +47,8 @@ def attribute(
     *,
     ablation: Ablation = "zero",
     ig_steps: int = 5,
+    target: Target | str | Value = LOSS,
+    corrupted: Given | None = None,
     answer: str | Sequence[str] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     done: Collection[int] = (),
@@ -200,6 +70,11 @@ def attribute(
         ablation: What is left of a removed output: `zero`, or its `mean` over all positions of
             these sequences.
         ig_steps: Points of the integral of `eap-ig`.
+        target: What is differentiated: a name in `probe.targets.TARGETS`, a `Target`, or a function
+            of logits [token, vocabulary] and labels [token] that gives a value for each token.
+        corrupted: A text beside each sequence with a prompt as long as its own. A removed output
+            then leaves what its source writes there, position by position. The answer is that of
+            the sequence where it has none itself.
         answer: The answer to a prompt that is given as text, or one for each of several.
         max_new_tokens: The longest answer that the model writes itself.
         done: Indices of sequences that are left out; their scores stay 0.
@@ -209,9 +84,10 @@ def attribute(
     Raises:
         ProbeError: An unknown method, granularity or ablation, an empty prompt or answer, a token
             that the model does not have, a score that is not finite (the message names the
-            sequence), or sources that do not sum to the residual stream.
+            sequence), sources that do not sum to the residual stream, corrupted texts of another
+            length, or a target without a slope.
     """
-    way = method_named(method)
+    way, target = method_named(method), Target.of(target)
     check_count("ig_steps", ig_steps)
     model = as_model(model)
     if model.kernels not in way.kernels:
@@ -221,13 +97,19 @@ def attribute(
         )
     graph = model.graph(granularity)
     sequences = as_sequences(model, sequences, answer, max_new_tokens)
-    found = _Collected(model, graph, [sequence.id for sequence in sequences], finished)
+    texts = _corrupted(model, corrupted, sequences, ablation)
+    _check_target(model, target, sequences, way, ig_steps)
+    steps = way.steps(ig_steps)
+    names = [sequence.id for sequence in sequences]
+    found = _Collected(model, graph, names, finished, integrated=steps > 1)
     baseline = ablation_means(model, sequences, graph, ablation, batch_size)
-    size = batch_size if way.passes else 1
-    batching = Batching(model, graph, size, way.steps(ig_steps), way.may_recompute)
+    rows = steps + (steps > 1 or texts is not None)
+    batching = Batching(model, graph, batch_size if way.passes else 1, rows, way.may_recompute)
 
     def score(indices: list[int], memory: MemoryMode) -> EdgeBatch:
-        options = Options(ig_steps, baseline, batch_size, memory)
+        references = target.references(indices)
+        beside = None if texts is None else [texts[i] for i in indices]
+        options = Options(ig_steps, baseline, batch_size, memory, target, references, beside)
         return way.score(model, [sequences[i] for i in indices], graph, options)
 
     # A batch is fetched once the next one is on its way, so that a GPU never waits for Python.
@@ -238,6 +120,7 @@ def attribute(
         last = indices, batch
     if last:
         found.add(*last)
+    found.warn(method, ig_steps)
     return found.edges
 
 
@@ -250,13 +133,23 @@ class _Collected:
         graph: Graph,
         names: list[str],
         finished: Callable[[list[int], EdgeScores], None] | None,
+        integrated: bool,
     ) -> None:
         """Make room for the named sequences."""
         self.model, self.names, self.finished = model, names, finished
         dtype, count = exact_dtype(model), len(names)
         scores = torch.zeros(count, *graph.mask.shape, dtype=dtype)
-        losses, entropies = torch.zeros(2, count, dtype=dtype)
-        self.edges = EdgeScores(scores, losses, entropies, graph, 0.0, tuple(names))
+        losses, entropies, values, gaps = torch.zeros(4, count, dtype=dtype)
+        self.edges = EdgeScores(
+            scores,
+            losses,
+            entropies,
+            graph,
+            0.0,
+            tuple(names),
+            values,
+            gaps if integrated else None,
+        )
 
     def add(self, indices: list[int], batch: EdgeBatch) -> None:
         """Check a batch and keep it.
@@ -271,8 +164,11 @@ class _Collected:
             self.edges.graph,
             float(batch.residual_error),
             tuple(self.names[index] for index in indices),
+            batch.values.cpu(),
+            None if self.edges.gaps is None else _gaps(batch).cpu(),
         )
         finite = part.scores.isfinite().all(2).all(1) & part.losses.isfinite()
+        finite &= part.values.isfinite()
         if not finite.all():
             name = self.names[indices[int((~finite).nonzero()[0])]]
             raise ProbeError(
@@ -284,10 +180,60 @@ class _Collected:
         self.edges.scores[indices] = part.scores
         self.edges.losses[indices] = part.losses
         self.edges.entropies[indices] = part.entropies
+        self.edges.values[indices] = part.values
+        if self.edges.gaps is not None and part.gaps is not None:
+            self.edges.gaps[indices] = part.gaps
         worst = max(self.edges.residual_error, part.residual_error)
         self.edges = replace(self.edges, residual_error=worst)
         if self.finished:
             self.finished(indices, part)
+
+    def warn(self, method: str, ig_steps: int) -> None:
+        """Say so where an integral is far from what it should be."""
+        gap = self.edges.completeness_gap
+        if gap > LARGEST_GAP:
+            warnings.warn(
+                f"{method}: {ig_steps} steps miss {gap:.0%} of what the integral should give; "
+                "take more ig_steps, or ablation mean, whose way is shorter",
+                stacklevel=3,
+            )
+
+
+def _gaps(batch: EdgeBatch) -> torch.Tensor:
+    """What the edges out of the input give more than the target's difference: [sequence]."""
+    return batch.scores[:, 0].sum(1) - (batch.ablated_values - batch.values)
+
+
+def _corrupted(
+    model: Model, given: Given | None, sequences: Sequence[TokenSequence], ablation: Ablation
+) -> list[TokenSequence] | None:
+    """The corrupted texts, checked."""
+    if given is None:
+        return None
+    if ablation != "zero":
+        raise ProbeError(f"give corrupted texts or ablation {ablation}, not both")
+    return corrupted_beside(model, given, sequences)
+
+
+def _check_target(
+    model: Model, target: Target, sequences: Sequence[TokenSequence], way: Method, ig_steps: int
+) -> None:
+    """Check that a target fits the sequences, and that a method can take it."""
+    if target.what == "kl" and target.reference is None and way.passes and way.steps(ig_steps) == 1:
+        raise ProbeError(
+            "kl to what the model itself says has no slope there; give a reference, or use a "
+            "method that integrates or removes edges (eap-ig, exact)"
+        )
+    if target.reference is not None:
+        shapes = [tuple(part.shape) for part in target.reference]
+        wanted = [(len(s.answer), int(model.config.vocab_size)) for s in sequences]
+        if shapes != wanted:
+            raise ProbeError(
+                "a reference needs log probabilities [answer token, vocabulary] for each sequence: "
+                f"{wanted[:3]}..., not {shapes[:3]}..."
+            )
+    if model.deployment is not None and not isinstance(target.what, str):
+        send_module(target.what.__module__)
 
 
 def exact_effects(
@@ -299,6 +245,8 @@ def exact_effects(
     progress: Callable[[int], None] | None = None,
     ablation: Ablation = "zero",
     baseline: torch.Tensor | None = None,
+    target: Target | str | Value = LOSS,
+    corrupted: Given | None = None,
 ) -> torch.Tensor:
     """Remove each of some edges and run the model again (paper, Eq. 8).
 
@@ -311,9 +259,12 @@ def exact_effects(
         progress: Called after each batch with the number of edges in it.
         ablation: What is left of a removed output, `zero` or `mean`.
         baseline: That of these sequences, where `ablation_means` has given it already.
+        target: L, as `attribute` takes it.
+        corrupted: As `attribute` takes it.
 
     Returns:
-        float32 [edge] (float64 for a float64 model): L(without the edge) - L, in nats.
+        float32 [edge] (float64 for a float64 model): L(without the edge) - L, in nats or in what
+        the target is in.
 
     Raises:
         ProbeError: As `attribute`, or an edge that the graph does not have.
@@ -323,13 +274,21 @@ def exact_effects(
     model = as_model(model)
     graph = model.graph(granularity)
     sequences = as_sequences(model, sequences)
-    edges = checked_edges(edges, graph, len(sequences))
+    edges, target = checked_edges(edges, graph, len(sequences)), Target.of(target)
+    texts = _corrupted(model, corrupted, sequences, ablation)
+    _check_target(model, target, sequences, method_named("exact"), 1)
     if baseline is None:
         baseline = ablation_means(model, sequences, graph, ablation, batch_size)
     index = {edge: number for number, edge in enumerate(dict.fromkeys(edges))}
     effects = torch.zeros(len(index), dtype=exact_dtype(model))
-    options = Options(baseline=baseline, batch_size=batch_size)
-    for part, values in _effects(model, sequences, list(index), graph, options):
+    options = Options(
+        baseline=baseline,
+        batch_size=batch_size,
+        target=target,
+        references=target.reference,
+        corrupted=texts,
+    )
+    for part, values in edge_effects(model, sequences, list(index), graph, options):
         for edge, value in zip(part, values, strict=True):
             if not value.isfinite():
                 raise ProbeError(
@@ -339,53 +298,6 @@ def exact_effects(
         if progress:
             progress(len(part))
     return effects[[index[edge] for edge in edges]]
-
-
-def _effects(
-    model: Model,
-    sequences: Sequence[TokenSequence],
-    edges: Sequence[Edge],
-    graph: Graph,
-    options: Options,
-) -> Iterator[tuple[list[Edge], torch.Tensor]]:
-    """Exact effects batch by batch; a batch holds each of its sequences once more, whole.
-
-    The whole sequence runs beside its ablations so that both round alike: effects are small
-    differences of two losses.
-    """
-    order = sorted(edges)
-    batching = Batching(model, graph, options.batch_size, recompute=False)
-
-    def effects(indices: list[int], memory: MemoryMode) -> torch.Tensor:
-        part = [order[index] for index in indices]
-        whole = sorted({edge.sequence for edge in part})
-        batch = make_batch([sequences[i] for i in (*whole, *(edge.sequence for edge in part))])
-        removed = [None] * len(whole) + [(edge.source, edge.target) for edge in part]
-        losses = ablated_losses(model, batch, graph, removed, options.baseline)
-        before = losses[[whole.index(edge.sequence) for edge in part]]
-        return losses[len(whole) :] - before
-
-    lengths = [sequences[edge.sequence].length for edge in order]
-    for indices, found in batching.run(lengths, effects):
-        yield [order[index] for index in indices], found
-
-
-def make_batch(sequences: Sequence[TokenSequence]) -> Batch:
-    """Lay sequences side by side, filled up on the right."""
-    length = max(s.length for s in sequences)
-    scored = max(len(s.answer) for s in sequences)
-    input_ids = torch.zeros(len(sequences), length, dtype=torch.int64)
-    positions = torch.zeros(len(sequences), scored, dtype=torch.int64)
-    labels = torch.full((len(sequences), scored), -100)
-    for row, sequence in enumerate(sequences):
-        fed = [*sequence.prompt, *sequence.answer[:-1]]
-        answer = len(sequence.answer)
-        input_ids[row, : len(fed)] = torch.tensor(fed)
-        positions[row] = len(sequence.prompt) - 1
-        positions[row, :answer] += torch.arange(answer)
-        labels[row, :answer] = torch.tensor(list(sequence.answer))
-    lengths = torch.tensor([sequence.length for sequence in sequences])
-    return Batch(input_ids, lengths, positions, labels)
 
 
 def ablation_means(

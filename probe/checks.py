@@ -11,13 +11,13 @@ from pathlib import Path
 
 from probe.answer_files import read_given
 from probe.architectures import architecture_of
-from probe.attribution import METHODS
 from probe.checkpoints import check_folder, find_checkpoint, fingerprint, weight_files
 from probe.diagnosis import check_model
 from probe.errors import ProbeError
 from probe.extras import check_extras
 from probe.imported import match
 from probe.kernels import resolve_kernels
+from probe.methods import METHODS
 from probe.metrics import METRICS, TOKEN_METRICS
 from probe.models import check_pair, read_config, read_tokenizer, resolve_devices
 from probe.problems import BENCHMARKS, Problem, data_set_here, load_problems
@@ -25,6 +25,7 @@ from probe.prompts import chat_message, no_template
 from probe.recipe import Recipe
 from probe.record import check_goes_on
 from probe.run_folder import RunFolder
+from probe.targets import TARGETS
 
 
 def check_here(recipe: Recipe) -> None:
@@ -62,7 +63,7 @@ def check_here(recipe: Recipe) -> None:
 
 
 def check_methods(recipe: Recipe) -> None:
-    """Check that a recipe's methods are known.
+    """Check that a recipe's methods and its target are known.
 
     Raises:
         ProbeError: One is not.
@@ -74,6 +75,9 @@ def check_methods(recipe: Recipe) -> None:
         for method in methods:
             if method not in METHODS:
                 raise ProbeError(f"{key} is {method!r}; known: {', '.join(METHODS)}")
+    if recipe.attribution.target not in TARGETS:
+        known = ", ".join(TARGETS)
+        raise ProbeError(f"attribution.target is {recipe.attribution.target!r}; known: {known}")
 
 
 def check_metrics(recipe: Recipe) -> None:

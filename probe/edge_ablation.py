@@ -30,6 +30,7 @@ class EdgeAblation:
         wiring: Wiring,
         edges: Sequence[tuple[int, int] | None],
         baseline: torch.Tensor | None,
+        beside: Sequence[int] = (),
     ) -> None:
         """Say which edges.
 
@@ -37,8 +38,9 @@ class EdgeAblation:
             wiring: Where sources and targets are.
             edges: For each row its edge, as indices (source, target), or None.
             baseline: B, what an ablation leaves of each source, [source, d_model]; zero for None.
+            beside: For each row, the row whose outputs are B; empty where there is none.
         """
-        self.wiring, self.baseline = wiring, baseline
+        self.wiring, self.baseline, self.beside = wiring, baseline, beside
         self._source_of = {row: edge[0] for row, edge in enumerate(edges) if edge}
         self._rows_of: dict[int, list[int]] = {}
         for row, edge in enumerate(edges):
@@ -121,7 +123,9 @@ class EdgeAblation:
         for row in rows:
             source = self._source_of[row]
             output = self._outputs[source][row]  # [position, d_model]
-            if self.baseline is not None:
+            if self.beside:
+                output = output - self._outputs[source][self.beside[row]]
+            elif self.baseline is not None:
                 output = output - self.baseline[source].to(output.device)
             gone.append(output.to(stream.device))
         return stream[rows] - torch.stack(gone)

@@ -6,7 +6,7 @@ and no gradient waits for the end.
 
 It travels with a trace to a server; see `probe.hooks`.
 
-    >>> product = EdgeProduct(graph.mask, n_layers=32, n_sequences=8)
+    >>> product = EdgeProduct(graph.mask, n_layers=32, n_sequences=8, points=one, weights=one)
     >>> stream = product.open(embedded)          # then write and take, as they come
     >>> scores = product.close()                 # [sequence, source, target]
 """
@@ -31,8 +31,11 @@ class EdgeProduct:
         mask: torch.Tensor,
         n_layers: int,
         n_sequences: int,
-        steps: int = 1,
+        points: torch.Tensor,
+        weights: torch.Tensor,
         baseline: torch.Tensor | None = None,
+        *,
+        corrupted: bool = False,
         on_host: bool = False,
     ) -> None:
         """Say how large it is.
@@ -41,12 +44,17 @@ class EdgeProduct:
             mask: Where edges are, bool [source, target].
             n_layers: How many layers the graph is of.
             n_sequences: How many of the rows hold sequences as they are: the last ones.
-            steps: How many rows each sequence has.
+            points: Of the way from B to the embedding, [step]; the last one is 1.
+            weights: What the gradient at each counts, [step].
             baseline: B, what an ablation leaves of each source, [source, d_model].
+            corrupted: Whether B is what the source writes in the first rows.
             on_host: Whether outputs wait in the host's memory.
         """
-        self.mask, self.baseline = mask, baseline
-        self.n_sequences, self.steps, self.on_host = n_sequences, steps, on_host
+        self.mask, self.baseline, self.corrupted = mask, baseline, corrupted
+        self.points, self.weights, self.steps = points, weights, len(points)
+        self.n_sequences, self.on_host = n_sequences, on_host
+        # Rows come in blocks of all sequences: where the path begins, if it does; then each point.
+        self._beside = corrupted or self.steps > 1
         self.n_sources, self.n_targets = mask.shape
         # Sources are in the order in which they write: a target reads so many of them.
         self._reaches: list[int] = mask.sum(0).tolist()
@@ -61,15 +69,12 @@ class EdgeProduct:
         """Give the stream as it begins, on the way of an integral; make room, keep the input.
 
         Args:
-            embedded: [step * sequence, position, d_model].
+            embedded: [block * sequence, position, d_model].
         """
         stream = embedded.detach()
         exact = torch.promote_types(stream.dtype, torch.float32)
         if self.steps > 1:
-            points = torch.arange(1, self.steps + 1, device=stream.device).to(exact) / self.steps
-            points = points.repeat_interleave(self.n_sequences)[:, None, None].to(stream.dtype)
-            base = 0 if self.baseline is None else self.baseline[0].to(stream.device)
-            stream = base + points * (stream - base)
+            stream = self._on_the_way(stream[: self.n_sequences], stream[-self.n_sequences :])
         _, length, width = stream.shape
         # The sum over positions falls into equal pieces, about enough of them for a whole GPU.
         wanted = max(1, self.n_sequences * length // 1024)
@@ -90,26 +95,47 @@ class EdgeProduct:
         # The one line that switches the graph on: parameters are frozen.
         return stream.requires_grad_(True)
 
+    def _on_the_way(self, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """The stream of all blocks as it begins, from B to the embeddings.
+
+        Args:
+            first: The first block's embeddings, [sequence, position, d_model].
+            last: The last block's.
+        """
+        base = torch.zeros_like(last)
+        if self.corrupted:
+            base = first
+        elif self.baseline is not None:
+            base = base + self.baseline[0].to(last.device)
+        points = self.points[:-1, None, None, None].to(last.device, last.dtype)
+        between = base + points * (last - base)  # [step - 1, sequence, position, d_model]
+        return torch.cat([base, between.flatten(0, 1), last])
+
+    def _removed(self, output: torch.Tensor) -> torch.Tensor:
+        """Of an output what an ablation takes away, but for a mean: [sequence, position, d]."""
+        kept = output[-self.n_sequences :]
+        return kept - output[: self.n_sequences] if self.corrupted else kept
+
     def write(self, source: int, output: torch.Tensor) -> None:
         """Keep the output of a source, when it comes for the first time.
 
         Args:
             source: Its index.
-            output: [step * sequence, position, d_model].
+            output: [block * sequence, position, d_model].
         """
         if source in self._unwritten:
             self._unwritten.remove(source)
-            output = output.detach()
-            kept = output if self.steps == 1 else output[-self.n_sequences :]
-            self._outputs[source].copy_(kept, non_blocking=True)
+            self._outputs[source].copy_(self._removed(output.detach()), non_blocking=True)
 
     def take(self, target: int, gradient: torch.Tensor) -> None:
         """Take the gradient of a branch.
 
         Args:
             target: Its index.
-            gradient: [step * sequence, position, d_model].
+            gradient: [block * sequence, position, d_model].
         """
+        if self._beside:
+            gradient = gradient[self.n_sequences :]
         while target < self._start:
             self._multiply()
         self._waiting[target] = gradient.to(self._scores.device)
@@ -120,15 +146,15 @@ class EdgeProduct:
         """How far the outputs' sum is from the end of the stream, at a few positions: [].
 
         Args:
-            end: The final norm's input, [step * sequence, position, d_model].
+            end: The final norm's input, [block * sequence, position, d_model].
             checked: The positions, int64 [sequence, checked].
         """
         checked = checked.to(self._outputs.device)
         rows = torch.arange(self.n_sequences, device=checked.device)[:, None]
         total = self._outputs[:, rows, checked].sum(0, dtype=self._scores.dtype).to(end.device)
-        truth = end[-self.n_sequences :][rows.to(end.device), checked.to(end.device)]
-        truth = truth.to(total.dtype)
-        return (total - truth).norm() / truth.norm()
+        at = rows.to(end.device), checked.to(end.device)
+        truth = self._removed(end)[at].to(total.dtype)
+        return (total - truth).norm() / end[-self.n_sequences :][at].to(total.dtype).norm()
 
     def close(self) -> torch.Tensor:
         """Give the scores, [sequence, source, target], and let everything else go."""
@@ -154,13 +180,15 @@ class EdgeProduct:
         reach = self._reaches[targets[-1]]
         outputs = self._outputs[:reach].flatten(1).unflatten(1, (-1, self._piece))
         scores = self._scores[:, :reach, start : start + len(targets)]
-        for step in range(self.steps):
+        for step, weight in enumerate(self.weights.tolist()):
             read = gradients[:, step].flatten(1).unflatten(1, (-1, self._piece))
             found = self._product(outputs, read.permute(1, 2, 0))  # [piece, source, target]
             found = found.unflatten(0, (self.n_sequences, -1)).sum(1)[..., : len(targets)]
-            scores -= found if self.steps == 1 else found / self.steps
+            scores -= found if self.steps == 1 else found * weight
         if self.baseline is not None:
-            total = gradients[: len(targets)].sum((1, 3), dtype=scores.dtype) / self.steps
+            weights = self.weights.to(gradients.device, scores.dtype)
+            total = gradients[: len(targets)].sum(3, dtype=scores.dtype)  # [target, step, seq, d]
+            total = torch.einsum("tknd,k->tnd", total, weights)
             baseline = self.baseline[:reach].to(total.dtype)
             scores += torch.einsum("sd,tnd->nst", baseline, total)
 

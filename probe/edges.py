@@ -112,6 +112,13 @@ class EdgeScores:
     ids: tuple[str, ...] = ()
     """A name for each sequence; its place in the list where none is given."""
 
+    values: torch.Tensor = None  # type: ignore[assignment]
+    """float32 [sequence]: what was differentiated, the target; the losses where not given."""
+
+    gaps: torch.Tensor | None = None
+    """float32 [sequence], of an integrated method: what the edges out of `input` give more than the
+    target's difference between the ends of the way. None of a method that does not integrate."""
+
     __array_ufunc__ = None  # numpy's numbers leave `number * edges` to this class
 
     def __post_init__(self) -> None:
@@ -123,6 +130,8 @@ class EdgeScores:
         count, shape = len(self.losses), self.graph.mask.shape
         ids = tuple(map(str, self.ids or range(count)))
         object.__setattr__(self, "ids", ids)
+        if self.values is None:
+            object.__setattr__(self, "values", self.losses)
         if self.scores.shape != (count, *shape) or self.entropies.shape != (count,):
             raise ProbeError(
                 f"scores of shape {[*self.scores.shape]} and {[*self.entropies.shape]} entropies "
@@ -155,6 +164,8 @@ class EdgeScores:
             scores=self.scores[places],
             losses=self.losses[places],
             entropies=self.entropies[places],
+            values=self.values[places],
+            gaps=None if self.gaps is None else self.gaps[places],
             ids=tuple(self.ids[place] for place in places),
         )
 
@@ -318,7 +329,11 @@ class EdgeScores:
             "graph": json.dumps(asdict(self.graph)),
             "residual_error": repr(self.residual_error),
         }
-        tensors = dict(zip(_TENSORS, (n.contiguous() for n in self._numbers()), strict=True))
+        tensors = dict(zip(_TENSORS, (n.contiguous() for n in self._numbers()), strict=False))
+        if not torch.equal(self.values, self.losses):
+            tensors["values"] = self.values.contiguous()
+        if self.gaps is not None:
+            tensors["gaps"] = self.gaps.contiguous()
         try:
             write_whole(Path(path), lambda place: save_file(tensors, place, metadata))
         except (OSError, SafetensorError) as error:
@@ -343,11 +358,25 @@ class EdgeScores:
         return self.scores.mean(0, dtype=torch.float64)
 
     def _numbers(self) -> tuple[torch.Tensor, ...]:
-        return self.scores, self.losses, self.entropies
+        return self.scores, self.losses, self.entropies, self.values
 
     def _of(self, numbers: Iterable[torch.Tensor]) -> "EdgeScores":
-        scores, losses, entropies = numbers
-        return replace(self, scores=scores, losses=losses, entropies=entropies)
+        scores, losses, entropies, values = numbers
+        return replace(
+            self, scores=scores, losses=losses, entropies=entropies, values=values, gaps=None
+        )
+
+    @property
+    def completeness_gap(self) -> float:
+        """The gaps as a share of what the integrals should give, over all sequences.
+
+        0 of a method that does not integrate, of which nothing can be said.
+        """
+        if self.gaps is None or not len(self):
+            return 0.0
+        found = self.scores[:, 0].sum(1)
+        wanted = (found - self.gaps).abs().sum()
+        return float(self.gaps.abs().sum() / wanted) if wanted > 0 else 0.0
 
     def _with(self, other: "EdgeScores", sign: int) -> "EdgeScores":
         if self.graph != other.graph:
@@ -373,10 +402,16 @@ def read_edges(path: Path) -> tuple[EdgeScores, str]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             scores, losses, entropies = (file.get_tensor(name) for name in _TENSORS)
+            # Only of another target than the loss, and of an integrated method.
+            values, gaps = (
+                file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
+                for name in ("values", "gaps")
+            )
         graph = TypeAdapter(Graph).validate_json(metadata["graph"])
         ids = tuple(map(str, json.loads(metadata["ids"])))
         error = float(metadata["residual_error"])
-        edges = EdgeScores(scores, losses, entropies, graph, error, ids)
+        values = losses if values is None else values
+        edges = EdgeScores(scores, losses, entropies, graph, error, ids, values, gaps)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, ProbeError) as damage:
         raise ValueError(reason(damage)) from damage
     if not edges.scores.isfinite().all():

@@ -89,7 +89,7 @@ def measure(
     Args:
         model: A model from `load_model`.
         sequences: What to measure on.
-        methods: Names in `probe.attribution.METHODS`; the first one's scores make the strata.
+        methods: Names in `probe.methods.METHODS`; the first one's scores make the strata.
         edges: How many edges to draw.
         seed: Seed of the draw.
         options: Granularity, ablation, steps and batch size of the methods; their defaults if
@@ -111,6 +111,7 @@ def measure(
             options.batch_size,
             ablation=ablation,
             ig_steps=options.ig_steps,
+            target=options.target,
         )
         for method in methods
     }
@@ -140,6 +141,7 @@ def measure(
         batch_size=batch_size,
         ablation=ablation,
         baseline=baseline,
+        target=options.target,
     )
     calls = (partial(exact, [drawn[index] for index in batch]) for batch in batches)
     for batch, effects in zip(batches, in_flight(calls, model.jobs), strict=True):

@@ -42,7 +42,7 @@ def run_faithfulness(
         run: A run folder with solutions and selections; or a recipe, which is then run first.
         edges: How many edges per model; 400 where the recipe asks for none. This and the others:
             as the section `faithfulness` of the run's recipe has it, where not given.
-        methods: Names in `probe.attribution.METHODS`; the first one's scores make the strata.
+        methods: Names in `probe.methods.METHODS`; the first one's scores make the strata.
         sequences: How many sequences per model.
         seed: Seed of the draw.
         batch_size: How many edges run at once.

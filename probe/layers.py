@@ -13,7 +13,8 @@ from probe.architectures import projection_columns
 from probe.graph import Graph
 from probe.models import Model
 from probe.norm_vjp import NormVjp
-from probe.readout import Readout
+from probe.readout import Objective, Readout
+from probe.targets import Target
 from probe.wiring import Wiring
 
 
@@ -39,12 +40,26 @@ def norm_vjp_of(model: Model, constant_rate: bool) -> NormVjp:
     return NormVjp(row.centred_norms, row.norm_offset, norm_epsilon(model), constant_rate)
 
 
-def readout_of(model: Model) -> Readout:
-    """How a model makes logits."""
+def readout_of(model: Model, target: Target, n_sequences: int, n_silent: int) -> Readout:
+    """How a model makes logits, and what of them is differentiated; see `Readout`."""
     row, config = model.architecture, model.config
     divisor = float(getattr(config, row.logits_divisor)) if row.logits_divisor else 1.0
     cap = getattr(config, row.logits_cap) if row.logits_cap else None
-    return Readout(int(config.vocab_size), exact_dtype(model), divisor, cap)
+    return Readout(
+        int(config.vocab_size),
+        exact_dtype(model),
+        objective_of(target),
+        n_sequences,
+        n_silent,
+        divisor,
+        cap,
+    )
+
+
+def objective_of(target: Target) -> Objective:
+    """What is differentiated, as a trace takes it along."""
+    own = target.what == "kl" and target.reference is None
+    return Objective(target.slope, float(target.temperature), own, target.is_loss)
 
 
 def exact_dtype(model: Model) -> torch.dtype:

@@ -18,6 +18,7 @@ from probe.run_folder import SCHEMA, Damaged
 from probe.run_names import edges_key, faithfulness_file, first_names
 from probe.scatter import draw_scatter
 from probe.session import Bar, Run
+from probe.targets import Target
 
 
 def measure_models(run: Run, sides: Sequence[Side]) -> None:
@@ -57,7 +58,8 @@ def _measure_side(run: Run, side: Side, name: str, device: str, bar: Bar) -> int
     recipe, folder = run.recipe, run.folder
     options = recipe.faithfulness
     scoring, precision = recipe.attribution, recipe.compute.dtype
-    settings = ("exact", scoring.granularity, scoring.ablation, precision)
+    target = Target(scoring.target).key  # nothing of the loss: keys of old samples stay
+    settings = ("exact", scoring.granularity, scoring.ablation, *target, precision)
     sequences = side.sequences[: options.sequences]
     file = faithfulness_file(name)
     picture = (folder.path / file).with_suffix(".png")

@@ -20,7 +20,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from probe.attribution import method_named
 from probe.batching import ENOUGH_TOKENS, layer_numbers
 from probe.checkpoints import (
     adapter_base,
@@ -30,6 +29,7 @@ from probe.checkpoints import (
     weight_files,
 )
 from probe.errors import ProbeError
+from probe.methods import method_named
 from probe.models import read_config, resolve_devices
 from probe.problems import BENCHMARKS, data_set_here, load_problems
 from probe.recipe import Pair, Recipe, Shape

@@ -272,6 +272,8 @@ class RunFolder:
             scores=edges.scores.float(),
             losses=edges.losses.float(),
             entropies=edges.entropies.float(),
+            values=edges.values.float(),
+            gaps=None if edges.gaps is None else edges.gaps.float(),
             ids=tuple(ids),
         ).save(path, key)
 

@@ -262,7 +262,7 @@ class AttributionOptions:
     """How edges are scored."""
 
     method: str = "eap"
-    """A name in `probe.attribution.METHODS`."""
+    """A name in `probe.methods.METHODS`."""
 
     granularity: Granularity = "qkv"
     """`qkv`, `block` or `head`; see `probe.graph`."""
@@ -272,6 +272,9 @@ class AttributionOptions:
 
     ig_steps: Count = 5
     """Points of the integral of `eap-ig`."""
+
+    target: str = "loss"
+    """What is differentiated: a name in `probe.targets.TARGETS`."""
 
     batch_size: Count | Literal["auto"] = "auto"
     """How many sequences (for `exact`: edges) run at once; `auto` for as many as make it faster and

@@ -129,6 +129,41 @@ def as_sequences(
     return found
 
 
+def corrupted_beside(
+    model: Model, given: Given, sequences: Sequence[TokenSequence]
+) -> list[TokenSequence]:
+    """Texts beside sequences, each as long as its own.
+
+    Args:
+        model: The model that will read them.
+        given: What `as_sequences` takes; of texts without an answer only the prompt is used, and
+            the answer is that of the sequence.
+        sequences: The sequences.
+
+    Raises:
+        ProbeError: Not as many, or a prompt or an answer of another length.
+    """
+    items = _items(given)
+    if len(items) != len(sequences):
+        raise ProbeError(f"{len(items)} corrupted texts do not fit {len(sequences)} sequences")
+    found = []
+    for item, own in zip(items, sequences, strict=True):
+        text, _ = _tokenised(model, item, None, own.id)
+        text = TokenSequence(text.prompt, text.answer or own.answer, own.id)
+        for name, one, other in (
+            ("prompt", text.prompt, own.prompt),
+            ("answer", text.answer, own.answer),
+        ):
+            if len(one) != len(other):
+                raise ProbeError(
+                    f"sequence {own.id}: its corrupted {name} has {len(one)} tokens, its own "
+                    f"{len(other)}; they must be as long as each other"
+                )
+        _check_tokens(model, text, answered=True)
+        found.append(text)
+    return found
+
+
 def _tokenised(
     model: Model, item: One, answer: str | None, place: str
 ) -> tuple[TokenSequence, bool]:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from probe.attribution import make_batch
 from probe.batching import ENOUGH_TOKENS, BatchSize
+from probe.methods import make_batch
 from probe.models import Model
 from probe.sequences import TokenSequence
 from probe.tracing import states

@@ -10,8 +10,9 @@ arithmetic. Nothing is downloaded and nothing kept.
 import time
 from pathlib import Path
 
-from probe.attribution import attribute, method_named
+from probe.attribution import attribute
 from probe.checkpoints import weight_files
+from probe.methods import method_named
 from probe.models import load_model, resolve_devices
 from probe.problems import BENCHMARKS, data_set_here, load_problems
 from probe.recipe import Recipe
@@ -79,6 +80,7 @@ def measured_line(recipe: Recipe) -> str | None:
             options.granularity,
             options.batch_size,
             ig_steps=options.ig_steps,
+            target=options.target,
         )
         scoring += (time.monotonic() - start) / max(1, len(sequences))
     sides = 4 if options.control == "cross-text" else 2

@@ -11,7 +11,7 @@ One forward and one backward pass give all edges of a batch. Two rules keep that
   It starts with `settle`, since only the server knows on which device its model is, and defines
   no function of its own: one would hold all that the body holds until Python collects garbage.
 
-`edge_scores` is behind the gradient methods, `ablated_losses` behind the exact one, `source_sums`
+`edge_scores` is behind the gradient methods, `ablated_values` behind the exact one, `source_sums`
 behind mean ablation; all are called through `probe.attribution`, which makes the batches. `states`
 is behind `probe.states`. Where a model's modules are is in `probe.layers`.
 """
@@ -36,22 +36,41 @@ from probe.edge_ablation import EdgeAblation
 from probe.edge_product import EdgeProduct
 from probe.graph import Graph
 from probe.hooks import Hooks
-from probe.layers import exact_dtype, layers_of, norm_vjp_of, readout_of, there, wiring_of
+from probe.integration import HERE, Path
+from probe.layers import (
+    exact_dtype,
+    layers_of,
+    norm_vjp_of,
+    objective_of,
+    readout_of,
+    there,
+    wiring_of,
+)
 from probe.models import Model
 from probe.norm_vjp import NormVjp
-from probe.readout import Readout, bring, mean_losses, settle
+from probe.readout import Readout, bring, losses_at, settle
 from probe.relp_rules import follow_rules
 from probe.remote import Deployment
+from probe.targets import Target, loss
 from probe.wiring import Writes
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, StoppingCriteriaList
 
-SENT = (Hooks, Writes, Branches, NormVjp, EdgeProduct, EdgeAblation, Readout, follow_rules)
+SENT = (Hooks, Writes, Branches, NormVjp, EdgeProduct, EdgeAblation, Readout, follow_rules, loss)
 """What travels to a server with a trace, by its source: the modules that these are in."""
 
 for part in SENT:
     nnsight.register(part.__module__)
+
+LOSS = Target()
+"""The paper's target."""
+
+
+def send_module(name: str) -> None:
+    """Let a module of the user's travel to a server by its source too."""
+    nnsight.register(name)
+
 
 # At so many positions of each sequence the sources' sum is compared with the residual stream.
 CHECKED_POSITIONS = 16
@@ -76,12 +95,24 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     """int64 [sequence, scored]: the answer tokens, -100 past an answer's end."""
 
+    corrupted: torch.Tensor | None = None
+    """int64 [sequence, position]: the texts beside them whose activations an ablation leaves."""
+
+    reference: torch.Tensor | None = None
+    """[sequence, scored, token]: log probabilities that a target compares with."""
+
 
 class EdgeBatch(NamedTuple):
     """What comes out of one batch, where it was computed."""
 
     scores: torch.Tensor
     """[sequence, source, target], 0 where there is no edge."""
+
+    values: torch.Tensor
+    """[sequence]: the target."""
+
+    ablated_values: torch.Tensor
+    """[sequence]: the target where an integral begins, or of the corrupted texts; else empty."""
 
     losses: torch.Tensor
     """[sequence]: mean negative log-likelihood of the scored tokens, in nats."""
@@ -117,20 +148,21 @@ def edge_scores(
     model: Model,
     batch: Batch,
     graph: Graph,
-    steps: int = 1,
+    path: Path = HERE,
     relp: bool = False,
     baseline: torch.Tensor | None = None,
     memory: MemoryMode = FASTEST,
+    target: Target = LOSS,
 ) -> EdgeBatch:
     """Score every edge: -<G, O - B>, accumulated in float32 (float64 for a float64 model).
 
-    L is a sequence's mean negative log-likelihood over its scored tokens (paper, Eq. 13), O the
-    output of the source, B what an ablation leaves of it; the product runs over all positions,
-    prompt included, and over d_model. G stands for the gradient dL/dH at the input H of the
-    target branch, before its norm:
+    L is the target, by default a sequence's mean negative log-likelihood over its scored tokens
+    (paper, Eq. 13), O the output of the source, B what an ablation leaves of it; the product runs
+    over all positions, prompt included, and over d_model. G stands for the gradient dL/dH at the
+    input H of the target branch, before its norm:
 
     - by default at the input as it is (EAP, Eq. 9);
-    - with `steps` > 1 averaged over the inputs B + k/steps (embedding - B), k = 1 ... steps;
+    - with a `path` its weighted sum over the inputs B + point (embedding - B);
     - with `relp` by the rules of relevance patching: a norm's denominator is held constant,
       an activation f counts as the line f(x)/x, and the gradient of a product of gate and
       input is halved.
@@ -139,26 +171,43 @@ def edge_scores(
         model: The model.
         batch: The sequences.
         graph: The model's graph; its granularity decides which branches are apart.
-        steps: Points of the integral.
+        path: Points and weights of an integral.
         relp: Whether to follow those rules.
-        baseline: B of each source, [source, d_model]; zero if not given.
+        baseline: B of each source, [source, d_model]; zero if not given. Where the batch has
+            corrupted texts it is what the source writes there, position by position.
         memory: What to do for the sake of memory.
+        target: L.
     """
     network = model.network
     away, exact, layers = model.deployment is not None, exact_dtype(model), layers_of(model)
     final = attrgetter(model.architecture.final_norm)(network)
     final_norm = there(final)
     # What is copied without waiting lets one batch begin while the one before is computed.
-    input_ids = batch.input_ids.repeat(steps, 1).to(model.device, non_blocking=True)
-    scored, compared = _scored(batch, steps, exact)
+    steps, n_sequences = len(path.points), len(batch.input_ids)
+    # Where the path begins, or the corrupted texts, run beside the rest.
+    beside = steps > 1 or batch.corrupted is not None
+    blocks = [batch.input_ids] * (steps + beside)
+    if batch.corrupted is not None:
+        blocks[0] = batch.corrupted
+    input_ids = torch.cat(blocks).to(model.device, non_blocking=True)
+    scored, compared = _scored(batch, steps + beside, exact)
+    n_silent = n_sequences * beside
     compared_row = int(scored[0][compared])
     scored = [part.to(model.device, non_blocking=True) for part in scored]
     checked = _checked_positions(batch).to(model.device, non_blocking=True)
     baseline = None if baseline is None else baseline.to(model.device, model.dtype)
-    hooks, wiring, readout = Hooks(), wiring_of(model, graph), readout_of(model)
-    n_sequences = len(batch.input_ids)
+    hooks, wiring = Hooks(), wiring_of(model, graph)
+    readout = readout_of(model, target, n_sequences, n_silent)
+    reference = None if batch.reference is None else batch.reference[batch.labels != -100]
     product = EdgeProduct(
-        graph.mask, len(layers), n_sequences, steps, baseline, memory.sources_on_host
+        graph.mask,
+        len(layers),
+        n_sequences,
+        path.points,
+        path.weights,
+        baseline,
+        corrupted=batch.corrupted is not None,
+        on_host=memory.sources_on_host,
     )
     branches = Branches(wiring, hooks, norm_vjp_of(model, constant_rate=relp), product)
     writes = Writes(wiring)
@@ -185,6 +234,7 @@ def edge_scores(
                     network.lm_head,
                     network.lm_head.weight.detach(),
                     compared,
+                    reference,
                 )
                 # From here on nobody needs the hidden states themselves.
                 del hidden
@@ -196,20 +246,27 @@ def edge_scores(
             residual_error = nnsight.save(bring(away, residual_error))
             error = (own - readout.compared.to(own)).norm() / own.norm()
             logits_error = nnsight.save(bring(away, error))
-            # The last rows hold the inputs as they are.
+            # The last rows hold the inputs as they are, and the first ones where a path begins.
+            values = nnsight.save(bring(away, readout.values[-n_sequences:]))
+            ablated_values = nnsight.save(bring(away, readout.values[:n_silent]))
             losses = nnsight.save(bring(away, readout.losses[-n_sequences:]))
             entropies = nnsight.save(bring(away, readout.entropies[-n_sequences:]))
-    return EdgeBatch(scores, losses, entropies, residual_error, logits_error)
+    return EdgeBatch(
+        scores, values, ablated_values, losses, entropies, residual_error, logits_error
+    )
 
 
-def ablated_losses(
+def ablated_values(
     model: Model,
     batch: Batch,
     graph: Graph,
     edges: Sequence[tuple[int, int] | None],
     baseline: torch.Tensor | None = None,
+    target: Target = LOSS,
+    wholes: Sequence[int] = (),
+    beside: Sequence[int] = (),
 ) -> torch.Tensor:
-    """Losses with one edge of each row removed: H <- H - (O - B) at that one branch (Eq. 8).
+    """The target with one edge of each row removed: H <- H - (O - B) at that one branch (Eq. 8).
 
     Args:
         model: The model.
@@ -217,16 +274,22 @@ def ablated_losses(
         graph: The model's graph.
         edges: For each row its edge, as indices (source, target) in the graph, or None.
         baseline: B of each source, [source, d_model]; zero if not given.
+        target: The target.
+        wholes: For each row, which row is the same sequence with all edges.
+        beside: For each row, which row is its corrupted text, whose outputs are B; empty where
+            there is none.
 
     Returns:
-        [row], in nats, on the CPU, in float32 (float64 for a float64 model).
+        [row], on the CPU, in float32 (float64 for a float64 model).
     """
     network, layers = model.network, layers_of(model)
     away, exact = model.deployment is not None, exact_dtype(model)
     final_norm = attrgetter(model.architecture.final_norm)(network)
     input_ids, labels, kept, columns = _inputs(model, batch)
     baseline = None if baseline is None else baseline.to(model.device, model.dtype)
-    hooks, ablation = Hooks(), EdgeAblation(wiring_of(model, graph), edges, baseline)
+    hooks, objective = Hooks(), objective_of(target)
+    ablation = EdgeAblation(wiring_of(model, graph), edges, baseline, beside)
+    reference = batch.reference
 
     with network.trace(
         input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=_backend(model)
@@ -235,10 +298,29 @@ def ablated_losses(
         try:
             ablation.watch(hooks, layers, final_norm)
             # Here the model runs.
-            losses = mean_losses(network.output.logits, columns, labels, exact)
+            logits = network.output.logits
+            values = objective.means(logits, columns, labels, exact, reference, wholes)
         finally:
             hooks.remove()
-        losses = nnsight.save(losses.detach().cpu())
+        values = nnsight.save(values.detach().cpu())
+    return values
+
+
+def temperature_losses(model: Model, batch: Batch, temperatures: torch.Tensor) -> torch.Tensor:
+    """Mean losses of the scored tokens with logits divided by each of some temperatures.
+
+    Returns:
+        float64 [temperature, sequence], on the CPU, in nats.
+    """
+    network, away = model.network, model.deployment is not None
+    input_ids, labels, kept, columns = _inputs(model, batch)
+
+    with network.trace(
+        input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=_backend(model)
+    ):
+        columns, labels = settle(away, network.device, columns, labels)
+        losses = losses_at(network.output.logits.detach(), columns, labels, temperatures)
+        losses = nnsight.save(losses.cpu())
     return losses
 
 
@@ -376,7 +458,7 @@ def _inputs(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int
     return tokens, labels, batch.input_ids.shape[1] - first, columns - first
 
 
-def _scored(batch: Batch, steps: int, exact: torch.dtype) -> tuple[list[torch.Tensor], int]:
+def _scored(batch: Batch, blocks: int, exact: torch.dtype) -> tuple[list[torch.Tensor], int]:
     """The scored tokens of all rows one after the other, and one to compare.
 
     Returns:
@@ -386,14 +468,14 @@ def _scored(batch: Batch, steps: int, exact: torch.dtype) -> tuple[list[torch.Te
     """
     valid = batch.labels != -100
     shares = valid.double() / valid.sum(1, keepdim=True)
-    rows = valid.nonzero()[:, 0] + len(valid) * torch.arange(steps)[:, None]
-    positions = batch.positions[valid].repeat(steps)
-    compared = int((positions == batch.input_ids.shape[1] - 1).nonzero()[0])
+    rows = valid.nonzero()[:, 0] + len(valid) * torch.arange(blocks)[:, None]
+    positions = batch.positions[valid].repeat(blocks)
+    compared = int((positions == batch.input_ids.shape[1] - 1).nonzero()[-1])
     scored = [
         rows.flatten(),
         positions,
-        batch.labels[valid].repeat(steps),
-        shares[valid].repeat(steps).to(exact),
+        batch.labels[valid].repeat(blocks),
+        shares[valid].repeat(blocks).to(exact),
     ]
     return scored, compared
 

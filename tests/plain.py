@@ -105,22 +105,38 @@ def loss_without(module, sequence, removed):
     What is taken away is what the source writes in this very run, so a source that other
     removals have changed is removed as it then is.
     """
+    return value_without(module, sequence, removed)
+
+
+def value_without(module, sequence, removed, value=None, beside=None):
+    """The same of a value: a function of logits [token, vocabulary] and labels.
+
+    With `beside`, another sequence as long, what a source writes there takes the place of what is
+    taken away.
+    """
     with torch.no_grad():
-        return float(_loss(_run(module, sequence, removed), sequence))
+        other = None if beside is None else _run(module, beside).outputs
+        return float(_value(_run(module, sequence, removed, other), sequence, value))
 
 
-def edge_slopes(module, sequence, edges):
+def edge_slopes(module, sequence, edges, value=None, entered=None, beside=None):
     """Derivative of `edge_losses` by the strength, at 0, for each (source, target).
 
     No finite step, so no error of one: plain torch differentiates the loss by the strength.
+
+    With `value` it is the derivative of that; with `entered`, a function of what enters layer 0,
+    it is taken there, of what sources write when nothing is changed; `beside` as above.
     """
     strengths = torch.zeros(len(edges), dtype=torch.float64, requires_grad=True)
     removed = defaultdict(dict)
     for strength, (source, target) in zip(strengths, edges, strict=True):
         removed[target][source] = strength
+    with torch.no_grad():
+        written = None if entered is None else _run(module, sequence).outputs
+        other = None if beside is None else _run(module, beside).outputs
     with torch.enable_grad():
-        loss = _loss(_run(module, sequence, removed), sequence)
-        return torch.autograd.grad(loss, strengths)[0]
+        run = _run(module, sequence, removed, other, entered, written)
+        return torch.autograd.grad(_value(run, sequence, value), strengths)[0]
 
 
 def node_outputs(module, sequence):
@@ -178,8 +194,11 @@ class _Run(NamedTuple):
     streams: dict
 
 
-def _run(module, sequence, removed=None):
-    """One forward pass, watched, with the input of some branches changed."""
+def _run(module, sequence, removed=None, other=None, entered=None, written=None):
+    """One forward pass, watched, with the input of some branches changed.
+
+    What is taken is what sources write, here or as `written` says, less what `other` says.
+    """
     removed = {} if removed is None else removed
     _check(module, removed)
     anatomy = _anatomy(module)
@@ -189,7 +208,7 @@ def _run(module, sequence, removed=None):
     def taken(*targets):
         """What these targets are no longer to see."""
         return sum(
-            strength * outputs[source]
+            strength * ((written or outputs)[source] - (0 if other is None else other[source]))
             for target in targets
             for source, strength in removed.get(target, {}).items()
         )
@@ -254,6 +273,10 @@ def _run(module, sequence, removed=None):
 
         def enter(_, arguments):
             outputs["input"] = arguments[0]
+            if entered is None:
+                return None
+            outputs["input"] = entered(arguments[0])
+            return (outputs["input"], *arguments[1:])
 
         layers = attrgetter(anatomy.layers)(module)
         watch(layers[0].register_forward_pre_hook(enter))
@@ -292,10 +315,11 @@ def _run(module, sequence, removed=None):
     return _Run(logits, outputs, seen)
 
 
-def _loss(run, sequence):
+def _value(run, sequence, value=None):
+    """The mean of a value over the answer; of the loss if not given."""
     answer = torch.tensor(list(sequence.answer))
     scored = run.logits[0, len(sequence.prompt) - 1 :].double()
-    return torch.nn.functional.cross_entropy(scored, answer)
+    return (value or torch.nn.functional.cross_entropy)(scored, answer).mean()
 
 
 def _rows(module, anatomy):

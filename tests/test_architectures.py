@@ -6,9 +6,10 @@ from small_models import MODELS, save_small_model
 
 import probe
 from probe.architectures import ARCHITECTURES
-from probe.attribution import METHODS, exact_effects
+from probe.attribution import exact_effects
 from probe.edges import Edge
 from probe.errors import ProbeError
+from probe.methods import METHODS
 
 POST_NORMED = ("gemma2", "gemma3_text", "olmo2")
 SEQUENCES = [

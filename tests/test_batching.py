@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import probe
-from probe.attribution import METHODS, Method
 from probe.batching import ENOUGH_TOKENS, Batching, bytes_per_token
+from probe.methods import METHODS, Method
 from probe.tracing import FASTEST, MemoryMode
 
 GRAPH = probe.Graph.build(4, "qkv")

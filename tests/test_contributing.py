@@ -11,7 +11,7 @@ from conftest import save_random_model
 from rich.console import Console
 
 import probe
-from probe import architectures, attribution, metrics, problems
+from probe import architectures, methods, metrics, problems
 from probe.plan import make_plan
 from probe.recipe import read_recipe
 from probe.rendering import FORMATS, render
@@ -54,7 +54,7 @@ def test_a_metric(monkeypatch, half_run):
 
 def test_a_method(monkeypatch, tiny, tmp_path):
     """With a metric beside it, through everything that asks for either."""
-    (method,) = add(monkeypatch, attribution, "METHODS")
+    (method,) = add(monkeypatch, methods, "METHODS")
     (metric,) = add(monkeypatch, metrics, "METRICS")
     sequences = [probe.TokenSequence([5, 6, 7, 8], [9, 10, 11])]
     one, other, both = (

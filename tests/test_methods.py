@@ -86,7 +86,7 @@ def test_integrated_gradients_are_complete(tmp_path):
     model = probe.load_model(str(folder), dtype="float64")
     module = model.network._module
     errors = []
-    for steps in (4, 16, 64, 256):
+    for steps in (2, 3, 4):  # after which rounding is all that is left
         edges = probe.attribute(model, SEQUENCES[:1], method="eap-ig", ig_steps=steps)
         found = float(edges.scores[0, 0].sum())
         fed = torch.tensor([[*SEQUENCES[0].prompt, *SEQUENCES[0].answer[:-1]]])
@@ -99,7 +99,7 @@ def test_integrated_gradients_are_complete(tmp_path):
             losses.append(float(nn.functional.cross_entropy(logits, answer)))
         errors.append(abs(found - (losses[0] - losses[1])) / abs(losses[0] - losses[1]))
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.01
+    assert errors[-1] < 0.001
 
 
 def hold_denominators(module):

@@ -20,10 +20,12 @@ from nnsight.tracing.tracer import _saves, dec, inc
 from small_models import MODELS, save_small_model
 
 import probe
-from probe.attribution import METHODS
 from probe.generation import generate
 from probe.hosting import load_hosted
+from probe.methods import METHODS
 from probe.remote import Host
+from probe.targets import TARGETS, Target
+from probe.temperature import mean_losses
 
 SEQUENCES = [
     probe.Sequence([3, 14, 15, 92, 6, 5], [35, 8, 9]),
@@ -129,6 +131,34 @@ def test_heads_there_and_here(folders, method):
     one, other = (probe.attribute(model, SEQUENCES, method, "head", 2) for model in (here, there))
     assert torch.equal(one.scores, other.scores)
     assert torch.equal(one.entropies, other.entropies)
+
+
+def squared(logits, labels):
+    """A target of one's own, in a module that the server does not have."""
+    return logits.gather(1, labels[:, None])[:, 0] ** 2
+
+
+@pytest.mark.parametrize("target", [*TARGETS, Target("loss", 1.7), squared], ids=str)
+def test_targets_there_and_here(folders, target):
+    here = probe.load_model(str(folders["gemma2"]))
+    there = load_hosted(str(folders["gemma2"]), InProcess(here))
+    for options in (
+        {"method": "exact", "granularity": "block"},
+        {"method": "eap-ig", "corrupted": [([3, 14, 15, 91, 6, 5], []), ([27, 19, 28], [])]},
+        {"method": "eap"},
+        {"method": "relp"},
+    ):
+        if target == "kl" and options["method"] in ("eap", "relp"):
+            continue
+        if "corrupted" in options:
+            options["corrupted"] = [probe.TokenSequence(*text) for text in options["corrupted"]]
+        one, other = (
+            probe.attribute(model, SEQUENCES, target=target, **options) for model in (here, there)
+        )
+        assert torch.equal(one.scores, other.scores)
+        assert torch.equal(one.values, other.values)
+    seen = [mean_losses(model, SEQUENCES, [0.5, 1.0, 2.0], batch_size=2) for model in (here, there)]
+    assert torch.equal(*seen)
 
 
 @pytest.mark.parametrize("stop", [(), ("9",)])

@@ -7,9 +7,9 @@ import torch
 from small_models import MODELS, save_small_model
 
 import probe
-from probe.attribution import make_batch
+from probe.methods import make_batch
 from probe.norm_vjp import NormVjp
-from probe.tracing import MemoryMode, ablated_losses, edge_scores, source_sums
+from probe.tracing import MemoryMode, ablated_values, edge_scores, source_sums
 
 DEVICES = [
     "cpu",
@@ -99,7 +99,7 @@ def scored_again(model, batch, graph):
 
 
 def ablated(model, batch, graph):
-    return [ablated_losses(model, batch, graph, [(0, 0), (1, len(graph.targets) - 1)])]
+    return [ablated_values(model, batch, graph, [(0, 0), (1, len(graph.targets) - 1)])]
 
 
 def summed(model, batch, graph):
