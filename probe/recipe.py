@@ -309,10 +309,15 @@ def _complaint(error: ValidationError) -> str:
         problems, key=lambda p: p["type"] not in ("unexpected_keyword_argument", "extra_forbidden")
     )
     # pydantic adds the alternatives of a union to the path; a reader knows only the file's keys.
-    path = [part for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
+    # An unknown key is the last part, and may have any name.
+    whole = first["loc"]
+    unknown = first["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+    above, last = (whole[:-1], whole[-1:]) if unknown else (whole, ())
+    path = [part for part in above if isinstance(part, int) or str(part).isidentifier()]
     path = [part for part in path if part not in ("int", "str", "float", "literal")]
-    key = ".".join(str(part) for part in path)
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    path += last
+    key = ".".join(str(p) if str(p).isalnum() or str(p).isidentifier() else _shown(p) for p in path)
+    if unknown:
         known = _known_keys(path[:-1])
         close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
@@ -326,7 +331,13 @@ def _complaint(error: ValidationError) -> str:
             if p["loc"][: len(path)] == first["loc"][: len(path)]
         )
     )
-    return f"{key} is {first['input']!r}: {expected[0].lower()}{expected[1:]}"
+    return f"{key} is {_shown(first['input'])}: {expected[0].lower()}{expected[1:]}"
+
+
+def _shown(value: object) -> str:
+    """A value as a message shows it: on one line, and not longer than that."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-20:]}"
 
 
 def _known_keys(path: list[int | str]) -> list[str]:
