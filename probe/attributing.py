@@ -24,25 +24,40 @@ from probe.models import Model
 from probe.parallel import Event, OnEvent
 from probe.recipe import Recipe
 from probe.run_folder import Damaged, RunFolder
-from probe.run_names import edges_key
+from probe.run_names import edges_key, temperature_file
 from probe.session import Run, Setup
 from probe.targets import Target
+from probe.temperature import matched_temperature
 
 
 def attribute_all(run: Run, sides: Sequence[Side]) -> None:
     """Score the edges of every side, model by model.
 
-    The largest residual error of each model comes into the record.
+    Sides that are brought to the loss of another one wait for all the others. The largest residual
+    error of each model comes into the record.
     """
     references = list(dict.fromkeys(side.model for side in sides))
-    work = [
-        partial(attribute_with, run.setup, model, [side for side in sides if side.model == model])
-        for model in references
-    ]
-    total = sum(len(side.sequences) for side in sides)
+    errors: dict[str, float] = dict.fromkeys(references, 0.0)
     with run.phase("attribution"):
-        errors = run.on_each(work, "attribution", total)
-        run.record["residual_error"] = dict(zip(references, errors, strict=True))
+        for name, part in (
+            ("attribution", [side for side in sides if not _waits(side)]),
+            ("at a loss", [side for side in sides if _waits(side)]),
+        ):
+            models = [model for model in references if any(s.model == model for s in part)]
+            work = [
+                partial(attribute_with, run.setup, model, [s for s in part if s.model == model])
+                for model in models
+            ]
+            if not work:
+                continue
+            found = run.on_each(work, name, sum(len(side.sequences) for side in part))
+            for model, error in zip(models, found, strict=True):
+                errors[model] = max(errors[model], error)
+        run.record["residual_error"] = errors
+
+
+def _waits(side: Side) -> bool:
+    return side.control is not None and side.control.like is not None
 
 
 def attribute_with(
@@ -66,26 +81,22 @@ def attribute_with(
         Its largest residual error.
     """
     recipe, folder = setup.recipe, setup.folder
-    options = recipe.attribution
-    method = method_named(options.method)
-    steps = method.steps(options.ig_steps)
-    points = str(steps) if steps == 1 else f"{steps} {RULE}"
-    target = Target(options.target).key  # nothing of the loss: keys of old runs stay
-    settings = (options.method, options.granularity, options.ablation, points, *target)
     kernels = recipe.compute.kernels
-    if kernels == "auto" and "liger" not in method.kernels:
+    if kernels == "auto" and "liger" not in method_named(recipe.attribution.method).kernels:
         kernels = "eager"
     model: Model | None = None
     weights = fingerprint(reference)
     error = 0.0
     for side in sides:
+        like = _loss_like(folder, side) if _waits(side) else None
         file = folder.edges_file(side.comparison, side.side)
-        key = edges_key(weights, (*settings, recipe.compute.dtype), side.sequences)
+        key = edges_key(weights, _settings(recipe, side, like), side.sequences)
         edges = _read_edges(folder, file, key, on_event)
         if edges is None:
             model = model or setup.load(reference, device, kernels)
             try:
-                edges = _attribute(recipe, model, side, folder, key, on_event)
+                target = _target(recipe, model, side, folder, like)
+                edges = _attribute(recipe, model, side, target, folder, key, on_event)
             except ProbeError as mistake:
                 raise ProbeError(f"{side.comparison}, {side.side}: {mistake}") from mistake
         else:
@@ -96,8 +107,69 @@ def attribute_with(
     return error
 
 
+def _settings(recipe: Recipe, side: Side, like: float | None) -> tuple[str, ...]:
+    """What edges depend on beside weights and texts."""
+    options = recipe.attribution
+    steps = method_named(options.method).steps(options.ig_steps)
+    points = str(steps) if steps == 1 else f"{steps} {RULE}"
+    # Nothing of the loss at temperature 1: keys of old runs stay.
+    target = Target(_what(recipe, side)).key if like is None else ("at loss", repr(like))
+    settings = (options.method, options.granularity, options.ablation, points)
+    return (*settings, *target, recipe.compute.dtype)
+
+
+def _what(recipe: Recipe, side: Side) -> str:
+    return (side.control and side.control.target) or recipe.attribution.target
+
+
+def _loss_like(folder: RunFolder, side: Side) -> float:
+    """The mean loss that a side is brought to: that of the other model, or its own where it stays.
+
+    Raises:
+        ProbeError: The sides that it depends on are damaged.
+    """
+    assert side.control is not None
+    assert side.control.like is not None
+    losses = []
+    for name in (side.control.model, side.control.like):
+        try:
+            edges = folder.read_edges(folder.edges_file(side.comparison, name))
+        except Damaged as damage:
+            raise ProbeError(f"{side.comparison}, {name}: {damage}; run it again") from damage
+        assert edges is not None, "it has just been scored"
+        losses.append(float(edges.losses.double().mean()))
+    own, other = losses
+    return own if side.control.only_if_surer and own >= other else other
+
+
+def _target(
+    recipe: Recipe, model: Model, side: Side, folder: RunFolder, like: float | None
+) -> Target:
+    """What is differentiated on a side; its temperature is kept, where it has one."""
+    what = _what(recipe, side)
+    if like is None:
+        return Target(what)
+    assert side.control
+    raw = folder.read_edges(folder.edges_file(side.comparison, side.control.model))
+    own = None if raw is None else float(raw.losses.double().mean())
+    temperature = 1.0
+    if like != own:
+        temperature = matched_temperature(
+            model, side.sequences, like, recipe.attribution.batch_size
+        )
+    table = {"temperature": temperature, "loss": like, "loss_at_1": own}
+    folder.write_json(temperature_file(side.comparison, side.side), table)
+    return Target(what, temperature)
+
+
 def _attribute(
-    recipe: Recipe, model: Model, side: Side, folder: RunFolder, key: str, on_event: OnEvent
+    recipe: Recipe,
+    model: Model,
+    side: Side,
+    target: Target,
+    folder: RunFolder,
+    key: str,
+    on_event: OnEvent,
 ) -> EdgeScores:
     """Score one side of a comparison, from where an earlier run has got to, keeping each batch."""
     options = recipe.attribution
@@ -122,7 +194,7 @@ def _attribute(
         options.batch_size,
         ablation=options.ablation,
         ig_steps=options.ig_steps,
-        target=options.target,
+        target=target,
         done=kept,
         finished=keep,
     )

@@ -7,7 +7,7 @@ same metric, with edges that were scored otherwise.
     >>> cells = make_cells(("sft-grpo", "tiny-math", 0.3), before, after, bins=100, flips=20_000)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -15,7 +15,14 @@ import numpy as np
 
 from probe.accuracy import compare_accuracy
 from probe.edges import EdgeScores
-from probe.metrics import METRICS, TOKEN_METRICS, Entries, metric_named, paper_number
+from probe.metrics import (
+    METRICS,
+    TOKEN_METRICS,
+    Entries,
+    Metric,
+    metric_named,
+    paper_number,
+)
 from probe.statistics import LEVEL, Influence, compare_sides, holm, paper_numbers
 
 _SIGNS = {"up": 1, "down": -1}
@@ -171,6 +178,7 @@ def make_cells(
     flips: int,
     clusters: Sequence[str | None] | None = None,
     control: str = "",
+    metrics: Mapping[str, Metric] = METRICS | TOKEN_METRICS,
 ) -> list[Cell]:
     """The cells of a pair on a benchmark at an alpha, a metric each.
 
@@ -182,15 +190,15 @@ def make_cells(
         flips: How many sign flips a p-value is from; 0 leaves all statistics out.
         clusters: The cluster of each question; None: of a question that is alone.
         control: What was held fixed.
+        metrics: Which metrics, by their names.
     """
     old, new = (
         Entries(side.scores, side.graph.mask, dense=True, entropies=side.entropies)
         for side in (before, after)
     )
-    names = METRICS | TOKEN_METRICS
-    found = compare_sides(old, new, clusters=clusters, flips=flips, metrics=names)
+    found = compare_sides(old, new, clusters=clusters, flips=flips, metrics=metrics)
     cells = []
-    for name, metric in names.items():
+    for name, metric in metrics.items():
         first, second, influenced = paper_numbers(metric, old, new, bins)
         real = [paper_number(metric, side.without_zeros(), bins) for side in (old, new)]
         statistics = found[name]

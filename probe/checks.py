@@ -7,11 +7,13 @@ would refuse.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from probe.answer_files import read_given
 from probe.architectures import architecture_of
 from probe.checkpoints import check_folder, find_checkpoint, fingerprint, weight_files
+from probe.controls import CONTROLS
 from probe.diagnosis import check_model
 from probe.errors import ProbeError
 from probe.extras import check_extras
@@ -63,21 +65,21 @@ def check_here(recipe: Recipe) -> None:
 
 
 def check_methods(recipe: Recipe) -> None:
-    """Check that a recipe's methods and its target are known.
+    """Check that a recipe's methods, target and controls are known.
 
     Raises:
         ProbeError: One is not.
     """
-    for key, methods in (
-        ("attribution.method", (recipe.attribution.method,)),
-        ("faithfulness.methods", recipe.faithfulness.methods),
-    ):
-        for method in methods:
-            if method not in METHODS:
-                raise ProbeError(f"{key} is {method!r}; known: {', '.join(METHODS)}")
-    if recipe.attribution.target not in TARGETS:
-        known = ", ".join(TARGETS)
-        raise ProbeError(f"attribution.target is {recipe.attribution.target!r}; known: {known}")
+    tables: tuple[tuple[str, tuple[str, ...], Mapping[str, object]], ...] = (
+        ("attribution.method", (recipe.attribution.method,), METHODS),
+        ("attribution.target", (recipe.attribution.target,), TARGETS),
+        ("attribution.control", recipe.attribution.control, CONTROLS),
+        ("faithfulness.methods", recipe.faithfulness.methods, METHODS),
+    )
+    for key, names, known in tables:
+        for name in names:
+            if name not in known:
+                raise ProbeError(f"{key} is {name!r}; known: {', '.join(known)}")
 
 
 def check_metrics(recipe: Recipe) -> None:

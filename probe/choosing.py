@@ -8,6 +8,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from probe.controls import ControlSide, control_sides, texts_of
 from probe.errors import ProbeError
 from probe.recipe import Comparison, Recipe, SelectionOptions
 from probe.run_folder import RunFolder
@@ -27,11 +28,13 @@ class Side(NamedTuple):
     """The comparison's name."""
 
     side: str
-    """`before` or `after`; with the cross-text control also `before-on-after` and
-    `after-on-before`: which model on whose answers."""
+    """`before` or `after`, each model on its own answers; or the name of a control's side."""
 
     sequences: Sequence[TokenSequence]
     """What is scored: each prompt with its cut answer."""
+
+    control: ControlSide | None = None
+    """What is held fixed in it; None of a model on its own answers, as they are."""
 
 
 def select_all(run: Run, solutions: Mapping[tuple[str, str], Sequence[Solution]]) -> list[Side]:
@@ -55,8 +58,8 @@ def select_all(run: Run, solutions: Mapping[tuple[str, str], Sequence[Solution]]
                 left_out[f"pair {pair.name}, benchmark {benchmark}: {error}"] = error
                 continue
             run.folder.write_selection(comparison.name, selection)
-            control = recipe.attribution.control == "cross-text"
-            sides += _sides(comparison, cut(before, selection), cut(after, selection), control)
+            old, new = cut(before, selection), cut(after, selection)
+            sides += _sides(comparison, old, new, control_sides(recipe.attribution.control))
             bar.advance(1)
         for message, cause in left_out.items():
             if not sides:
@@ -85,15 +88,16 @@ def _sides(
     comparison: Comparison,
     before: Sequence[TokenSequence],
     after: Sequence[TokenSequence],
-    control: bool,
+    controls: Sequence[ControlSide] = (),
 ) -> list[Side]:
-    """Both models on their own answers, and with the control on each other's."""
+    """Both models on their own answers, and what controls need beside."""
     pair, name = comparison.pair, comparison.name
     sides = [Side(pair.before, name, "before", before), Side(pair.after, name, "after", after)]
-    if control:
-        before, after = cross(before, after)
-        sides.append(Side(pair.before, name, "before-on-after", before))
-        sides.append(Side(pair.after, name, "after-on-before", after))
+    own = {"before": before, "after": after}
+    models = {"before": pair.before, "after": pair.after}
+    for control in controls:
+        texts = texts_of(control, own[control.model], own[control.text])
+        sides.append(Side(models[control.model], name, control.name, texts, control))
     return sides
 
 
@@ -104,17 +108,6 @@ def cut(solutions: Sequence[Solution], selection: Selection) -> list[TokenSequen
         TokenSequence(by_id[name].prompt, by_id[name].answer[: selection.cut_length], name)
         for name in selection.ids
     ]
-
-
-def cross(
-    before: Sequence[TokenSequence], after: Sequence[TokenSequence]
-) -> tuple[list[TokenSequence], list[TokenSequence]]:
-    """Exchange the answers of two sides; each model keeps the prompt as it tokenises it."""
-    pairs = list(zip(before, after, strict=True))
-    return (
-        [old._replace(answer=new.answer) for old, new in pairs],
-        [new._replace(answer=old.answer) for old, new in pairs],
-    )
 
 
 def measured_on(recipe: Recipe) -> list[Comparison]:
@@ -144,5 +137,5 @@ def read_sides(recipe: Recipe, folder: RunFolder) -> list[Side]:
                 )
             found.append(cut(solutions, selection))
         before, after = found
-        sides += _sides(comparison, before, after, control=False)
+        sides += _sides(comparison, before, after)
     return sides

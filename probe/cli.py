@@ -93,7 +93,9 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             "--solutions", metavar="before=FILE,after=FILE", help="Solutions made elsewhere."
         ),
         click.option("--method", help="eap, eap-ig, relp or exact."),
-        click.option("--control", help="cross-text: score each model on the other's answers too."),
+        click.option(
+            "--control", help="sharpness, loss-matched, margin, cross-text, random-text; or none."
+        ),
         click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1."),
         click.option("--dtype", help="float32, bfloat16, float16 or float64."),
         click.option("--kernels", help="auto, eager, or liger: fused kernels on a GPU."),
@@ -339,7 +341,7 @@ def faithfulness(
 @click.argument("before", metavar="MODEL")
 @click.argument("after", metavar="[MODEL]", required=False)
 def doctor(before: str, after: str | None) -> None:
-    """Say what one or two models are, and whether a run would take them.
+    """Say what one or two models are, and what a run refuses.
 
     Each is a folder or a hub id. All of its files are looked through, its numbers too. The exit
     code is 2 where a run would refuse a model or the pair.

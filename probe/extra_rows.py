@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from math import log
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from probe.metrics import METRICS, TOKEN_METRICS, Array, Entries, metric_named
 from probe.overlap import compare_circuits
 from probe.recipe import Comparison, Recipe
 from probe.run_folder import Missing, RunFolder
-from probe.run_names import TEXTS, states_file, weights_file
+from probe.run_names import TEXTS, states_file, temperature_file, weights_file
 from probe.statistics import Interval, Units, contributions, t_interval, units_of
 from probe.weights import WeightChange, by_kind
 
@@ -129,6 +130,36 @@ def control_rows(case: Case) -> list[Row]:
         estimand = metric_named(part.metric).estimand
         rows.append((estimand.label if estimand else part.metric, *percent))
     return rows
+
+
+def split_rows(case: Case) -> list[Row]:
+    """How much of each change by ratios is sharpness, and how much is left at equal loss."""
+    names = ("before", "before-matched", "after-matched", "after")
+    sides = [edges_of(side) for side in case.sides(*names)]
+    surer = [case.measured(temperature_file(case.name, side)) for side in names[1:3]]
+    temperature = max((cast(float, table["temperature"]) for table in surer), key=_distance)
+    rows: list[Row] = []
+    for metric in METRICS.values():
+        if metric.estimand is None or metric.estimand.form != "ratio":
+            continue
+        values = [side.parts(metric.estimand.values) for side in sides]
+        known = np.all([side > 0 for side in values], axis=0)
+        if known.sum() < 2:
+            continue
+        raw, before, after, end = (np.log(side[known]) for side in values)
+        rest = after - before
+        row: list[float | None] = [100 * float(np.expm1((end - raw).mean()))]
+        for part in (end - raw - rest, rest):
+            ends = t_interval(part, case.units[known])
+            row += [100 * float(np.expm1(x)) for x in (part.mean(), *(ends or ()))]
+            row += [None] * (0 if ends else 2)
+        rows.append((metric.estimand.label, *row, temperature))
+    return rows
+
+
+def _distance(value: float) -> float:
+    """How far a factor is from 1."""
+    return abs(log(value))
 
 
 def divergence_rows(case: Case) -> list[Row]:

@@ -27,6 +27,7 @@ from probe.extra_rows import (
     mass_rows,
     overlap_rows,
     similarity_rows,
+    split_rows,
     weight_rows,
 )
 from probe.recipe import Recipe
@@ -149,7 +150,7 @@ _ROWS: dict[str, Extra] = {
 EXTRAS = Registry("table", Extra, _ROWS, takes="rows")
 """Every further table by its name; the one place to add one."""
 
-CONTROL = Extra(
+CROSS_TEXT = Extra(
     "Cross-text control",
     "Each model is also scored on the other's answers. Model and text sum to the change in percent "
     "of the value before; where the metric is compared by ratios, they multiply to it. From low to "
@@ -163,6 +164,26 @@ CONTROL = Extra(
     ),
     control_rows,
 )
+
+SPLIT = Extra(
+    "Sharpness and the rest",
+    "The change as a product of two: what the surer model's sharpness does, and what is left at "
+    "equal loss, which is circuit and text together. From low to high: 95 % t interval. "
+    "Temperature: what the surer model's logits are divided by to have the other's loss.",
+    (
+        "metric",
+        "change %",
+        *(f"{part}{end} %" for part in ("sharpness", "rest") for end in ("", " low", " high")),
+        "temperature",
+    ),
+    split_rows,
+)
+
+_CONTROLLED = {
+    "loss-matched": ("sharpness split", SPLIT),
+    "cross-text": ("cross-text control", CROSS_TEXT),
+}
+"""The tables that come with a control."""
 
 
 def check_extras(recipe: Recipe) -> None:
@@ -193,8 +214,9 @@ def extra_tables(
         comparison are.
     """
     chosen = {name: EXTRAS[name] for name in recipe.report.extra}
-    if recipe.attribution.control == "cross-text":
-        chosen = {"cross-text control": CONTROL, **chosen}
+    for control, (name, extra) in _CONTROLLED.items():
+        if control in recipe.attribution.control:
+            chosen = {name: extra, **chosen}
     tables: list[ExtraTable] = []
     missing: list[str] = []
     for name, extra in chosen.items():
@@ -204,7 +226,7 @@ def extra_tables(
                 rows += [(*where, *row) for row in extra.rows(case)]
             except Missing as error:
                 # Of the edges that every table needs, the report itself says it.
-                if extra is CONTROL or extra.needs != "edges":
+                if name not in recipe.report.extra or extra.needs != "edges":
                     missing.append(f"{name} of {case.name}: {error}")
         if rows:
             columns = (*extra.where, *extra.columns)

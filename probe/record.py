@@ -121,7 +121,7 @@ def check_goes_on(
 
 
 def with_earlier_tables(folder: RunFolder, recipe: Recipe) -> Recipe:
-    """The recipe with the control and the further tables that its folder has from before, too.
+    """The recipe with the controls and further tables that its folder has from before, too.
 
     Raises:
         ProbeError: The folder's record is damaged.
@@ -130,9 +130,7 @@ def with_earlier_tables(folder: RunFolder, recipe: Recipe) -> Recipe:
         return recipe
     earlier = recipe_from(folder.read_record().get("recipe"), str(folder.record))
     extra = tuple(dict.fromkeys((*earlier.report.extra, *recipe.report.extra)))
-    control = recipe.attribution.control
-    if control == "none":
-        control = earlier.attribution.control
+    control = tuple(dict.fromkeys((*earlier.attribution.control, *recipe.attribution.control)))
     return replace(
         recipe,
         report=replace(recipe.report, extra=extra),

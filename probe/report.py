@@ -9,8 +9,9 @@ run can be reported again at any time; `probe.rendering` prints them.
     'activation_intensity'
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +27,7 @@ from probe.cells import (
     make_accuracy,
     make_cells,
 )
+from probe.controls import CONTROLS
 from probe.extras import ExtraTable as ExtraTable
 from probe.extras import extra_tables
 from probe.metrics import METRICS, TOKEN_METRICS
@@ -110,7 +112,8 @@ def build_report(path: str | Path) -> Report:
     """
     folder = RunFolder(run_path(path))
     recipe = recipe_from(folder.read_record()["recipe"], str(folder.record))
-    planned = len(recipe.comparisons()) * len(METRICS | TOKEN_METRICS)
+    compared = 1 + sum(len(CONTROLS[name].compared) for name in recipe.attribution.control)
+    planned = compared * len(recipe.comparisons()) * len(METRICS | TOKEN_METRICS)
     flips = flips_for(planned) if recipe.report.resamples else 0
     flips = max(flips, recipe.report.resamples) if flips else 0
     cells, absent = _cells(folder, recipe, flips)
@@ -139,14 +142,16 @@ def _cells(folder: RunFolder, recipe: Recipe, flips: int) -> tuple[list[Cell], l
         except Missing as error:
             missing.append(f"{comparison.name}: {error}")
             continue
-        cells += make_cells(
+        make = partial(
+            make_cells,
             comparison.key,
-            before,
-            after,
             bins=recipe.report.bins,
             flips=flips,
             clusters=[clusters.get(question) for question in before.ids],
         )
+        controlled, lacking = _controlled(folder, recipe, comparison.name, make)
+        cells += _by_metric([*make(before, after), *controlled])
+        missing += lacking
     return cells, missing
 
 
@@ -158,6 +163,31 @@ def _accuracies(folder: RunFolder, recipe: Recipe, flips: int) -> list[Accuracy]
         for pair in recipe.pairs:
             found.append(_accuracy(folder, recipe, pair, benchmark, clusters, flips))
     return [row for row in found if row]
+
+
+def _controlled(
+    folder: RunFolder, recipe: Recipe, name: str, make: Callable[..., list[Cell]]
+) -> tuple[list[Cell], list[str]]:
+    """The cells of each control of a comparison; and a line for each that is missing."""
+    cells: list[Cell] = []
+    missing: list[str] = []
+    # Sides of other temperatures and targets keep the entropy of their model, so they have none.
+    metrics = {key: metric for key, metric in METRICS.items() if metric.estimand}
+    for control in recipe.attribution.control:
+        for label, first, second in CONTROLS[control].compared:
+            try:
+                before, after = folder.read_sides(name, first, second)
+            except Missing as error:
+                missing.append(f"{label} of {name}: {error}")
+                continue
+            cells += make(before, after, control=label, metrics=metrics)
+    return cells, missing
+
+
+def _by_metric(cells: Sequence[Cell]) -> list[Cell]:
+    """Cells of one comparison, those of a control below the raw ones of the same metric."""
+    order = [*METRICS, *TOKEN_METRICS]
+    return sorted(cells, key=lambda cell: order.index(cell.metric))
 
 
 def _faithfulness(folder: RunFolder, recipe: Recipe) -> tuple[tuple[Agreement, ...], list[str]]:

@@ -60,6 +60,11 @@ def states_file(pair: Pair, benchmark: str, text: Text) -> str:
     return f"extras/{pair.name}.{benchmark}.on-{text}.json"
 
 
+def temperature_file(comparison: str, side: str) -> str:
+    """Where in the run folder the temperature of a control's side is."""
+    return f"extras/{comparison}.{side}.json"
+
+
 def weights_file(pair: Pair) -> str:
     """Where in the run folder the change of each matrix is."""
     return f"extras/{pair.name}.weights.json"

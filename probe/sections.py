@@ -39,6 +39,13 @@ CHAT = "chat"
 """The prompt that stands for the tokenizer's chat template."""
 
 
+def names_of(value: object) -> object:
+    """Names in a list, or in one text with commas; `none` for none."""
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",")]
+    return [] if value in (["none"], [""]) else value
+
+
 def _prompt(value: str) -> str:
     if value != CHAT and "{question}" not in value:
         raise ValueError("a prompt needs {question} in it, or is just 'chat'")
@@ -280,9 +287,9 @@ class AttributionOptions:
     """How many sequences (for `exact`: edges) run at once; `auto` for as many as make it faster and
     fit into memory."""
 
-    control: Literal["none", "cross-text"] = "none"
-    """`cross-text` also scores each model on the other's answers, at twice the cost; see
-    `probe.control`."""
+    control: Annotated[tuple[str, ...], BeforeValidator(names_of)] = ("sharpness", "loss-matched")
+    """Names in `probe.controls.CONTROLS`, `"none"` for none of them. Each scores more sides: the
+    two of the default cost about as much as the raw change."""
 
 
 @dataclass(frozen=True, config=STRICT)

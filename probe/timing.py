@@ -12,6 +12,7 @@ from pathlib import Path
 
 from probe.attribution import attribute
 from probe.checkpoints import weight_files
+from probe.controls import control_sides
 from probe.methods import method_named
 from probe.models import load_model, resolve_devices
 from probe.problems import BENCHMARKS, data_set_here, load_problems
@@ -83,7 +84,7 @@ def measured_line(recipe: Recipe) -> str | None:
             target=options.target,
         )
         scoring += (time.monotonic() - start) / max(1, len(sequences))
-    sides = 4 if options.control == "cross-text" else 2
+    sides = 2 + len(control_sides(options.control))
     count = min(recipe.selection.samples, len(problems)) * len(recipe.benchmarks)
     scoring *= count * sides * len(recipe.pairs)
     parts = [f"solving {_duration(solving)}"]

@@ -16,6 +16,9 @@ from probe.recipe import Pair, PublishedChange
 from probe.report import Report
 from probe.statistics import LEVEL, Influence
 
+MAIN = "activation_intensity"
+"""The metric that the sentence on controls is about."""
+
 ARROWS = {1: "↗", 0: "→", -1: "↘"}
 """Between the values of two models: the direction, where no colour is."""
 
@@ -112,7 +115,44 @@ def _sentence(
             parts.append(f"{verb} {listed(counts)}")
     agree, against = (sum(cell.as_in_paper is way for cell in moved) for way in (True, False))
     verdict = f"{agree} of {_cells(len(known))} moved as the paper reports for online RL"
-    return f"{start}{adverb} {', and '.join(parts)}: {verdict}, {against} against it."
+    line = f"{start}{adverb} {', and '.join(parts)}: {verdict}, {against} against it."
+    return f"{line}{_control_words(subject, cells)}"
+
+
+def _control_words(subject: str, cells: Sequence[Cell]) -> str:
+    """What of the change of intensity is left under control, at the longest scored length."""
+    longest = max(cell.alpha for cell in cells)
+    found = {
+        cell.control: cell
+        for cell in cells
+        if (cell.metric, cell.alpha) == (MAIN, longest) and cell.change is not None
+    }
+    if "" not in found or len(found) == 1:
+        return ""
+    raw = found[""]
+    entropy = [c.change or 0 for c in cells if (c.metric, c.alpha) == ("token_entropy", longest)]
+    sure = "less sure" if entropy and entropy[0] > 0 else "surer"
+    words = f" At alpha {longest:g}, {subject} {_moves(raw)} intensity by {_size(raw)}."
+    if "sharpness alone" in found:
+        alone = found["sharpness alone"]
+        verb = "raise" if (alone.change or 0) > 0 else "lower"
+        words += f" Being {sure} alone would {verb} it by {_size(alone)}."
+    if "at equal loss" in found:
+        equal = found["at equal loss"]
+        star = "" if equal.significant else ", no more than chance gives"
+        words += (
+            f" At equal loss the change is {percent(equal.change)} % "
+            f"[{interval(equal.interval)}]{star}."
+        )
+    return words
+
+
+def _moves(cell: Cell) -> str:
+    return "raises" if (cell.change or 0) > 0 else "lowers"
+
+
+def _size(cell: Cell) -> str:
+    return f"{percent(cell.change).lstrip('+-')} %"
 
 
 def _accuracy_words(row: Accuracy) -> str:

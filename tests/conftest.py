@@ -48,7 +48,8 @@ def half_run(tmp_path):
     """A run folder of which one pair has edges for one alpha: twice as strong after."""
     folder = RunFolder(tmp_path / "run")
     folder.open()
-    recipe = read_recipe("tiny-math", {"selection.alpha": "[0.1, 0.5]"})
+    keys = {"selection.alpha": "[0.1, 0.5]", "attribution.control": "none"}
+    recipe = read_recipe("tiny-math", keys)
     folder.write_json("run.json", {"schema": 1, "recipe": recipe_table(recipe)})
     graph = Graph.build(2, "qkv")
     torch.manual_seed(0)

@@ -5,8 +5,8 @@ import pytest
 import scipy.stats
 import torch
 
-from probe.choosing import cross
 from probe.control import Control, cross_text, split
+from probe.controls import CONTROLS, texts_of
 from probe.metrics import METRICS, TOKEN_METRICS, Entries
 from probe.sequences import TokenSequence
 
@@ -92,7 +92,8 @@ def test_what_is_not_defined():
 def test_answers_are_exchanged_and_prompts_kept():
     before = [TokenSequence([1, 2], [3], "a"), TokenSequence([4], [5, 6], "b")]
     after = [TokenSequence([0, 1, 2], [7, 8], "a"), TokenSequence([4], [9], "b")]
-    old, new = cross(before, after)
+    on_after, on_before = CONTROLS["cross-text"].sides
+    old, new = texts_of(on_after, before, after), texts_of(on_before, after, before)
     assert old == [TokenSequence([1, 2], [7, 8], "a"), TokenSequence([4], [9], "b")]
     assert new == [TokenSequence([0, 1, 2], [3], "a"), TokenSequence([4], [5, 6], "b")]
 

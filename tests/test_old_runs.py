@@ -77,6 +77,7 @@ def test_it_goes_on_and_computes_nothing_again(tmp_path, monkeypatch):
             "solutions.batch_size": options["solutions"]["batch_size"],
             "selection.samples": 3,
             "selection.alpha": "[0.3]",
+            "attribution.control": "none",
         },
         copy,
     )
