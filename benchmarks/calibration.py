@@ -34,7 +34,7 @@ from probe.accuracy import mcnemar, tango_interval
 from probe.metrics import METRICS, TOKEN_METRICS, Array, Entries, Form
 from probe.recipe import recipe_from
 from probe.run_folder import RunFolder
-from probe.statistics import contributions, defined, flip_all, flips_for, holm, t_interval
+from probe.statistics import SMALLEST, contributions, defined, flip_all, flips_for, holm, t_interval
 
 SIZES = (20, 50, 100)
 FLIPS = 1999
@@ -114,6 +114,9 @@ class Count:
     trials: int = 0
     """How many there were."""
 
+    large: int = 0
+    """In how many of them the change was large enough for a star."""
+
     def add(self, hit: bool) -> None:
         """Count one trial."""
         self.hits += hit
@@ -159,9 +162,11 @@ def coverage(part: Population, size: int, draws: int, random: np.random.Generato
     count = Count()
     for _ in range(draws):
         sides = part.sides(random.integers(part.size, size=size))
-        ends = t_interval(contributions(part.form, *sides).to_change)
+        found = contributions(part.form, *sides)
+        ends = t_interval(found.to_change)
         low, high = np.expm1(ends) if part.form == "ratio" else ends
         count.add(low <= change <= high)
+        count.large += abs(found.change or 0) >= SMALLEST
     return count
 
 
@@ -170,7 +175,7 @@ def false_positives(
 ) -> Count:
     """How often p < 0.05 where nothing has changed."""
     null = part if kind == "labels" else part.null
-    tests = []
+    tests, large = [], []
     for _ in range(draws):
         rows, units = random.integers(part.size, size=size), np.arange(size)
         if kind == "clusters":
@@ -181,10 +186,12 @@ def false_positives(
         if kind in ("mix", "shocks"):
             units = units // 5 if kind == "shocks" else units
             sides[1] = shifted(null.form, *sides, steps(kind, units, random))
-        tests.append((contributions(null.form, *sides).to_difference, units))
+        found = contributions(null.form, *sides)
+        tests.append((found.to_difference, units))
+        large.append(abs(found.change or 0) >= SMALLEST)
     count = Count()
-    for p_value in flip_all(tests, FLIPS):
-        count.add(p_value < 0.05)
+    for p_value, enough in zip(flip_all(tests, FLIPS), large, strict=True):
+        count.add(p_value < 0.05 and enough)
     return count
 
 
@@ -212,12 +219,14 @@ def family(
     nulls = [part.null for part in parts]
     for _ in range(draws):
         drawn: dict[str, Rows] = {}
-        tests = []
+        tests, large = [], []
         for null in nulls:
             rows = drawn.setdefault(null.pair, random.integers(null.size, size=size))
-            parts_of = contributions(null.form, *null.sides(rows)).to_difference
-            tests.append((parts_of, np.arange(size)))
-        count.add(min(holm(flip_all(tests, flips_for(len(tests)) // 4))) < 0.05)
+            found = contributions(null.form, *null.sides(rows))
+            tests.append((found.to_difference, np.arange(size)))
+            large.append(abs(found.change or 0) >= SMALLEST)
+        adjusted = holm(flip_all(tests, flips_for(len(tests)) // 4))
+        count.add(any(p < 0.05 and enough for p, enough in zip(adjusted, large, strict=True)))
     return count
 
 
@@ -249,7 +258,9 @@ def line(*texts: str) -> str:
 
 def shown(count: Count | None) -> str:
     """A share in percent, with its standard error."""
-    return "-" if count is None else f"{count.share:.1f} ± {count.error:.1f}"
+    if count is None:
+        return "-"
+    return f"{count.share:.1f} ± {count.error:.1f}"
 
 
 def measure(
@@ -272,7 +283,8 @@ def measure(
                 total(false_positives(kind, cell, 50, draws, random) for cell in cells)
                 for kind in NULLS
             ]
-            held += row
+            # What is hardly ever large enough for a star is none of what a report stars.
+            held += [count for count in row if count.large >= 0.05 * count.trials]
             false += nulls
             print(line(pair, entry.estimand.label, *map(shown, row + nulls)), flush=True)
     return held, false
@@ -284,6 +296,7 @@ def total(counts: Iterable[Count]) -> Count:
     for count in counts:
         found.hits += count.hits
         found.trials += count.trials
+        found.large += count.large
     return found
 
 

@@ -23,7 +23,7 @@ from probe.metrics import (
     metric_named,
     paper_number,
 )
-from probe.statistics import LEVEL, Influence, compare_sides, holm, paper_numbers
+from probe.statistics import LEVEL, SMALLEST, Influence, compare_sides, holm, paper_numbers
 
 _SIGNS = {"up": 1, "down": -1}
 LARGE_SHARE = 0.2
@@ -89,7 +89,7 @@ class Cell:
     """The same, adjusted by Holm's method for all cells of the report."""
 
     significant: bool | None = None
-    """Whether p_holm is below 0.05."""
+    """Whether p_holm is below 0.05, and |change| at least 1 %."""
 
     effect_size: float | None = None
     """Mean contribution of a question in standard deviations of a question's."""
@@ -245,7 +245,7 @@ def judged_cells(cells: Sequence[Cell]) -> list[Cell]:
     """The cells with what depends on all of them."""
     adjusted = _adjusted([cell.p_value for cell in cells])
     return [
-        replace(cell, p_holm=p, significant=None if p is None else p < LEVEL)
+        replace(cell, p_holm=p, significant=None if p is None else _starred(p, cell.change))
         for cell, p in zip(cells, adjusted, strict=True)
     ]
 
@@ -265,6 +265,10 @@ def change_of(before: float, after: float) -> Change:
     if old is None or new is None or old == 0:
         return Change(old, new, None)
     return Change(old, new, (new - old) / abs(old))
+
+
+def _starred(p_holm: float, change: float | None) -> bool:
+    return p_holm < LEVEL and change is not None and abs(change) >= SMALLEST
 
 
 def _named(found: Influence | None, ids: Sequence[str]) -> Influence | None:

@@ -41,6 +41,10 @@ SEED = 42
 LEVEL = 0.05
 """How often a report may call a cell significant where nothing has changed."""
 
+SMALLEST = 0.01
+"""Smaller relative changes are never called significant: rounding weights to bfloat16 moves metrics
+as far, and where changes are as small as that, a few questions can hold all of them."""
+
 # As many signs at once as keep an array of them small (32 MB).
 _SIGNS = 2**22
 # Scores are float32: what is this much smaller than what it is from is rounding.

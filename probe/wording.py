@@ -14,7 +14,7 @@ from probe.cells import LARGE_SHARE, Accuracy, Cell
 from probe.metrics import METRICS, TOKEN_METRICS, metric_named
 from probe.recipe import Pair, PublishedChange
 from probe.report import Report
-from probe.statistics import LEVEL, Influence
+from probe.statistics import LEVEL, SMALLEST, Influence
 
 MAIN = "activation_intensity"
 """The metric that the sentence on controls is about."""
@@ -272,8 +272,8 @@ def _cell_caveats(report: Report) -> list[str]:
         tested = sum(cell.p_value is not None for cell in report.cells)
         lines[1] = (
             f"Marks: * is significant, p < {LEVEL:g} where what questions contribute changes signs "
-            f"at random, adjusted (Holm) for {_cells(tested)}. Interval: 95 % t interval over "
-            "questions, or clusters of them. Alphas are cuts of the same answers: one piece of "
+            f"at random, adjusted (Holm) for {_cells(tested)}, of a change of {100 * SMALLEST:g} % or "
+            "more. Interval: 95 % t interval over questions, or clusters of them. Alphas are cuts of the same answers: one piece of "
             "evidence, not several. All of this is about other questions, not about other training "
             "runs."
         )
