@@ -272,10 +272,10 @@ def _cell_caveats(report: Report) -> list[str]:
         tested = sum(cell.p_value is not None for cell in report.cells)
         lines[1] = (
             f"Marks: * is significant, p < {LEVEL:g} where what questions contribute changes signs "
-            f"at random, adjusted (Holm) for {_cells(tested)}, of a change of {100 * SMALLEST:g} % or "
-            "more. Interval: 95 % t interval over questions, or clusters of them. Alphas are cuts of the same answers: one piece of "
-            "evidence, not several. All of this is about other questions, not about other training "
-            "runs."
+            f"at random, adjusted (Holm) for {_cells(tested)}, and the change is at least "
+            f"{100 * SMALLEST:g} %. Interval: 95 % t interval over questions, or clusters of them. "
+            "Alphas are cuts of the same answers: one piece of evidence, not several. All of this "
+            "is about other questions, not about other training runs."
         )
     return lines + _influence_lines(report) + _left_out_lines(report)
 
