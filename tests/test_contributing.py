@@ -112,7 +112,7 @@ def test_an_architecture(monkeypatch, tmp_path):
     assert torch.isfinite(edges.scores).all()
 
 
-@pytest.mark.parametrize("table", ["EXTRAS"])
+@pytest.mark.parametrize("table", ["TARGETS", "EXTRAS"])
 def test_the_tables_that_it_names(table):
     row = next(line for line in PAGE.splitlines() if f"`{table}`" in line)
     modules = re.findall(r"`(probe/\w+\.py)`", row)
