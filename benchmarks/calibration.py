@@ -334,7 +334,9 @@ def main() -> None:
 def run(name: str, path: Path) -> None:
     """Make one of the runs that are the populations, or go on with it."""
     if name == "tiny-math":
-        probe.run_recipe("tiny-math", path, overrides={"report.extra": "[]"})
+        probe.run_recipe(
+            "tiny-math", path, overrides={"report.extra": "[]", "attribution.control": "none"}
+        )
         return
     pairs = [
         {
@@ -352,7 +354,7 @@ def run(name: str, path: Path) -> None:
         "compute": {"dtype": "float32", "threads": 1, "device": "cpu"},
         "solutions": {"questions": 600, "batch_size": 100},
         "selection": {"alpha": [0.1, 0.3]},
-        "attribution": {"batch_size": 25},
+        "attribution": {"batch_size": 25, "control": "none"},
         "report": {"extra": []},
     }
     probe.run_recipe(recipe_from(table, name), path)
