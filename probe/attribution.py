@@ -90,11 +90,7 @@ def attribute(
     way, target = method_named(method), Target.of(target)
     check_count("ig_steps", ig_steps)
     model = as_model(model)
-    if model.kernels not in way.kernels:
-        raise ProbeError(
-            f"{method} needs what fused kernels leave out; load the model with "
-            f"{' or '.join(way.kernels)} ones"
-        )
+    _check_kernels(model, method, way)
     graph = model.graph(granularity)
     sequences = as_sequences(model, sequences, answer, max_new_tokens)
     texts = _corrupted(model, corrupted, sequences, ablation)
@@ -213,6 +209,15 @@ def _corrupted(
     if ablation != "zero":
         raise ProbeError(f"give corrupted texts or ablation {ablation}, not both")
     return corrupted_beside(model, given, sequences)
+
+
+def _check_kernels(model: Model, name: str, way: Method) -> None:
+    """Check that a method runs with a model's kernels."""
+    if model.kernels not in way.kernels:
+        raise ProbeError(
+            f"{name} needs what fused kernels leave out; load the model with "
+            f"{' or '.join(way.kernels)} ones"
+        )
 
 
 def _check_target(

@@ -33,6 +33,7 @@ from nnsight.tracing.util import push
 
 from probe.branches import Branches
 from probe.edge_ablation import EdgeAblation
+from probe.edge_pass import EdgePass
 from probe.edge_product import EdgeProduct
 from probe.graph import Graph
 from probe.hooks import Hooks
@@ -57,7 +58,10 @@ from probe.wiring import Writes
 if TYPE_CHECKING:
     from transformers import GenerationConfig, StoppingCriteriaList
 
-SENT = (Hooks, Writes, Branches, NormVjp, EdgeProduct, EdgeAblation, Readout, follow_rules, loss)
+SENT = (
+    *(Hooks, Writes, Branches, NormVjp, EdgeProduct, EdgePass, EdgeAblation, Readout),
+    *(follow_rules, loss),
+)
 """What travels to a server with a trace, by its source: the modules that these are in."""
 
 for part in SENT:
@@ -182,35 +186,17 @@ def edge_scores(
     away, exact, layers = model.deployment is not None, exact_dtype(model), layers_of(model)
     final = attrgetter(model.architecture.final_norm)(network)
     final_norm = there(final)
+    n_sequences = len(batch.input_ids)
     # What is copied without waiting lets one batch begin while the one before is computed.
-    steps, n_sequences = len(path.points), len(batch.input_ids)
-    # Where the path begins, or the corrupted texts, run beside the rest.
-    beside = steps > 1 or batch.corrupted is not None
-    blocks = [batch.input_ids] * (steps + beside)
-    if batch.corrupted is not None:
-        blocks[0] = batch.corrupted
-    input_ids = torch.cat(blocks).to(model.device, non_blocking=True)
-    scored, compared = _scored(batch, steps + beside, exact)
-    n_silent = n_sequences * beside
+    input_ids, n_silent = _blocks(batch, len(path.points))
+    input_ids = input_ids.to(model.device, non_blocking=True)
+    scored, compared = _scored(batch, len(input_ids) // n_sequences, exact)
     compared_row = int(scored[0][compared])
     scored = [part.to(model.device, non_blocking=True) for part in scored]
     checked = _checked_positions(batch).to(model.device, non_blocking=True)
-    baseline = None if baseline is None else baseline.to(model.device, model.dtype)
-    hooks, wiring = Hooks(), wiring_of(model, graph)
-    readout = readout_of(model, target, n_sequences, n_silent)
     reference = None if batch.reference is None else batch.reference[batch.labels != -100]
-    product = EdgeProduct(
-        graph.mask,
-        len(layers),
-        n_sequences,
-        path.points,
-        path.weights,
-        baseline,
-        corrupted=batch.corrupted is not None,
-        on_host=memory.sources_on_host,
-    )
-    branches = Branches(wiring, hooks, norm_vjp_of(model, constant_rate=relp), product)
-    writes = Writes(wiring)
+    edge_pass = _edge_pass(model, batch, graph, path, relp, baseline, memory, target)
+    hooks, readout = edge_pass.hooks, edge_pass.readout
 
     with _recomputing(model, memory.recompute):  # noqa: SIM117 - a trace needs its own statement
         with network.trace(
@@ -218,32 +204,14 @@ def edge_scores(
         ):
             (checked,) = settle(away, network.device, checked)
             try:
-                branches.watch_ends(layers[0].module, final, final_norm)
-                for number, layer in enumerate(layers):
-                    branches.watch(number, layer)
-                    if relp:
-                        follow_rules(hooks, layer)
-                    writes.watch(hooks, number, layer, product.write)
+                edge_pass.watch(layers, final, final_norm)
                 # Here the model runs.
                 own = network.output.logits.detach()[compared_row, -1].to(exact)
-                residual_error = product.residual_error(branches.end.detach(), checked)
-                hidden = branches.hidden.detach()
-                readout.score(
-                    hidden,
-                    settle(away, hidden.device, *scored),
-                    network.lm_head,
-                    network.lm_head.weight.detach(),
-                    compared,
-                    reference,
-                )
-                # From here on nobody needs the hidden states themselves.
-                del hidden
-                branches.backward(readout.slopes)
-                scores = product.close()
+                scores = edge_pass.finish(network.lm_head, scored, compared, reference, checked)
             finally:
                 hooks.remove()
             scores = nnsight.save(bring(away, scores))
-            residual_error = nnsight.save(bring(away, residual_error))
+            residual_error = nnsight.save(bring(away, edge_pass.residual_error))
             error = (own - readout.compared.to(own)).norm() / own.norm()
             logits_error = nnsight.save(bring(away, error))
             # The last rows hold the inputs as they are, and the first ones where a path begins.
@@ -254,6 +222,34 @@ def edge_scores(
     return EdgeBatch(
         scores, values, ablated_values, losses, entropies, residual_error, logits_error
     )
+
+
+def _edge_pass(
+    model: Model,
+    batch: Batch,
+    graph: Graph,
+    path: Path,
+    relp: bool,
+    baseline: torch.Tensor | None,
+    memory: MemoryMode,
+    target: Target,
+) -> EdgePass:
+    """What a pass that scores a batch consists of; the arguments are those of `edge_scores`."""
+    hooks, wiring, n_sequences = Hooks(), wiring_of(model, graph), len(batch.input_ids)
+    _, n_silent = _blocks(batch, len(path.points))
+    product = EdgeProduct(
+        graph.mask,
+        model.n_layers,
+        n_sequences,
+        path.points,
+        path.weights,
+        None if baseline is None else baseline.to(model.device, model.dtype),
+        corrupted=batch.corrupted is not None,
+        on_host=memory.sources_on_host,
+    )
+    branches = Branches(wiring, hooks, norm_vjp_of(model, constant_rate=relp), product)
+    readout = readout_of(model, target, n_sequences, n_silent)
+    return EdgePass(hooks, Writes(wiring), branches, product, readout, relp)
 
 
 def ablated_values(
@@ -478,6 +474,19 @@ def _scored(batch: Batch, blocks: int, exact: torch.dtype) -> tuple[list[torch.T
         shares[valid].repeat(blocks).to(exact),
     ]
     return scored, compared
+
+
+def _blocks(batch: Batch, steps: int) -> tuple[torch.Tensor, int]:
+    """The tokens of a batch once for each point of a path, and before them where it begins.
+
+    Returns:
+        int64 [row, position]; how many of the rows are where the path begins, or corrupted texts.
+    """
+    beside = steps > 1 or batch.corrupted is not None
+    blocks = [batch.input_ids] * (steps + beside)
+    if batch.corrupted is not None:
+        blocks[0] = batch.corrupted
+    return torch.cat(blocks), len(batch.input_ids) * beside
 
 
 def _checked_positions(batch: Batch) -> torch.Tensor:
