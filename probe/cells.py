@@ -178,7 +178,7 @@ def make_cells(
     flips: int,
     clusters: Sequence[str | None] | None = None,
     control: str = "",
-    metrics: Mapping[str, Metric] = METRICS | TOKEN_METRICS,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> list[Cell]:
     """The cells of a pair on a benchmark at an alpha, a metric each.
 
@@ -192,6 +192,7 @@ def make_cells(
         control: What was held fixed.
         metrics: Which metrics, by their names.
     """
+    metrics = METRICS | TOKEN_METRICS if metrics is None else metrics
     old, new = (
         Entries(side.scores, side.graph.mask, dense=True, entropies=side.entropies)
         for side in (before, after)
