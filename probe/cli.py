@@ -144,12 +144,13 @@ def _run(chosen: "Recipe", output: "str | Path | None", fresh: bool, dry_run: bo
         from probe.checks import check_here, check_output
         from probe.escaping import PlainConsole
         from probe.plan import make_plan, plan_view
-        from probe.timing import measured_line
+        from probe.timing import time_line
 
         check_here(chosen)
         check_output(chosen, Path(output or f"runs/{chosen.name}"), fresh)
-        PlainConsole().print(plan_view(make_plan(chosen)))
-        line = measured_line(chosen)
+        plan = make_plan(chosen)
+        PlainConsole().print(plan_view(plan))
+        line = time_line(plan)
         if line:
             PlainConsole().print(line)
         return

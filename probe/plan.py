@@ -298,7 +298,7 @@ def lengths_line(lengths: Sequence[int], recipe: Recipe) -> str:
 
 def took_line(seconds: Mapping[str, float]) -> str:
     """What a run says after it, from the seconds of its phases."""
-    phases = [f"{phase} {_duration(took)}" for phase, took in seconds.items()]
+    phases = [f"{phase} {duration(took)}" for phase, took in seconds.items()]
     memory = f"{_size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)} of memory here"
     if torch.cuda.is_available():
         memory += f", {_size(torch.cuda.max_memory_allocated())} on the GPU"
@@ -341,7 +341,7 @@ def _needs(plan: Plan) -> list[str]:
     else:
         lines.append("Memory and time: unknown until the models are here.")
     times = [
-        f"{what} {_duration(seconds)}"
+        f"{what} {duration(seconds)}"
         for what, seconds in (
             ("solving about", plan.solving_seconds),
             ("scoring about", plan.scoring_seconds if recipe.selection.alpha else None),
@@ -418,7 +418,8 @@ def _size(count: int | None) -> str:
     return f"{size:.3g} GB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as text, in seconds, minutes or hours."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

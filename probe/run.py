@@ -36,6 +36,7 @@ from probe.run_folder import RunFolder
 from probe.run_names import model_names
 from probe.session import recipe_host, running
 from probe.solving import solve_all
+from probe.timing import time_line, worth_timing
 
 
 def run_recipe(
@@ -87,8 +88,13 @@ def run_recipe(
     )
     for name, file in given.items():
         console.print(f"solutions of {name}: {file.account}", soft_wrap=True)
-    for line in plan_lines(make_plan(recipe)):
+    plan = make_plan(recipe)
+    for line in plan_lines(plan):
         console.print(line, soft_wrap=True)
+    begun = any(folder.path.glob("solutions/*.jsonl"))
+    expected = time_line(plan) if worth_timing(plan) and not begun else None
+    if expected:
+        console.print(expected, soft_wrap=True)
     with running(recipe, folder, record, host, console) as run:
         sides = select_all(run, solve_all(run, problems, answers))
         lengths = [sequence.length for side in sides for sequence in side.sequences]

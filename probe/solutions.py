@@ -60,25 +60,11 @@ def solve(
     Raises:
         ProbeError: A question has no tokens, or more than fit into the model's context.
     """
-    prompts = [encode_prompt(model.tokenizer, prompt, problem.question) for problem in problems]
-    for problem, tokens in zip(problems, prompts, strict=True):
-        if not tokens:
-            raise ProbeError(f"question {problem.id}: its prompt has no tokens")
-        if max(tokens) >= model.config.vocab_size:
-            raise ProbeError(
-                f"question {problem.id}: its prompt has token {max(tokens)}, but the model knows "
-                f"only {model.config.vocab_size}; tokenizer and weights are of two models"
-            )
-        if model.context and len(tokens) >= model.context:
-            raise ProbeError(
-                f"question {problem.id}: its prompt has {len(tokens)} tokens, which leaves no room "
-                f"in the model's context of {model.context}"
-            )
-    room = [(model.context or len(p) + max_new_tokens) - len(p) for p in prompts]
+    prompts = encode_prompts(model, problems, prompt)
     answers = generate(
         model,
         prompts,
-        [min(max_new_tokens, left) for left in room],
+        limits(model, prompts, max_new_tokens),
         stop=stop,
         batch_size=batch_size,
         skip=frozenset(place for place, problem in enumerate(problems) if problem.id in done),
@@ -97,6 +83,35 @@ def solve(
                 graded(grader, problems[place], prompts[place], tokens, text)
                 for (place, tokens), text in zip(finished, texts, strict=True)
             ]
+
+
+def encode_prompts(model: Model, problems: Sequence[Problem], prompt: str) -> list[list[int]]:
+    """The tokens of each problem's prompt.
+
+    Raises:
+        ProbeError: A question has no tokens, or more than fit into the model's context.
+    """
+    prompts = [encode_prompt(model.tokenizer, prompt, problem.question) for problem in problems]
+    for problem, tokens in zip(problems, prompts, strict=True):
+        if not tokens:
+            raise ProbeError(f"question {problem.id}: its prompt has no tokens")
+        if max(tokens) >= model.config.vocab_size:
+            raise ProbeError(
+                f"question {problem.id}: its prompt has token {max(tokens)}, but the model knows "
+                f"only {model.config.vocab_size}; tokenizer and weights are of two models"
+            )
+        if model.context and len(tokens) >= model.context:
+            raise ProbeError(
+                f"question {problem.id}: its prompt has {len(tokens)} tokens, which leaves no room "
+                f"in the model's context of {model.context}"
+            )
+    return prompts
+
+
+def limits(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+    """The longest answer to each prompt, in tokens: less where the context ends before."""
+    room = [(model.context or len(p) + max_new_tokens) - len(p) for p in prompts]
+    return [min(max_new_tokens, left) for left in room]
 
 
 def in_threads(items: Iterator[_T], threads: int | None) -> Iterator[_T]:
