@@ -37,7 +37,11 @@ def tick(monkeypatch):
 
 def test_what_multiplies_the_time(monkeypatch):
     tick(monkeypatch)
-    settings = {"solutions.questions": 40, "selection.alpha": "[0.5]"}
+    settings = {
+        "solutions.questions": 40,
+        "selection.alpha": "[0.5]",
+        "attribution.control": "none",
+    }
 
     def timed(**more):
         keys = {key.replace("__", "."): value for key, value in more.items()}
