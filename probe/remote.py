@@ -88,6 +88,9 @@ class Host:
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     """Guards these counts."""
 
+    preparing: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    """Is held while a job is put together, which two threads cannot do at once."""
+
     def __post_init__(self) -> None:
         """Make as many slots as jobs may be under way."""
         self._slots = threading.BoundedSemaphore(self.jobs)

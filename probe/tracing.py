@@ -198,10 +198,8 @@ def edge_scores(
     edge_pass = _edge_pass(model, batch, graph, path, relp, baseline, memory, target)
     hooks, readout = edge_pass.hooks, edge_pass.readout
 
-    with _recomputing(model, memory.recompute):  # noqa: SIM117 - a trace needs its own statement
-        with network.trace(
-            input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=_backend(model)
-        ):
+    with _recomputing(model, memory.recompute), _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
+        with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=backend):
             (checked,) = settle(away, network.device, checked)
             try:
                 edge_pass.watch(layers, final, final_norm)
@@ -287,18 +285,19 @@ def ablated_values(
     ablation = EdgeAblation(wiring_of(model, graph), edges, baseline, beside)
     reference = batch.reference
 
-    with network.trace(
-        input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=_backend(model)
-    ):
-        columns, labels = settle(away, network.device, columns, labels)
-        try:
-            ablation.watch(hooks, layers, final_norm)
-            # Here the model runs.
-            logits = network.output.logits
-            values = objective.means(logits, columns, labels, exact, reference, wholes)
-        finally:
-            hooks.remove()
-        values = nnsight.save(values.detach().cpu())
+    with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
+        with network.trace(
+            input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=backend
+        ):
+            columns, labels = settle(away, network.device, columns, labels)
+            try:
+                ablation.watch(hooks, layers, final_norm)
+                # Here the model runs.
+                logits = network.output.logits
+                values = objective.means(logits, columns, labels, exact, reference, wholes)
+            finally:
+                hooks.remove()
+            values = nnsight.save(values.detach().cpu())
     return values
 
 
@@ -311,12 +310,13 @@ def temperature_losses(model: Model, batch: Batch, temperatures: torch.Tensor) -
     network, away = model.network, model.deployment is not None
     input_ids, labels, kept, columns = _inputs(model, batch)
 
-    with network.trace(
-        input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=_backend(model)
-    ):
-        columns, labels = settle(away, network.device, columns, labels)
-        losses = losses_at(network.output.logits.detach(), columns, labels, temperatures)
-        losses = nnsight.save(losses.cpu())
+    with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
+        with network.trace(
+            input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=backend
+        ):
+            columns, labels = settle(away, network.device, columns, labels)
+            losses = losses_at(network.output.logits.detach(), columns, labels, temperatures)
+            losses = nnsight.save(losses.cpu())
     return losses
 
 
@@ -329,19 +329,18 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
     hooks, writes = Hooks(), Writes(wiring_of(model, graph), summed=valid)
     found: dict[int, torch.Tensor] = {}
 
-    with network.trace(
-        input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=_backend(model)
-    ):
-        settle(away, network.device)
-        try:
-            writes.watch_input(hooks, layers[0].module, found.__setitem__)
-            for number, layer in enumerate(layers):
-                writes.watch(hooks, number, layer, found.__setitem__)
-            # Here the model runs.
-            network.output.logits  # noqa: B018 - waits for it
-        finally:
-            hooks.remove()
-        sums = nnsight.save(torch.stack([found[source].cpu() for source in sorted(found)]))
+    with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
+        with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=backend):
+            settle(away, network.device)
+            try:
+                writes.watch_input(hooks, layers[0].module, found.__setitem__)
+                for number, layer in enumerate(layers):
+                    writes.watch(hooks, number, layer, found.__setitem__)
+                # Here the model runs.
+                network.output.logits  # noqa: B018 - waits for it
+            finally:
+                hooks.remove()
+            sums = nnsight.save(torch.stack([found[source].cpu() for source in sorted(found)]))
     return sums
 
 
@@ -389,10 +388,11 @@ def describe(model: Model) -> torch.Tensor:
     network, layers = model.network, layers_of(model)
     token = torch.zeros(1, 1, dtype=torch.int64)
 
-    with network.trace(input_ids=token, use_cache=False, backend=_backend(model)):
-        config = network._module.config
-        shape = (config.num_hidden_layers, config.hidden_size, 0)
-        found = nnsight.save(layers[0].module.input.new_zeros(shape).cpu())
+    with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
+        with network.trace(input_ids=token, use_cache=False, backend=backend):
+            config = network._module.config
+            shape = (config.num_hidden_layers, config.hidden_size, 0)
+            found = nnsight.save(layers[0].module.input.new_zeros(shape).cpu())
     return found
 
 
@@ -410,16 +410,17 @@ def generate_tokens(
     """
     network, away = model.network, model.deployment is not None
 
-    with network.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        generation_config=options,
-        stopping_criteria=stopping,
-        backend=_backend(model),
-        **beside,
-    ) as tracer:
-        settle(away, network.device)
-        tokens = nnsight.save(tracer.result.cpu())
+    with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
+        with network.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=options,
+            stopping_criteria=stopping,
+            backend=backend,
+            **beside,
+        ) as tracer:
+            settle(away, network.device)
+            tokens = nnsight.save(tracer.result.cpu())
     return tokens
 
 
@@ -428,20 +429,38 @@ class _Job(Backend):
 
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
+        self.waits = False
 
     def __call__(self, tracer: Tracer) -> None:
         """Send the trace, wait, and put what it saved where a local trace would."""
         # nnsight's own backend would send modules of the working tree along: what runs from a
         # checkout would then fail once installed.
         blob = RequestModel.serialize(tracer, compress=True)
+        self.deployment.host.preparing.release()
+        self.waits = True
         saved = self.deployment.host.run(self.deployment.key, self.deployment.env, blob)
         assert tracer.info is not None
         push(tracer.info.frame, saved)
 
 
-def _backend(model: Model) -> _Job | None:
-    """What runs the next trace of a model; None for nnsight's choice, which is here."""
-    return _Job(model.deployment) if model.deployment else None
+@contextmanager
+def _turn(model: Model) -> Iterator[_Job | None]:
+    """What runs the next trace of a model: None for nnsight's choice, which is here.
+
+    Jobs are put together one at a time, and wait for the server at once. nnsight parses sources for
+    each, and before Python 3.13 `ast.parse` in two threads fails now and then ("AST constructor
+    recursion depth mismatch").
+    """
+    if model.deployment is None:
+        yield None
+        return
+    job = _Job(model.deployment)
+    model.deployment.host.preparing.acquire()
+    try:
+        yield job
+    finally:
+        if not job.waits:  # it was not sent
+            model.deployment.host.preparing.release()
 
 
 def _inputs(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]:

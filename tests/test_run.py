@@ -413,8 +413,8 @@ def test_a_later_command_adds_to_what_is_shown(copy):
     run(copy, {"report.extra": '["overlap", "weights"]'})
     everything = [
         "Cross-text control",
+        "Sharpness and the rest",
         "Overlap of the circuits",
-        "Concentration of the scores",
         "Change of the weights",
     ]
     assert titles() == everything

@@ -6,6 +6,7 @@
 import io
 import json
 import linecache
+import threading
 from dataclasses import make_dataclass
 from importlib.metadata import version
 from weakref import WeakValueDictionary
@@ -183,3 +184,43 @@ def test_what_comes_home_is_small(tmp_path):
     edges = probe.attribute(model, SEQUENCES * 4, batch_size=8)
     assert edges.scores.shape[1:] == (65, 129)
     assert (host.received - before) / 8 <= 64 * 1024
+
+
+def test_jobs_are_put_together_in_turn_and_wait_at_once(folders, monkeypatch):
+    """Python before 3.13 cannot parse sources, which nnsight does, in two threads at once."""
+    folder = str(folders["llama"])
+    here = probe.load_model(folder)
+    model = load_hosted(folder, host := InProcess(here))
+    host.jobs = 2
+    together, serialize, computing = threading.Barrier(2), RequestModel.serialize, threading.Lock()
+
+    def one_at_a_time(tracer, **options):
+        assert host.preparing.locked()
+        return serialize(tracer, **options)
+
+    def run(self, *job):
+        assert threading.current_thread() is not threading.main_thread()
+        together.wait(30)  # both are here, though neither has come home
+        with computing:
+            return InProcess.run(self, *job)
+
+    monkeypatch.setattr(RequestModel, "serialize", one_at_a_time)
+    host.run = run.__get__(host)
+    edges = probe.attribute(model, SEQUENCES, batch_size=1)
+    assert torch.equal(edges.scores, probe.attribute(here, SEQUENCES, batch_size=1).scores)
+    assert not host.preparing.locked()
+
+
+def test_a_job_that_cannot_be_put_together_is_in_nobodys_way(folders, monkeypatch):
+    folder = str(folders["llama"])
+    model = load_hosted(folder, host := InProcess(probe.load_model(folder)))
+
+    def fail(*arguments, **options):
+        raise RuntimeError("no source")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RequestModel, "serialize", fail)
+        with pytest.raises(RuntimeError, match="no source"):
+            probe.attribute(model, SEQUENCES)
+    assert not host.preparing.locked()
+    probe.attribute(model, SEQUENCES)
