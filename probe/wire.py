@@ -96,13 +96,18 @@ def read_saved(url: str, data: bytes) -> "dict[str, torch.Tensor]":
     import torch
     import zstandard
 
-    plain = zstandard.ZstdDecompressor().decompress(data)
+    try:
+        plain = zstandard.ZstdDecompressor().decompress(data)
+    except zstandard.ZstdError as error:
+        raise ProbeError(f"{url} sends a result that cannot be unpacked: {reason(error)}") from None
     try:
         saved: dict[str, torch.Tensor] = torch.load(
             io.BytesIO(plain), map_location="cpu", weights_only=True
         )
     except pickle.UnpicklingError:
         raise ProbeError(f"{url} sends more than plain tensors; it is not read") from None
+    except Exception as error:  # bytes that are no pickle raise nearly anything
+        raise ProbeError(f"{url} sends no tensors: {reason(error)}") from error
     return saved
 
 
@@ -128,7 +133,7 @@ def read_response(message: str | bytes) -> "ResponseModel":
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
             table = _PlainUnpickler(io.BytesIO(archive.read(name))).load()
         return ResponseModel(**table)
-    except (zipfile.BadZipFile, StopIteration, pickle.UnpicklingError, EOFError) as error:
+    except Exception as error:  # bytes that are no pickle raise nearly anything
         raise ValueError("not a response") from error
 
 

@@ -9,18 +9,17 @@ from pathlib import Path
 import pytest
 import tomli_w
 import zstandard
-from conftest import DATA, run_recorded
+from conftest import DATA
 from fuzzing import DEEP, SCALARS, TEXTS, VALUES, damaged, door, examples, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 
+from probe.answer_files import read_given
 from probe.grading import extract_answer
-from probe.imported import match, read_given
+from probe.imported import match
 from probe.models import read_config, read_tokenizer
 from probe.problems import load_problems
 from probe.recipe import read_recipe, recipe_from
-from probe.rendering import FORMATS, render
-from probe.report import build_report
 from probe.shipped import recipe_files
 
 RECIPES = [tomllib.loads(Path(path).read_text()) for path in recipe_files().values()]
@@ -137,46 +136,6 @@ def test_model_folders(model, draw):
         door(lambda: read_tokenizer(str(folder)))
     finally:
         (folder / name).write_bytes(files[name])
-
-
-def run(folder):
-    """Make the run that is damaged."""
-    run_recorded({"solutions.questions": "40", "selection.alpha": "[0.3]"}, folder)
-
-
-@pytest.fixture(scope="module")
-def whole(finished):
-    """A finished run, its files, and what its report says."""
-    shutil.rmtree(finished / "figures", ignore_errors=True)
-    files = {path: path.read_bytes() for path in sorted(finished.rglob("*")) if path.is_file()}
-    return finished, files, build_report(finished).table
-
-
-@examples(0.5)
-@given(draw=st.data())
-def test_run_folders(whole, draw):
-    folder, files, table = whole
-    path = draw.draw(st.sampled_from(sorted(files)))
-    data = draw.draw(damaged(files[path]))
-    path.write_bytes(data)
-    try:
-        report = door(lambda: build_report(folder))
-        if report is None or data == files[path]:
-            return
-        if report.table != table:
-            # Other numbers are no lie where the report says what it lacks.
-            assert report.missing, path.name
-            whole = {json.dumps(cell) for cell in table["cells"]}
-            for cell in report.table["cells"]:
-                found = {**cell, "p_holm": None, "significant": None}
-                assert any(
-                    {**json.loads(text), "p_holm": None, "significant": None} == found
-                    for text in whole
-                ), path.name
-        for style in FORMATS:
-            door(lambda style=style: render(report, style))
-    finally:
-        path.write_bytes(files[path])
 
 
 @examples()
