@@ -92,7 +92,10 @@ def attribute_with(
         file = folder.edges_file(side.comparison, side.side)
         key = edges_key(weights, _settings(recipe, side, like), side.sequences)
         edges = _read_edges(folder, file, key, on_event)
-        if edges is None:
+        if edges is None and (edges := _as_it_is(folder, side, like)):
+            folder.write_edges(file, edges, edges.ids, key)
+            on_event(Event(len(side.sequences)))
+        elif edges is None:
             model = model or setup.load(reference, device, kernels)
             try:
                 target = _target(recipe, model, side, folder, like)
@@ -147,19 +150,28 @@ def _target(
 ) -> Target:
     """What is differentiated on a side; its temperature is kept, where it has one."""
     what = _what(recipe, side)
-    if like is None:
-        return Target(what)
-    assert side.control
-    raw = folder.read_edges(folder.edges_file(side.comparison, side.control.model))
-    own = None if raw is None else float(raw.losses.double().mean())
     temperature = 1.0
-    if like != own:
-        temperature = matched_temperature(
-            model, side.sequences, like, recipe.attribution.batch_size
-        )
-    table = {"temperature": temperature, "loss": like, "loss_at_1": own}
-    folder.write_json(temperature_file(side.comparison, side.side), table)
+    if like is not None:
+        size = recipe.attribution.batch_size
+        temperature = matched_temperature(model, side.sequences, like, size)
+        _keep_temperature(folder, side, temperature, like)
     return Target(what, temperature)
+
+
+def _as_it_is(folder: RunFolder, side: Side, like: float | None) -> EdgeScores | None:
+    """The edges of a side that keeps the loss of its model: they are there already."""
+    if like is None or side.control is None or not side.control.only_if_surer:
+        return None
+    raw = folder.read_edges(folder.edges_file(side.comparison, side.control.model))
+    if raw is None or like != float(raw.losses.double().mean()):
+        return None
+    _keep_temperature(folder, side, 1.0, like)
+    return raw
+
+
+def _keep_temperature(folder: RunFolder, side: Side, temperature: float, loss: float) -> None:
+    table = {"temperature": temperature, "loss": loss}
+    folder.write_json(temperature_file(side.comparison, side.side), table)
 
 
 def _attribute(

@@ -62,8 +62,13 @@ def losses_at(
         label, column = label[label != -100], column[label != -100]
         scored = row[column].to(temperatures.dtype)  # [scored, token]
         own = scored.gather(1, label[:, None])[:, 0]
-        losses = [((scored / one).logsumexp(1) - own / one).mean() for one in temperatures.tolist()]
-        found.append(torch.stack(losses))
+        # As many temperatures at once as keep [temperature, scored, token] small (128 MB).
+        parts = temperatures.to(logits.device).split(max(1, 2**24 // scored.numel()))
+        losses = [
+            ((scored / part[:, None, None]).logsumexp(2) - own / part[:, None]).mean(1)
+            for part in parts
+        ]
+        found.append(torch.cat(losses))
     return torch.stack(found, 1)
 
 
