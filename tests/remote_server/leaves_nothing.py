@@ -8,6 +8,7 @@ import torch
 import probe
 from probe.generation import generate
 from probe.hosting import load_hosted, open_host
+from probe.tracing import _turn
 
 url, reference = sys.argv[1:3]
 model = load_hosted(reference, open_host(url))
@@ -16,20 +17,15 @@ network = model.network
 
 def state():
     """A sum over all weights, and all flags, as they are on the server."""
-    with network.trace(input_ids=torch.zeros(1, 1, dtype=torch.int64), backend=backend(model)):
-        parameters = list(network._module.parameters())
-        total = sum(p.double().abs().sum() * (n + 1) for n, p in enumerate(parameters))
-        flags = [p.requires_grad for p in parameters]
-        flags += [module.training for module in network._module.modules()]
-        hooks = [len(m._forward_hooks) for m in network._module.modules()]
-        found = nnsight.save(torch.tensor([float(total), sum(flags), sum(hooks)]).double())
+    with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
+        with network.trace(input_ids=torch.zeros(1, 1, dtype=torch.int64), backend=backend):
+            parameters = list(network._module.parameters())
+            total = sum(p.double().abs().sum() * (n + 1) for n, p in enumerate(parameters))
+            flags = [p.requires_grad for p in parameters]
+            flags += [module.training for module in network._module.modules()]
+            hooks = [len(m._forward_hooks) for m in network._module.modules()]
+            found = nnsight.save(torch.tensor([float(total), sum(flags), sum(hooks)]).double())
     return found
-
-
-def backend(model):
-    from probe.tracing import _backend
-
-    return _backend(model)
 
 
 def everything():
