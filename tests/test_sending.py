@@ -139,7 +139,11 @@ def squared(logits, labels):
     return logits.gather(1, labels[:, None])[:, 0] ** 2
 
 
-@pytest.mark.parametrize("target", [*TARGETS, Target("loss", 1.7), squared], ids=str)
+@pytest.mark.parametrize(
+    "target",
+    [*TARGETS, Target("loss", 1.7), squared],
+    ids=lambda target: getattr(target, "__name__", None) or str(target),
+)
 def test_targets_there_and_here(folders, target):
     here = probe.load_model(str(folders["gemma2"]))
     there = load_hosted(str(folders["gemma2"]), InProcess(here))
