@@ -111,13 +111,17 @@ def cut(solutions: Sequence[Solution], selection: Selection) -> list[TokenSequen
 
 
 def measured_on(recipe: Recipe) -> list[Comparison]:
-    """The comparison of each pair that its models may be measured on: of the largest alpha."""
+    """The comparisons that models may be measured on, of the largest alpha; the first one first."""
     alpha = max(recipe.selection.alpha)
-    return [Comparison(pair, recipe.benchmarks[0].name, alpha) for pair in recipe.pairs]
+    return [
+        Comparison(pair, choice.name, alpha)
+        for choice in recipe.benchmarks
+        for pair in recipe.pairs
+    ]
 
 
 def read_sides(recipe: Recipe, folder: RunFolder) -> list[Side]:
-    """What models may be measured on, from the run folder alone.
+    """What models may be measured on, from the run folder alone; nothing of what was left out.
 
     Raises:
         ProbeError: The run has not got so far.
@@ -125,6 +129,8 @@ def read_sides(recipe: Recipe, folder: RunFolder) -> list[Side]:
     names = model_names(recipe)
     sides: list[Side] = []
     for comparison in measured_on(recipe):
+        if folder.left_out(comparison.name):
+            continue
         selection = folder.read_selection(comparison.name)
         found: list[list[TokenSequence]] = []
         for asked in comparison.pair.asked():

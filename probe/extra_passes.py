@@ -30,8 +30,11 @@ def measure_states(run: Run, sides: Sequence[Side]) -> None:
         return
     alpha = max(recipe.selection.alpha)
     answers = {(side.comparison, side.side): side.sequences for side in sides}
+    # A comparison that was left out has none.
     texts = {
-        (pair.name, choice.name, text): answers[Comparison(pair, choice.name, alpha).name, text]
+        (pair.name, choice.name, text): answers.get(
+            (Comparison(pair, choice.name, alpha).name, text), ()
+        )
         for pair in recipe.pairs
         for choice in recipe.benchmarks
         for text in TEXTS
@@ -45,6 +48,8 @@ def measure_states(run: Run, sides: Sequence[Side]) -> None:
                 for text in TEXTS:
                     name = states_file(pair, choice.name, text)
                     sequences = texts[pair.name, choice.name, text]
+                    if not sequences:
+                        continue
                     key = edges_key(weights, ("states", recipe.compute.dtype), sequences)
                     if _is_there(run, name, key):
                         bar.advance(len(sequences))

@@ -24,19 +24,23 @@ from probe.targets import Target
 def measure_models(run: Run, sides: Sequence[Side]) -> None:
     """Measure every model of a run into its folder, from where an earlier run has got to.
 
-    A model's sequences are those of the largest alpha of its first pair, on the first benchmark.
+    A model's sequences are those of the largest alpha of its first pair on the first benchmark, as
+    far as they were not left out; a model without any is said, and left out as well.
     """
     recipe = run.recipe
     total = recipe.faithfulness.edges * len(recipe.models())
+    order = [comparison.name for comparison in measured_on(recipe)]
+    sides = [side for side in sides if side.comparison in order]
     with run.phase("faithfulness"):
         bar = run.bar("faithfulness", total)
         for number, (reference, name) in enumerate(first_names(recipe).items()):
-            side = next(
-                side
-                for comparison in measured_on(recipe)
-                for side in sides
-                if (side.comparison, side.model) == (comparison.name, reference)
-            )
+            of_model = [side for side in sides if side.model == reference]
+            if not of_model:
+                run.say(f"faithfulness of {name}: left out, as no question of it was chosen")
+                total -= recipe.faithfulness.edges
+                bar.resize(total)
+                continue
+            side = min(of_model, key=lambda side: order.index(side.comparison))
             edges = _measure_side(run, side, name, run.devices[number % len(run.devices)], bar)
             total += edges - recipe.faithfulness.edges  # where a model has fewer than that
             bar.resize(total)

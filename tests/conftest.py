@@ -1,5 +1,6 @@
 """What several tests use: the data folder, small models, the oracle's sequences."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -97,6 +98,19 @@ def save_random_model(folder, model_type="llama", seed=0, **changes):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(DATA / "oracle" / "llama" / "model").save_pretrained(folder)
+    return folder
+
+
+def save_dull_model(folder):
+    """Save a model with the shape and tokenizer of those that ship, which solves nothing."""
+    source = Path(probe.__file__).parent / "data" / "tiny-math" / "sft"
+    shutil.copytree(source, folder)
+    config = json.loads((source / "config.json").read_text())
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
+    shape = {key: config[key] for key in keys} | {"num_key_value_heads": 4}
+    random = folder.with_name(f"{folder.name}-random")
+    save_random_model(random, tie_word_embeddings=True, **shape)
+    shutil.copy(random / "model.safetensors", folder / "model.safetensors")
     return folder
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import torch
-from conftest import run_recorded
+from conftest import run_recorded, save_dull_model
 
 import probe
+from probe.finished import run_faithfulness
 from probe.report import build_report
 from probe.run_folder import RunFolder
 from probe.sequences import TokenSequence
@@ -112,3 +113,21 @@ def test_weights_that_cannot_be_compared_do_not_stop_a_run(copy, tmp_path):
     assert "are not on this machine as safetensors" in said
     assert any("weights of sft-grpo" in line for line in report.missing)
     assert table(report, "Divergence")
+
+
+def test_what_was_left_out_is_not_measured(tmp_path):
+    """A pair without any question that both solve is no obstacle to the other pair."""
+    dull = str(save_dull_model(tmp_path / "dull"))
+    settings = {
+        "pairs.0.after": dull,
+        "faithfulness.edges": 3,
+        "faithfulness.sequences": 1,
+        "faithfulness.methods": '["eap"]',
+        "attribution.control": "none",
+    }
+    report, said = run(tmp_path / "run", settings)
+    assert {row["pair"] for row in table(report, "Divergence")} == {"sft-dpo"}
+    assert {found.model for found in report.faithfulness} == {"tiny-math--sft", "tiny-math--dpo"}
+    assert "dull: left out, as no question of it was chosen" in said
+    again = run_faithfulness(tmp_path / "run", edges=4)
+    assert {found.edges for found in again} == {4}

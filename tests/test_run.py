@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_recorded, save_random_model
+from conftest import run_recorded, save_dull_model
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -305,14 +305,7 @@ def test_a_model_against_itself_is_identical(tmp_path):
 
 
 def test_no_question_that_both_models_solve(tmp_path):
-    source = Path(probe.__file__).parent / "data" / "tiny-math" / "sft"
-    dull = tmp_path / "dull"
-    shutil.copytree(source, dull)
-    config = json.loads((source / "config.json").read_text())
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
-    shape = {key: config[key] for key in keys} | {"num_key_value_heads": 4}
-    random = save_random_model(tmp_path / "random", tie_word_embeddings=True, **shape)
-    shutil.copy(random / "model.safetensors", dull / "model.safetensors")
+    dull = save_dull_model(tmp_path / "dull")
     report, said = run(tmp_path / "run", {"pairs.0.after": str(dull)})
     reason = "no question that both models solve (before "
     assert f"left out: pair sft-grpo, benchmark tiny-math: {reason}" in said
