@@ -15,11 +15,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from probe.fitted import Fitted, open_table
 from probe.vocabulary import RESAMPLES
 
 TOP = 0.1
@@ -158,8 +157,8 @@ def compare_all(model: str, rows: Sequence[MeasuredEdge]) -> tuple[Agreement, ..
 
 
 def view(agreements: Sequence[Agreement]) -> RenderableType:
-    """Lay out agreements for a terminal of 80 columns or more, each interval below its value."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    """Lay out agreements for a terminal, each interval below its value."""
+    table = open_table()
     for title in TITLES[:2]:
         table.add_column(title, overflow="fold")
     for title in TITLES[2:]:
@@ -175,7 +174,7 @@ def view(agreements: Sequence[Agreement]) -> RenderableType:
             end_section=last,
         )
     heading = Text("Faithfulness: scores against the exact effects of the same edges", style="bold")
-    return Group(heading, table, Text(explanation(agreements), style="dim"))
+    return Group(heading, Text(""), Fitted(table, 2), Text(explanation(agreements), style="dim"))
 
 
 def explanation(agreements: Sequence[Agreement]) -> str:

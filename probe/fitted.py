@@ -3,12 +3,14 @@
 rich breaks words into columns of one letter where a terminal is narrow. Here every column keeps
 its width; only names in the first columns are folded, and no narrower than `NARROWEST`.
 
+    >>> table = open_table()
     >>> Console(width=60).print(Fitted(table, keys=2))
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich import box
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Column, Table
@@ -17,7 +19,12 @@ NARROWEST = 12
 """To how many characters a column of names may be folded."""
 
 GAP = 2
-"""Between two columns: the padding and the divider of `rich.box.SIMPLE_HEAD`."""
+"""Between two columns of an `open_table`: its padding, and the divider of its box."""
+
+
+def open_table() -> Table:
+    """An empty table as all of ours look: without a frame, with a line below the heading."""
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Fitted:
     """A table that a narrow terminal gets in parts."""
 
     table: Table
-    """The table, with `SIMPLE_HEAD` and a padding of one on the right."""
+    """The table, made by `open_table`."""
 
     keys: int
     """How many of the first columns say what a row is of; every part has them."""
@@ -57,8 +64,7 @@ class Fitted:
 
     def _part(self, places: Sequence[int], widths: Sequence[int]) -> Table:
         """A table of some columns."""
-        whole = self.table
-        part = Table(box=whole.box, padding=whole.padding, pad_edge=False, show_edge=False)
+        whole, part = self.table, open_table()
         for place in places:
             column = whole.columns[place]
             part.add_column(

@@ -29,6 +29,7 @@ from probe.checkpoints import (
     weight_files,
 )
 from probe.errors import ProbeError
+from probe.fitted import Fitted, open_table
 from probe.methods import method_named
 from probe.models import read_config, resolve_devices
 from probe.problems import BENCHMARKS, data_set_here, load_problems
@@ -258,7 +259,7 @@ def plan_view(plan: Plan) -> RenderableType:
     for need in plan.benchmarks:
         asked = "?" if need.questions is None else str(need.questions)
         work.add_row(need.name, need.source, "yes" if need.here else "no", asked)
-    parts: list[RenderableType] = [models, Text(""), work, Text("")]
+    parts: list[RenderableType] = [Fitted(models, 1), Text(""), Fitted(work, 2), Text("")]
     return Group(*parts, Text("\n".join([_work(recipe), *_needs(plan), _downloads(plan)])))
 
 
@@ -272,12 +273,15 @@ def recipes_view(plans: list[Plan]) -> RenderableType:
             for model in plan.models
             if not model.here and model.shape is not None
         ]
-        text = f"{missing[0]} models" if missing[0] else ""
+        models = f"{missing[0]} models" if missing[0] else ""
         if len(sizes) == missing[0] and sizes:
-            text += f", {_size(sum(size or 0 for size in sizes))}"
-        if missing[1]:
-            text += f"{'; ' if text else ''}{missing[1]} data sets"
-        table.add_row(plan.recipe.name, plan.recipe.description, text or "nothing: all is here")
+            models += f", {_size(sum(size or 0 for size in sizes))}"
+        lines = [models, f"{missing[1]} data sets" if missing[1] else ""]
+        text = "\n".join(filter(None, lines)) or "nothing: all is here"
+        table.add_row(plan.recipe.name, plan.recipe.description, text)
+    # Names are for typing, so what is long goes below itself in the middle.
+    for column in (table.columns[0], table.columns[-1]):
+        column.no_wrap = True
     return table
 
 
@@ -398,9 +402,7 @@ def _numbers(path: Path) -> int:
 
 
 def _table(*titles: str) -> Table:
-    from rich import box
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table = open_table()
     for title in titles:
         right = title.startswith(("parameters", "in ", "per ", "questions"))
         table.add_column(title, justify="right" if right else "left", overflow="fold")

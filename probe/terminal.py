@@ -9,14 +9,12 @@ where a terminal is narrower or names are long, a table goes on below itself.
 from collections.abc import Sequence
 from textwrap import wrap
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from probe import agreement
 from probe.cells import Cell
-from probe.fitted import Fitted
+from probe.fitted import Fitted, open_table
 from probe.layout import CELL_TITLES, cell_rows, extra_texts, numeric, shared_tables
 from probe.report import ExtraTable, Report
 from probe.wording import caveats, groups, heading, overview
@@ -44,7 +42,7 @@ def view(reports: Sequence[Report]) -> RenderableType:
 
 def table_view(extra: ExtraTable) -> RenderableType:
     """Lay out any table below its title, and its note below it."""
-    table = _table()
+    table = open_table()
     columns = list(zip(*extra_texts(extra), strict=True)) or [()] * len(extra.columns)
     for place, (title, right) in enumerate(zip(extra.columns, numeric(extra), strict=True)):
         if right:
@@ -68,7 +66,7 @@ def table_view(extra: ExtraTable) -> RenderableType:
 
 
 def _cells_view(report: Report, cells: Sequence[Cell]) -> Fitted:
-    table = _table()
+    table = open_table()
     columns = CELL_TITLES
     verdict = columns.index("paper")
     for place, title in enumerate(columns):
@@ -89,7 +87,3 @@ def _cells_view(report: Report, cells: Sequence[Cell]) -> Fitted:
                 *row, end_section=last and texts is rows[-1], style="dim" if faint else ""
             )
     return Fitted(table, columns.index("metric") + 1)
-
-
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
