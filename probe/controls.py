@@ -7,7 +7,7 @@ two of them exactly as the raw change compares `before` and `after`; so it has t
 intervals and p-values.
 
     >>> CONTROLS["sharpness"].compared
-    (('sharpness alone', 'before', 'before-sharp'),)
+    (('sharpness', 'before', 'before-sharp'),)
 """
 
 from collections.abc import Iterable, Sequence
@@ -72,7 +72,7 @@ CONTROLS: dict[str, Control] = {
         "what would being surer do by itself? the model before against itself, at the temperature "
         "that gives it the loss of the model after",
         (ControlSide("before-sharp", "before", "before", like="after"),),
-        (("sharpness alone", "before", "before-sharp"),),
+        (("sharpness", "before", "before-sharp"),),
     ),
     "loss-matched": Control(
         "what is left at equal loss? the surer model at the temperature that gives it the loss of "
@@ -81,7 +81,7 @@ CONTROLS: dict[str, Control] = {
             ControlSide("before-matched", "before", "before", like="after", only_if_surer=True),
             ControlSide("after-matched", "after", "after", like="before", only_if_surer=True),
         ),
-        (("at equal loss", "before-matched", "after-matched"),),
+        (("equal loss", "before-matched", "after-matched"),),
     ),
     "margin": Control(
         "and with a target that does not saturate? the answer's logit over the best other one",

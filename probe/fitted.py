@@ -42,7 +42,7 @@ class Fitted:
         columns = self.table.columns
         widths = [_width(column) for column in columns]
         if sum(widths) + GAP * (len(widths) - 1) <= options.max_width:
-            yield self.table
+            yield self._part(range(len(columns)), widths)
             return
         keys = list(range(min(self.keys, len(columns) - 1)))
         others = list(range(len(keys), len(columns)))
@@ -65,12 +65,14 @@ class Fitted:
     def _part(self, places: Sequence[int], widths: Sequence[int]) -> Table:
         """A table of some columns."""
         whole, part = self.table, open_table()
-        for place in places:
+        headers = [str(whole.columns[place].header) for place in places]
+        lines = max(header.count("\n") for header in headers)
+        for place, header in zip(places, headers, strict=True):
             column = whole.columns[place]
             part.add_column(
-                column.header,
+                # Headings stand at the bottom, and rows at the top.
+                "\n" * (lines - header.count("\n")) + header,
                 justify=column.justify,
-                vertical=column.vertical,
                 width=widths[place],
                 overflow="fold",
             )

@@ -46,7 +46,7 @@ def shared_tables(reports: Sequence[Report]) -> list[ExtraTable]:
     return tables
 
 
-CELL_TITLES = ("alpha", "metric", "before → after", "change %", "interval", "paper", "paper's %")
+CELL_TITLES = ("alpha", "metric", "before → after", "change %", "interval", "paper", "paper %")
 """The columns of a report's cells: our number, and the change of the paper's at the end."""
 
 

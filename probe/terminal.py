@@ -51,7 +51,7 @@ def table_view(extra: ExtraTable) -> RenderableType:
             width = max(map(len, (*columns[place], *title.split())))
             columns[place] = tuple(text.rjust(width) for text in columns[place])
             title = "\n".join(line.rjust(width) for line in wrap(title, width))
-        table.add_column(title, no_wrap=right, overflow="fold", vertical="bottom")
+        table.add_column(title, no_wrap=right, overflow="fold")
     for row in zip(*columns, strict=True):
         table.add_row(*map(Text, row))
     note = [Text(extra.note, style="dim")] if extra.note else []

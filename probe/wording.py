@@ -133,12 +133,12 @@ def _control_words(subject: str, cells: Sequence[Cell]) -> str:
     entropy = [c.change or 0 for c in cells if (c.metric, c.alpha) == ("token_entropy", longest)]
     sure = "less sure" if entropy and entropy[0] > 0 else "surer"
     words = f" At alpha {longest:g}, {subject} {_moves(raw)} intensity by {_size(raw)}."
-    if "sharpness alone" in found:
-        alone = found["sharpness alone"]
+    if "sharpness" in found:
+        alone = found["sharpness"]
         verb = "raise" if (alone.change or 0) > 0 else "lower"
         words += f" Being {sure} alone would {verb} it by {_size(alone)}."
-    if "at equal loss" in found:
-        equal = found["at equal loss"]
+    if "equal loss" in found:
+        equal = found["equal loss"]
         star = "" if equal.significant else ", no more than chance gives"
         words += (
             f" At equal loss the change is {percent(equal.change)} % "
@@ -262,7 +262,7 @@ def _cell_caveats(report: Report) -> list[str]:
     entries = "real edges only" if recipe.report.entries == "real" else "the dense matrix"
     lines = [
         "Change: of our number, question by question. paper: whether it moved as the paper reports "
-        f"for online RL. paper's %: the change of the paper's own number, over {entries}, for "
+        f"for online RL. paper %: the change of the paper's own number, over {entries}, for "
         "comparison with print; it has no statistics. Convention "
         f"{recipe.selection.convention!r}, {recipe.attribution.method}, granularity "
         f"{recipe.attribution.granularity}, {recipe.report.bins} bins, {recipe.compute.dtype}.",

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from dataclasses import replace
 
 import pytest
 from conftest import run_recorded
@@ -99,3 +100,12 @@ def test_a_run_of_long_names(long_run, width):
     assert intervals
     for interval in itertools.islice(intervals, 8):
         assert interval in text
+
+
+def test_the_cells_of_a_report_need_80_columns(long_run):
+    """With their controls, and intervals of twelve characters, which most have."""
+    cell = replace(long_run.cells[0], interval=(-0.999, -0.999))
+    control = replace(long_run.cells[0], control="equal loss", interval=(-0.999, -0.999))
+    text = shown(report_view([replace(long_run, cells=(cell, control), extras=())]), 80)
+    (heading,) = (line for line in text.splitlines() if line.startswith("alpha"))
+    assert " ".join(heading.split()).endswith("interval paper paper %")
