@@ -18,6 +18,7 @@ run = probe.open_run(parser.parse_args().run)
 where = ["benchmark", "pair", "alpha"]  # what tells one row of cells from another
 
 cells = run.cells.to_pandas()
+cells = cells[cells["control"] == ""]  # the change as it is; the rest are its controls
 cells["shown"] = [
     "-" if change is None else f"{100 * change:+.1f}{'*' if significant else ' '}"
     for change, significant in zip(cells["change"], cells["significant"], strict=True)

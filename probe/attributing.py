@@ -99,6 +99,12 @@ def attribute_with(
             model = model or setup.load(reference, device, kernels)
             try:
                 target = _target(recipe, model, side, folder, like)
+            except ProbeError as mistake:
+                # A control that cannot be had is no reason to lose the run; the report lacks it.
+                text = f"left out: {side.comparison}, {side.side}: {mistake}"
+                on_event(Event(len(side.sequences), text=text))
+                continue
+            try:
                 edges = _attribute(recipe, model, side, target, folder, key, on_event)
             except ProbeError as mistake:
                 raise ProbeError(f"{side.comparison}, {side.side}: {mistake}") from mistake

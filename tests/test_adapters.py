@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import probe
 from probe.fitting import check_weights
+from probe.models import read_config
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_a_whole_model_with_an_adapter_beside_it_is_the_whole_model(folder, tmp_
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(beside / file, folder / file)
     same_logits(probe.load_model(str(folder)), truth)
-    (remark,) = check_weights(str(folder))
+    (remark,) = remarks_of(str(folder))
     assert "is taken as it is, without the adapter" in remark
 
 
@@ -75,7 +76,7 @@ def test_an_adapter_with_its_bases_config_beside_it_is_an_adapter(tmp_path):
 )
 def test_adapters_that_fit_are_applied_and_named(tmp_path, settings, said):
     folder, adapted = lora(tmp_path / "a", **settings)
-    (remark,) = check_weights(str(folder))
+    (remark,) = remarks_of(str(folder))
     assert re.search(said, remark), remark
     same_logits(probe.load_model(str(folder)), adapted)
 
@@ -171,8 +172,13 @@ def test_an_adapter_with_more_tokens_than_its_base(tmp_path):
             if "lora_B" in name:
                 parameter.normal_(0, 0.04)
     adapted.save_pretrained(tmp_path / "a", save_embedding_layers=True)
-    (remark,) = check_weights(str(tmp_path / "a"))
+    (remark,) = remarks_of(str(tmp_path / "a"))
     assert "a resized vocabulary" in remark
     model = probe.load_model(str(tmp_path / "a"))
     same_logits(model, adapted)
     assert model.config.vocab_size == 20
+
+
+def remarks_of(reference):
+    """What a model's files leave out or apply."""
+    return check_weights(reference, read_config(reference))

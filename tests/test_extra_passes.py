@@ -21,6 +21,7 @@ SMALL = {
     "selection.samples": 5,
     "selection.alpha": "[0.1, 0.5]",
     "report.extra": '["token-kl", "residual", "weights"]',
+    "attribution.control": "none",
 }
 
 

@@ -92,6 +92,7 @@ def test_a_special_token_may_be_a_stop_string(tiny, prompts, monkeypatch, engine
     end = tiny.tokenizer.eos_token_id
     expected = answers(tiny, prompts, engine="static")
     monkeypatch.setitem(tiny.settings, "eos_token_id", [tiny.tokenizer.pad_token_id])
+    monkeypatch.setattr(tiny.tokenizer, "eos_token", tiny.tokenizer.pad_token)
     endless = answers(tiny, prompts, engine=engine)
     assert all(len(endless[place]) > len(expected[place]) for place in expected)
     stop = [tiny.tokenizer.convert_ids_to_tokens(end)]

@@ -5,7 +5,7 @@ import torch
 from conftest import run_recorded
 
 import probe
-from probe import attribution, models, solutions
+from probe import methods, models, solutions
 
 SMALL = {"solutions.questions": 8, "selection.samples": 2, "selection.alpha": "[0.5]"}
 SFT = "probe:tiny-math/sft"
@@ -16,7 +16,7 @@ def used(monkeypatch):
     """Four threads, as on a machine that nobody has set up, and how many were really used."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     found = {"solving": set(), "scoring": set()}
-    score, generate = attribution.edge_scores, solutions.generate
+    score, generate = methods.edge_scores, solutions.generate
 
     def watched_score(*arguments, **options):
         found["scoring"].add(torch.get_num_threads())
@@ -27,7 +27,7 @@ def used(monkeypatch):
             found["solving"].add(torch.get_num_threads())
             yield answers
 
-    monkeypatch.setattr(attribution, "edge_scores", watched_score)
+    monkeypatch.setattr(methods, "edge_scores", watched_score)
     monkeypatch.setattr(solutions, "generate", watched_generate)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
