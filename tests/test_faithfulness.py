@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -398,7 +399,8 @@ def test_the_table_fits_whatever_the_numbers(measured):
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
     assert "12340 %" in text
-    assert text.count("short") == 1
+    # Once in each part of the table: the first columns stand again where it goes on below.
+    assert text.count("short") == len(re.findall(r"^model +method", text, re.MULTILINE))
 
 
 # Mistakes
