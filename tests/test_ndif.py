@@ -21,8 +21,9 @@ pytestmark = pytest.mark.ndif
 SMALL = (
     *("--limit", 40, "--set", "solutions.batch_size=40"),
     *("--set", "selection.samples=4", "--set", "selection.alpha=[0.1]"),
-    *("--set", "attribution.batch_size=2"),
+    *("--set", "attribution.batch_size=2", "--set", "attribution.control=none"),
 )
+WHOLE = ("tiny-math", "--set", "selection.samples=100", "--set", "attribution.control=none")
 
 
 # The Python of an environment with ndif and ray, and that of one with this package as a wheel.
@@ -101,11 +102,11 @@ def test_before_anything_is_up(client, server):
 
 def test_the_whole_tiny_recipe_there_and_here(client, folders):
     begun = time.monotonic()
-    code, _, errors = client("recipe", "tiny-math", "--output", folders / "here")
+    code, _, errors = client("recipe", *WHOLE, "--output", folders / "here")
     assert code == 0, errors
     print(f"here: {time.monotonic() - begun:.1f} s")
     begun = time.monotonic()
-    code, _, errors = client("recipe", "tiny-math", "--output", folders / "there", "--remote", URL)
+    code, _, errors = client("recipe", *WHOLE, "--output", folders / "there", "--remote", URL)
     assert code == 0, errors
     print(f"there: {time.monotonic() - begun:.1f} s")
     assert "is not up yet; asking for it" in errors
