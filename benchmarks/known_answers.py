@@ -128,7 +128,7 @@ def same_answers(found: Found) -> bool:
 
 def at_equal_loss(found: Found, metric: str = "activation_intensity") -> bool:
     """Whether a control at equal loss takes the change away."""
-    cell = found.controls.get(("at equal loss", metric))
+    cell = found.controls.get(("equal loss", metric))
     return cell is not None and not cell.significant
 
 
