@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,8 @@ def main() -> None:
     # Libraries below have bars and notices of their own, which would tear ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Where in the code a warning comes from is of no use to who types commands.
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
 
 
 remote_option = click.option(

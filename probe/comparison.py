@@ -31,12 +31,12 @@ from probe.vocabulary import Grading
 def compare(
     before: str,
     after: str,
-    benchmarks: Sequence[str] = (),
+    benchmarks: str | Sequence[str] = (),
     *,
-    alpha: Sequence[float] = (),
+    alpha: float | Sequence[float] = (),
     prompt: str | None = None,
     grading: Grading | None = None,
-    benchmark_paths: Sequence[str] = (),
+    benchmark_paths: str | Sequence[str] = (),
     overrides: Mapping[str, str | int | float] | None = None,
     output: str | Path | None = None,
     save_recipe: str | Path | None = None,
@@ -48,9 +48,11 @@ def compare(
     Args:
         before: The model before: a folder, a hub id or a `probe:` name.
         after: The model after, likewise; a PEFT adapter stands for its base with it.
-        benchmarks: Names in `probe.problems.BENCHMARKS`, or files or folders with questions of
-            one's own; `gsm8k` if not given, and for models that ship what they were trained for.
-        alpha: Scored lengths, as shares of the reference length; the paper's four if none.
+        benchmarks: One or several names in `probe.problems.BENCHMARKS`, or files or folders with
+            questions of one's own; `gsm8k` if not given, and for models that ship what they were
+            trained for.
+        alpha: One or several scored lengths, as shares of the reference length; the paper's four
+            if none.
         prompt: `chat`, or a literal prompt with `{question}` in it. If not given, `chat`, and just
             the question where a tokenizer has no chat template.
         grading: How answers to all benchmarks are compared: `math` or `exact`; a file of one's own
@@ -87,12 +89,12 @@ def compare(
 def compare_recipe(
     before: str,
     after: str,
-    benchmarks: Sequence[str] = (),
+    benchmarks: str | Sequence[str] = (),
     *,
-    alpha: Sequence[float] = (),
+    alpha: float | Sequence[float] = (),
     prompt: str | None = None,
     grading: Grading | None = None,
-    benchmark_paths: Sequence[str] = (),
+    benchmark_paths: str | Sequence[str] = (),
     overrides: Mapping[str, str | int | float] | None = None,
     download: bool = False,
     say: Callable[[str], object] = warnings.warn,
@@ -105,6 +107,11 @@ def compare_recipe(
     Raises:
         ProbeError: A bad value.
     """
+    # One of anything is as good as a list of one; a text would be taken for its letters.
+    benchmarks, benchmark_paths = (
+        (given,) if isinstance(given, str) else given for given in (benchmarks, benchmark_paths)
+    )
+    alphas = [alpha] if isinstance(alpha, float | int) else list(alpha)
     name = "-vs-".join(map(_short, (before, after)))
     if prompt is None:
         plain = next(
@@ -125,7 +132,7 @@ def compare_recipe(
         "description": f"{before} compared with {after}",
         "pairs": [pair],
         "benchmarks": _choices(benchmarks, grading),
-        "selection": {"alpha": list(alpha)} if alpha else {},
+        "selection": {"alpha": alphas} if alphas else {},
     }
     recipe = recipe_from(table, f"{before} and {after}", overrides)
     return place_benchmarks(recipe, benchmark_paths)

@@ -84,7 +84,7 @@ class ModelFacts:
     """The folder of its adapter; empty where it is a whole model."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
     """What some models are, and in what they differ."""
 
@@ -96,6 +96,10 @@ class Diagnosis:
 
     refusal: str | None
     """Why the first two cannot be compared; None where they can, or there is one."""
+
+    def __repr__(self) -> str:
+        """Say it as `probe doctor` does."""
+        return "\n".join(diagnosis_lines(self))
 
     @property
     def sound(self) -> bool:

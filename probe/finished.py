@@ -28,7 +28,7 @@ def run_faithfulness(
     run: str | Path,
     *,
     edges: int | None = None,
-    methods: Sequence[str] | None = None,
+    methods: str | Sequence[str] | None = None,
     sequences: int | None = None,
     seed: int | None = None,
     batch_size: int | None = None,
@@ -42,7 +42,8 @@ def run_faithfulness(
         run: A run folder with solutions and selections; or a recipe, which is then run first.
         edges: How many edges per model; 400 where the recipe asks for none. This and the others:
             as the section `faithfulness` of the run's recipe has it, where not given.
-        methods: Names in `probe.methods.METHODS`; the first one's scores make the strata.
+        methods: One or several names in `probe.methods.METHODS`; the first one's scores make the
+            strata.
         sequences: How many sequences per model.
         seed: Seed of the draw.
         batch_size: How many edges run at once.
@@ -66,9 +67,10 @@ def run_faithfulness(
             recipe = read_recipe(run)
         except ProbeError as error:
             raise error if is_recipe else ProbeError(f"no run folder {run}, and {error}") from error
+    names = (methods,) if isinstance(methods, str) else methods or ()
     given = {
         "edges": (recipe.faithfulness.edges or EDGES) if edges is None else edges,
-        "methods": None if methods is None else list(dict.fromkeys(methods)),
+        "methods": None if methods is None else list(dict.fromkeys(names)),
         "sequences": sequences,
         "seed": seed,
         "batch_size": batch_size,

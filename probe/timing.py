@@ -76,10 +76,13 @@ class _Written(NamedTuple):
 
 
 def time_line(plan: Plan) -> str | None:
-    """What a dry run and a run say of the time that a recipe takes here; None if not measured."""
+    """What a dry run and a run say of the time that a recipe takes; None if it runs elsewhere."""
     found = measure(plan)
     if found is None:
-        return None
+        if plan.recipe.compute.remote or plan.missing_models:
+            return None
+        why = "until the questions are here" if plan.missing_data else "as a model is large"
+        return f"Time on this machine: not measured, {why}; a run's bars tell after some batches."
     parts = [f"solving about {duration(found.solving)}"]
     if found.scoring is not None:
         parts.append(f"scoring about {duration(found.scoring)}")

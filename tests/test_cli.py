@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,12 @@ def test_recipes_lists_what_is_here():
     assert "tiny-math" in output
     assert "GRPO" in output
     assert re.search("tiny-math .* nothing: all is here", output)
+
+
+def test_a_warning_is_its_text(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    call("doctor", "nobody/model")
+    assert warnings.formatwarning("5 steps", UserWarning, "file.py", 1) == "5 steps\n"
 
 
 def test_dry_run_does_nothing(tmp_path):

@@ -174,6 +174,15 @@ def test_questions_of_ones_own(tmp_path, monkeypatch):
     ]
 
 
+def test_one_of_anything_needs_no_list(tmp_path):
+    one = compare_recipe(SFT, GRPO, "tiny-math", alpha=0.5, prompt="{question}")
+    assert one == compare_recipe(SFT, GRPO, ["tiny-math"], alpha=[0.5], prompt="{question}")
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"question": "1+1=?", "answer": "2"}\n')
+    one = compare_recipe(SFT, GRPO, "gsm8k", benchmark_paths=f"{file}", prompt="{question}")
+    assert [(choice.name, choice.path) for choice in one.benchmarks] == [("gsm8k", str(file))]
+
+
 def test_the_prompt_follows_the_tokenizer(tmp_path):
     told = []
     shutil.copytree(DATA / "oracle" / "llama" / "model", tmp_path / "chat")

@@ -22,6 +22,7 @@ def folder(tmp_path):
 
 def test_two_models_that_ship():
     found = probe.doctor("probe:tiny-math/sft", "probe:tiny-math/grpo")
+    assert repr(found) == "\n".join(diagnosis_lines(found))  # what a notebook shows
     assert found.sound
     assert found.differences == ("weights",)
     first = found.models[0]
