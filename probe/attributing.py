@@ -27,7 +27,7 @@ from probe.run_folder import Damaged, RunFolder
 from probe.run_names import edges_key, temperature_file
 from probe.session import Run, Setup
 from probe.targets import Target
-from probe.temperature import matched_temperature
+from probe.temperature import NoTemperature, matched_temperature
 
 
 def attribute_all(run: Run, sides: Sequence[Side]) -> None:
@@ -99,8 +99,9 @@ def attribute_with(
             model = model or setup.load(reference, device, kernels)
             try:
                 target = _target(recipe, model, side, folder, like)
-            except ProbeError as mistake:
-                # A control that cannot be had is no reason to lose the run; the report lacks it.
+            except NoTemperature as mistake:
+                # No reason to lose the run. What an earlier one left there is of another loss.
+                file.unlink(missing_ok=True)
                 text = f"left out: {side.comparison}, {side.side}: {mistake}"
                 on_event(Event(len(side.sequences), text=text))
                 continue

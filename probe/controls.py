@@ -62,11 +62,6 @@ class Control(NamedTuple):
     """What it shows: a label, and the sides that stand for before and after."""
 
 
-_ON_OTHER = (
-    ControlSide("before-on-after", "before", "after"),
-    ControlSide("after-on-before", "after", "before"),
-)
-
 CONTROLS: dict[str, Control] = {
     "sharpness": Control(
         "what would being surer do by itself? the model before against itself, at the temperature "
@@ -93,7 +88,10 @@ CONTROLS: dict[str, Control] = {
     ),
     "cross-text": Control(
         "is it the model, or the text that it writes? both models on the same answers",
-        _ON_OTHER,
+        (
+            ControlSide("before-on-after", "before", "after"),
+            ControlSide("after-on-before", "after", "before"),
+        ),
         (
             ("on text before", "before", "after-on-before"),
             ("on text after", "before-on-after", "after"),

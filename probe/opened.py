@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from probe.cells import Accuracy, Cell
+from probe.controls import CONTROLS, control_sides
 from probe.edges import EdgeScores
 from probe.errors import ProbeError
 from probe.notebook import html_table, records_frame
@@ -26,8 +27,8 @@ from probe.run_names import model_names
 if TYPE_CHECKING:
     import pandas
 
-SIDES = ("before", "after", "before-on-after", "after-on-before")
-"""What the edges of a comparison may be of; the last two with the cross-text control."""
+SIDES = ("before", "after", *(side.name for side in control_sides(CONTROLS)))
+"""What the edges of a comparison may be of: both models as they are, and sides of controls."""
 
 Row = TypeVar("Row")
 

@@ -33,7 +33,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
 
 from probe.edges import EdgeScores, read_edges
 from probe.errors import ProbeError, reason
@@ -245,18 +244,6 @@ class RunFolder:
     def parts(self, path: Path) -> list[Path]:
         """The batches that wait for the rest of their file."""
         return sorted(path.parent.glob(f"{glob.escape(path.stem)}.part-*.safetensors"))
-
-    def sequence_ids(self, path: Path) -> list[str]:
-        """Which questions a file of edges holds, in order; of a part, their indices in its file.
-
-        Raises:
-            Damaged: The file does not say.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                return [str(name) for name in json.loads(file.metadata()["ids"])]
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise Damaged("damaged (its questions are not known)") from error
 
     def write_edges(self, path: Path, edges: EdgeScores, ids: Sequence[str], key: str) -> None:
         """Write scores, losses and entropies.

@@ -27,6 +27,10 @@ _POINTS = 65
 _ROUNDS = 4
 
 
+class NoTemperature(ProbeError):
+    """No temperature in `RANGE` gives a loss."""
+
+
 def mean_losses(
     model: Model | str | Path,
     sequences: Given,
@@ -87,7 +91,8 @@ def matched_temperature(
         The temperature, between 1 / 64 and 64.
 
     Raises:
-        ProbeError: No temperature in this range gives the loss.
+        NoTemperature: No temperature in this range gives the loss.
+        ProbeError: There are no sequences, or one cannot be read.
     """
     model = as_model(model)
     texts = as_sequences(model, sequences)
@@ -116,7 +121,7 @@ def matched_temperature(
         else:
             ends = [(low, high)]  # it may touch the loss between two points
     if not crossings:
-        raise ProbeError(
+        raise NoTemperature(
             f"no temperature from 1/{RANGE:g} to {RANGE:g} gives {model.reference} a mean loss of "
             f"{loss:.4g} on these sequences; the lowest is {lowest:.4g}"
         )

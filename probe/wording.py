@@ -101,7 +101,8 @@ def _sentence(
     moved = [cell for cell in known if cell.change and (cell.significant or not tested)]
     adverb = " significantly" if tested else ""
     if not moved:
-        return f"{start} changed none of {_cells(len(known))}{adverb}."
+        line = f"{start} changed none of {_cells(len(known))}{adverb}."
+        return f"{line}{_control_words(subject, cells)}"
     parts: list[str] = []
     for verb, sign in (("raised", 1), ("lowered", -1)):
         counts: list[str] = []
@@ -139,11 +140,9 @@ def _control_words(subject: str, cells: Sequence[Cell]) -> str:
         words += f" Being {sure} alone would {verb} it by {_size(alone)}."
     if "equal loss" in found:
         equal = found["equal loss"]
-        star = "" if equal.significant else ", no more than chance gives"
-        words += (
-            f" At equal loss the change is {percent(equal.change)} % "
-            f"[{interval(equal.interval)}]{star}."
-        )
+        ends = f" [{interval(equal.interval)}]" if equal.interval else ""
+        chance = ", which is not significant" if equal.significant is False else ""
+        words += f" At equal loss the change is {percent(equal.change)} %{ends}{chance}."
     return words
 
 

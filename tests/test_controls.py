@@ -1,4 +1,6 @@
 import math
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from probe.errors import ProbeError
 from probe.run_folder import RunFolder
 from probe.sequences import TokenSequence
 from probe.targets import Target
+from probe.wording import summary
 
 CELL = "sft-grpo.tiny-math.alpha-0.5"
 SOME = {
@@ -87,8 +90,6 @@ def test_a_side_is_what_the_api_gives(finished, edges):
 
 def test_the_controls_tell_a_sharpened_model_from_another_circuit(tmp_path):
     """The model after is the one before with its logits doubled: nothing else changed."""
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     sharp = tmp_path / "sharp"
@@ -129,3 +130,38 @@ def test_unknown_controls_are_refused():
         control_sides(["sharp"])
     with pytest.raises(ProbeError, match="attribution.control is 'sharp'"):
         probe.run_recipe("tiny-math", overrides={"attribution.control": "sharp"})
+
+
+def test_a_loss_that_cannot_be_had_leaves_a_control_out_and_nothing_else(finished, tmp_path):
+    """With tokens in another order, the model before is sure of none: it cannot be as sure."""
+    folder = RunFolder(shutil.copytree(finished, tmp_path / "copy"))
+    path = folder.solutions_file("tiny-math--sft", "tiny-math")
+    solutions, _ = folder.read_solutions(path)
+    turned = [replace(s, answer=[*s.answer[1:], s.answer[0]]) for s in solutions]
+    folder.write_solutions(path, turned)
+    report, said = run_recorded(SOME, folder.path)
+    assert f"left out: {CELL}, before-sharp: no temperature" in said
+    assert not folder.edges_file(CELL, "before-sharp").exists()  # that of the other answers is gone
+    assert any(line.startswith(f"sharpness of {CELL}") for line in report.missing)
+    assert any(cell.control == "equal loss" for cell in report.cells)
+
+
+def test_another_fault_while_looking_for_a_temperature_stops_the_run(tmp_path, monkeypatch):
+    def broken(*_):
+        raise ProbeError("the server is gone")
+
+    monkeypatch.setattr("probe.attributing.matched_temperature", broken)
+    with pytest.raises(ProbeError, match="the server is gone"):
+        run_recorded({**SOME, "solutions.questions": "30"}, tmp_path / "run")
+
+
+def test_nothing_is_said_of_chance_where_nothing_was_tested(finished):
+    report = probe.open_run(finished).report
+    assert "which is not significant" not in summary(untested(report))[0]
+    assert "At equal loss the change is" in summary(untested(report))[0]
+
+
+def untested(report):
+    """The report as if its recipe left statistics out."""
+    cells = tuple(replace(c, interval=None, p_value=None, significant=None) for c in report.cells)
+    return replace(report, cells=cells)
