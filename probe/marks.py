@@ -24,15 +24,16 @@ _THINKING = (
     "inner_monologue|internal_monologue|seed:think|longcat_think"
 )
 _THOUGHT = re.compile(
-    rf"<\|?(?P<end1>/?)(?P<kind1>{_THINKING})\|?>"
+    # None begins with two of these; a run of them is passed over quickly.
+    rf"(?!<<)(?:<\|?(?P<end1>/?)(?P<kind1>{_THINKING})\|?>"
     r"|<\|(?P<bound2>begin|end|start)_?(?:of_?)?(?P<kind2>think|thinking|thought|reasoning)\|>"
     r"|◁(?P<end3>/?)(?P<kind3>think|thinking)▷|\[(?P<end4>/?)(?P<kind4>THINK)\]"
-    r"|<\|channel\|>(?P<kind5>analysis|commentary|final)|<unused9(?P<kind6>[45])>",
+    r"|<\|channel\|>(?P<kind5>analysis|commentary|final)|<unused9(?P<kind6>[45])>)",
     re.IGNORECASE,
 )
 _SPECIAL = re.compile(
-    r"<(?:[|｜](?=[^<>]{0,20}[A-Za-z]{3})[\w▁ -]{3,40}[|｜]|/s|/?(?:eos|bos|pad|eot|eod|eop|unk)"
-    r"|(?:end|start)_of_(?:turn|text|utterance)|\|?turn\|?|_?end_?|/assistant|extra_id_\d)>"
+    r"<(?!<)(?:[|｜](?=[^<>]{0,20}[A-Za-z]{3})[\w▁ -]{3,40}[|｜]|/s"
+    r"|/?(?:eos|bos|pad|eot|eod|eop|unk)|(?:end|start)_of_(?:turn|text|utterance)|\|?turn\|?|_?end_?|/assistant|extra_id_\d)>"
     r"|\[(?:/?INST|EOS|BOS|PAD)\]",
     re.IGNORECASE,
 )
