@@ -33,10 +33,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import probe
-from probe.architectures import architecture_of
-from probe.kernels import fuse
-from probe.models import read_tokenizer
-from probe.parallel import OnEvent, on_each
+from probe.models import architecture_of, fuse, read_tokenizer
+from probe.run import OnEvent, on_each
 
 SHAPES: dict[str, dict[str, object]] = {
     "mistral-7b": {
@@ -280,7 +278,7 @@ def mixed(results: Results) -> None:
 
 def memory(results: Results) -> None:
     """Peak memory of one sequence of 4096 tokens, with and without recomputation."""
-    from probe.methods import make_batch
+    from probe.attribution import make_batch
     from probe.tracing import MemoryMode, edge_scores
 
     for kernels in ("eager", "liger"):

@@ -30,11 +30,20 @@ import torch
 from known_answers import CASES, make_model
 
 import probe
-from probe.accuracy import mcnemar, tango_interval
 from probe.metrics import METRICS, TOKEN_METRICS, Array, Entries, Form
 from probe.recipe import recipe_from
-from probe.run_folder import RunFolder
-from probe.statistics import SMALLEST, contributions, defined, flip_all, flips_for, holm, t_interval
+from probe.stats import (
+    SMALLEST,
+    contributions,
+    defined,
+    flip_all,
+    flips_for,
+    holm,
+    mcnemar,
+    t_interval,
+    tango_interval,
+)
+from probe.store import RunFolder
 
 SIZES = (20, 50, 100)
 FLIPS = 1999

@@ -30,11 +30,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, MistralConfig
 
-import probe.continuous
-import probe.flash
-from probe.architectures import architecture_of
-from probe.generation import generate
-from probe.models import Model
+import probe.solutions._continuous
+import probe.solutions._flash
+from probe.models import Model, architecture_of
+from probe.solutions import generate
 from probe.vocabulary import Engine
 
 SHAPE = {
@@ -89,7 +88,7 @@ def random_model(shape: dict[str, int | None], device: str, dtype: torch.dtype) 
 @contextmanager
 def settings(requests: int | None = None, flash: bool = True, **options: object) -> Iterator[None]:
     """Let the continuous engine have other settings for a while."""
-    usual, usable = probe.continuous.REQUESTS, probe.flash.usable
+    usual, usable = probe.solutions._continuous.REQUESTS, probe.solutions._flash.usable
     finish = ContinuousBatchingConfig.__post_init__
 
     def changed(config: ContinuousBatchingConfig) -> None:
@@ -97,14 +96,14 @@ def settings(requests: int | None = None, flash: bool = True, **options: object)
         for name, value in options.items():
             setattr(config, name, value)
 
-    probe.continuous.REQUESTS = requests or usual
+    probe.solutions._continuous.REQUESTS = requests or usual
     if not flash:
-        probe.flash.usable = lambda *given: False
+        probe.solutions._flash.usable = lambda *given: False
     ContinuousBatchingConfig.__post_init__ = changed
     try:
         yield
     finally:
-        probe.continuous.REQUESTS, probe.flash.usable = usual, usable
+        probe.solutions._continuous.REQUESTS, probe.solutions._flash.usable = usual, usable
         ContinuousBatchingConfig.__post_init__ = finish
 
 

@@ -16,8 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from probe.grading import Grader
-from probe.marks import extract_answer
+from probe.grading import Grader, extract_answer
 
 DATA = Path(__file__).parents[1] / "tests" / "data" / "grading.jsonl"
 

@@ -22,13 +22,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import probe
-from probe.cells import Accuracy, Cell
+from probe.attribution import EdgeScores
 from probe.checkpoints import PACKAGE_DATA
-from probe.edges import EdgeScores
-from probe.overlap import shares_of_edges
 from probe.recipe import recipe_from
 from probe.report import build_report
-from probe.run_folder import RunFolder
+from probe.stats import Accuracy, Cell, shares_of_edges
+from probe.store import RunFolder
 
 SFT = PACKAGE_DATA / "tiny-math" / "sft"
 LAYERS, HEADS, WIDTH = 4, 4, 40

@@ -12,14 +12,12 @@ from pathlib import Path
 import torch
 
 import probe
-from probe.choosing import cut
-from probe.edges import EdgeScores
+from probe.attribution import EdgeScores, TokenSequence
 from probe.metrics import METRICS, compute_metric
 from probe.recipe import Comparison
 from probe.report import Report
-from probe.run_folder import RunFolder
-from probe.run_names import first_names
-from probe.sequences import TokenSequence
+from probe.run import cut
+from probe.store import RunFolder, first_names
 
 VARIANTS: dict[str, dict[str, str | int | float]] = {
     "as the recipes do": {},

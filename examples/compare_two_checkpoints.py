@@ -9,11 +9,11 @@ Solve, select, attribute, compare. `probe.run_recipe` does the same, and keeps i
 import argparse
 
 import probe
-from probe.choosing import cut
 from probe.metrics import Entries
 from probe.problems import load_problems
+from probe.run import cut
 from probe.solutions import solve
-from probe.statistics import compare_sides
+from probe.stats import compare_sides
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("before", nargs="?", default="probe:tiny-math/sft")

@@ -14,79 +14,79 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from probe import metrics as metrics
-    from probe.architectures import ARCHITECTURES as ARCHITECTURES
-    from probe.architectures import Architecture as Architecture
+    from probe.attribution import METHODS as METHODS
+    from probe.attribution import Edge as Edge
+    from probe.attribution import EdgeScores as EdgeScores
+    from probe.attribution import Method as Method
+    from probe.attribution import TokenSequence as Sequence
+    from probe.attribution import TokenSequence as TokenSequence
     from probe.attribution import attribute as attribute
     from probe.attribution import exact_effects as exact_effects
-    from probe.comparison import compare as compare
-    from probe.diagnosis import doctor as doctor
-    from probe.edges import Edge as Edge
-    from probe.edges import EdgeScores as EdgeScores
+    from probe.attribution import matched_temperature as matched_temperature
     from probe.errors import ProbeError as ProbeError
-    from probe.extras import EXTRAS as EXTRAS
-    from probe.extras import Extra as Extra
-    from probe.finished import run_faithfulness as run_faithfulness
-    from probe.graph import Graph as Graph
     from probe.hosting import load_hosted as load_hosted
     from probe.hosting import open_host as open_host
-    from probe.methods import METHODS as METHODS
-    from probe.methods import Method as Method
     from probe.metrics import METRICS as METRICS
     from probe.metrics import Metric as Metric
+    from probe.models import ARCHITECTURES as ARCHITECTURES
+    from probe.models import Architecture as Architecture
+    from probe.models import Graph as Graph
     from probe.models import Model as Model
+    from probe.models import doctor as doctor
     from probe.models import load_model as load_model
-    from probe.opened import OpenRun as OpenRun
-    from probe.opened import open_run as open_run
     from probe.problems import BENCHMARKS as BENCHMARKS
     from probe.problems import Benchmark as Benchmark
     from probe.problems import Problem as Problem
+    from probe.report import EXTRAS as EXTRAS
+    from probe.report import Extra as Extra
+    from probe.report import OpenRun as OpenRun
+    from probe.report import open_run as open_run
+    from probe.run import compare as compare
+    from probe.run import run_faithfulness as run_faithfulness
     from probe.run import run_recipe as run_recipe
-    from probe.selection import Selection as Selection
-    from probe.selection import Solution as Solution
-    from probe.selection import select as select
-    from probe.sequences import TokenSequence as Sequence
-    from probe.sequences import TokenSequence as TokenSequence
-    from probe.targets import TARGETS as TARGETS
-    from probe.targets import Target as Target
-    from probe.temperature import matched_temperature as matched_temperature
+    from probe.solutions import Selection as Selection
+    from probe.solutions import Solution as Solution
+    from probe.solutions import select as select
+    from probe.tracing import TARGETS as TARGETS
+    from probe.tracing import Target as Target
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "ARCHITECTURES": "architectures",
-    "Architecture": "architectures",
-    "METHODS": "methods",
-    "Method": "methods",
+    "ARCHITECTURES": "models",
+    "Architecture": "models",
+    "METHODS": "attribution",
+    "Method": "attribution",
     "attribute": "attribution",
     "exact_effects": "attribution",
-    "compare": "comparison",
-    "Edge": "edges",
-    "EdgeScores": "edges",
+    "compare": "run",
+    "Edge": "attribution",
+    "EdgeScores": "attribution",
     "ProbeError": "errors",
-    "EXTRAS": "extras",
-    "Extra": "extras",
-    "run_faithfulness": "finished",
-    "Graph": "graph",
+    "EXTRAS": "report",
+    "Extra": "report",
+    "run_faithfulness": "run",
+    "Graph": "models",
     "load_hosted": "hosting",
     "open_host": "hosting",
     "METRICS": "metrics",
     "Metric": "metrics",
     "Model": "models",
-    "doctor": "diagnosis",
+    "doctor": "models",
     "load_model": "models",
-    "OpenRun": "opened",
-    "open_run": "opened",
+    "OpenRun": "report",
+    "open_run": "report",
     "BENCHMARKS": "problems",
     "Benchmark": "problems",
     "Problem": "problems",
     "run_recipe": "run",
-    "Selection": "selection",
-    "Solution": "selection",
-    "select": "selection",
-    "TARGETS": "targets",
-    "Target": "targets",
-    "TokenSequence": "sequences",
-    "matched_temperature": "temperature",
+    "Selection": "solutions",
+    "Solution": "solutions",
+    "select": "solutions",
+    "TARGETS": "tracing",
+    "Target": "tracing",
+    "TokenSequence": "attribution",
+    "matched_temperature": "attribution",
 }
 
 __all__ = [*_MODULES, "Sequence", "__version__", "metrics"]

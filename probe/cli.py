@@ -48,7 +48,7 @@ def _recipe_names(
 ) -> list[CompletionItem]:
     """What a shell offers for a recipe: names, and files where none fits."""
     del context, parameter
-    from probe.shipped import recipe_files
+    from probe.recipe import recipe_files
 
     names = [CompletionItem(name) for name in recipe_files() if name.startswith(incomplete)]
     return names or [CompletionItem(incomplete, type="file")]
@@ -144,10 +144,8 @@ def _run(chosen: "Recipe", output: "str | Path | None", fresh: bool, dry_run: bo
     if dry_run:
         from pathlib import Path
 
-        from probe.checks import check_here, check_output
         from probe.escaping import PlainConsole
-        from probe.plan import make_plan, plan_view
-        from probe.timing import time_line
+        from probe.run import check_here, check_output, make_plan, plan_view, time_line
 
         check_here(chosen)
         check_output(chosen, Path(output or f"runs/{chosen.name}"), fresh)
@@ -157,7 +155,7 @@ def _run(chosen: "Recipe", output: "str | Path | None", fresh: bool, dry_run: bo
         if line:
             PlainConsole().print(line)
         return
-    from probe.rendering import print_report
+    from probe.report import print_report
     from probe.run import run_recipe
 
     print_report(run_recipe(chosen, output, fresh=fresh))
@@ -260,8 +258,8 @@ def compare(
     """
     from pathlib import Path
 
-    from probe.comparison import compare_recipe, default_folder
     from probe.recipe import write_recipe
+    from probe.run import compare_recipe, default_folder
 
     chosen = compare_recipe(
         before,
@@ -290,9 +288,8 @@ def recipes() -> None:
       probe recipes
     """
     from probe.escaping import PlainConsole
-    from probe.plan import make_plan, recipes_view
-    from probe.recipe import read_recipe
-    from probe.shipped import recipe_files
+    from probe.recipe import read_recipe, recipe_files
+    from probe.run import make_plan, recipes_view
 
     plans = [make_plan(read_recipe(name)) for name in recipe_files()]
     PlainConsole().print(recipes_view(plans))
@@ -325,8 +322,8 @@ def faithfulness(
       probe faithfulness runs/tiny-math
       probe faithfulness runs/tiny-math --edges 1000 --methods eap,relp
     """
-    from probe.finished import run_faithfulness
-    from probe.rendering import print_faithfulness
+    from probe.report import print_faithfulness
+    from probe.run import run_faithfulness
 
     names = methods and [name.strip() for name in methods.split(",")]
     found = run_faithfulness(
@@ -355,9 +352,9 @@ def doctor(before: str, after: str | None) -> None:
       probe doctor ./my-grpo-checkpoint
       probe doctor Qwen/Qwen2.5-0.5B-Instruct ./my-grpo-checkpoint
     """
-    from probe.diagnosis import diagnosis_lines
-    from probe.diagnosis import doctor as examine
     from probe.escaping import PlainConsole
+    from probe.models import diagnosis_lines
+    from probe.models import doctor as examine
 
     found = examine(before, after)
     for line in diagnosis_lines(found):
@@ -380,8 +377,7 @@ def ndif(server: str) -> None:
       probe ndif http://localhost:8001
     """
     from probe.escaping import PlainConsole
-    from probe.hosting import open_host
-    from probe.server_view import server_view
+    from probe.hosting import open_host, server_view
 
     for part in server_view(open_host(server)):
         PlainConsole().print(part)
@@ -411,8 +407,7 @@ def report(runs: tuple[str, ...], style: str, output: str | None) -> None:
     """
     from pathlib import Path
 
-    from probe.rendering import print_report, write_report
-    from probe.report import build_report
+    from probe.report import build_report, print_report, write_report
 
     reports = [build_report(run) for run in runs]
     if output is None:
@@ -437,9 +432,8 @@ def plot(runs: tuple[str, ...], output: str | None) -> None:
     from pathlib import Path
 
     from probe.escaping import PlainConsole
-    from probe.figures import write_figures
-    from probe.report import build_report
-    from probe.session import progress_bar
+    from probe.report import build_report, write_figures
+    from probe.run import progress_bar
 
     if output is None and len(runs) > 1:
         raise ProbeError("figures of several runs need a place: give --output FOLDER")

@@ -4,7 +4,7 @@ Every metric has two numbers. The paper's is one number of all questions togethe
 16 say, over scores [sequence, source, target] and, as `mask`, the real edges. Without a mask it
 runs over the dense matrix, structural zeros included: that is the paper's convention, whose means
 run over n_o * n_i entries. Ours, its `Estimand`, is a number of each question, and does not depend
-on how many there are; `probe.statistics` compares it between two models.
+on how many there are; `probe.stats` compares it between two models.
 
     >>> activation_intensity(torch.tensor([[[1.0, -3.0], [0.0, 2.0]]]))
     1.5

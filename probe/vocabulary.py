@@ -15,10 +15,10 @@ Kernels = Literal["auto", "eager", "liger"]
 """Kernels of transformers (`eager`), fused ones (`liger`), or these where they run."""
 
 Engine = Literal["auto", "continuous", "static"]
-"""How batches of prompts are answered; see `probe.generation`."""
+"""How batches of prompts are answered; see `probe.solutions`."""
 
 Decoding = Literal["greedy", "model"]
-"""How tokens are chosen: greedily, or by the model's own settings; see `probe.decoding`."""
+"""How tokens are chosen: greedily, or by the model's own settings; see `probe.models`."""
 
 Grading = Literal["math", "exact"]
 """How answers are compared: by what they mean as mathematics, or as texts."""
@@ -27,7 +27,7 @@ Convention = Literal["code", "paper"]
 """Whose rules of selection: those of the published code, or of the paper's text."""
 
 Granularity = Literal["qkv", "block", "head"]
-"""How fine an attention is; see `probe.graph.Graph`."""
+"""How fine an attention is; see `probe.models.Graph`."""
 
 Ablation = Literal["zero", "mean"]
 """What removing an edge leaves of its source's output: nothing, or its mean."""

@@ -17,10 +17,10 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import probe
-from probe.edges import EdgeScores
-from probe.graph import Graph
+from probe.attribution import EdgeScores
+from probe.models import Graph
 from probe.recipe import read_recipe, recipe_table
-from probe.run_folder import RunFolder
+from probe.store import RunFolder
 
 DATA = Path(__file__).parent / "data"
 ORACLES = ("llama", "qwen2")

@@ -11,20 +11,22 @@ from conftest import save_random_model
 from rich.console import Console
 
 import probe
-from probe import architectures, methods, metrics, problems
-from probe.plan import make_plan
+from probe import metrics
+from probe.attribution import _methods as methods
+from probe.models import _architectures as architectures
+from probe.problems import _benchmarks as problems
 from probe.recipe import read_recipe
-from probe.rendering import FORMATS, render
-from probe.report import build_report
+from probe.report import FORMATS, build_report, render
+from probe.run import make_plan
 
 PAGE = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def add(monkeypatch, module, table):
     """Do what the section of this module says: its functions, and its row in a table."""
-    name = module.__name__.split(".")[-1]
+    path = module.__name__.replace(".", "/")
     section = re.split(r"^## ", PAGE, flags=re.MULTILINE)
-    (section,) = (part for part in section if f"`probe/{name}.py`" in part.splitlines()[0])
+    (section,) = (part for part in section if f"`{path}.py`" in part.splitlines()[0])
     *functions, row = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     namespace = dict(vars(module))
     for code in functions:
@@ -115,6 +117,6 @@ def test_an_architecture(monkeypatch, tmp_path):
 @pytest.mark.parametrize("table", ["TARGETS", "EXTRAS"])
 def test_the_tables_that_it_names(table):
     row = next(line for line in PAGE.splitlines() if f"`{table}`" in line)
-    modules = re.findall(r"`(probe/\w+\.py)`", row)
+    modules = re.findall(r"`(probe/\w+/\w+\.py)`", row)
     root = Path(probe.__file__).parent.parent
     assert re.search(rf"^{table}\b", (root / modules[-1]).read_text(), re.MULTILINE)

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from rich.table import Table
 
 from probe.escaping import PlainConsole, html, latex, markdown, one_line, printable
-from probe.rendering import FORMATS, print_report, render
-from probe.report import build_report
+from probe.report import FORMATS, build_report, print_report, render
 
 ATTACKS = (
     "\\input{/etc/passwd}",

@@ -8,11 +8,11 @@ import pytest
 from conftest import run_recorded
 from rich.console import Console
 
-from probe.agreement import Agreement, Estimate, view
-from probe.plan import make_plan, plan_view, recipes_view
 from probe.recipe import read_recipe, recipe_files
-from probe.rendering import render
-from probe.terminal import view as report_view
+from probe.report import render
+from probe.report import view as report_view
+from probe.run import make_plan, plan_view, recipes_view
+from probe.stats import Agreement, Estimate, view
 
 LONG = "Qwen2.5-0.5B-Instruct-after-my-own-grpo-checkpoint-1200"
 WIDTHS = (60, 80)

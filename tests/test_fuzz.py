@@ -14,13 +14,11 @@ from fuzzing import DEEP, SCALARS, TEXTS, VALUES, damaged, door, examples, mutat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probe.answer_files import read_given
 from probe.grading import extract_answer
-from probe.imported import match
 from probe.models import read_config, read_tokenizer
 from probe.problems import load_problems
-from probe.recipe import read_recipe, recipe_from
-from probe.shipped import recipe_files
+from probe.recipe import read_recipe, recipe_files, recipe_from
+from probe.solutions import match, read_given
 
 RECIPES = [tomllib.loads(Path(path).read_text()) for path in recipe_files().values()]
 PROBLEMS = [
@@ -141,7 +139,7 @@ def test_model_folders(model, draw):
 @examples()
 @given(value=VALUES | SCALARS, as_bytes=st.booleans())
 def test_words_of_a_server(value, as_bytes):
-    from probe.wire import failure, read_response, read_saved, refusal
+    from probe.remote import failure, read_response, read_saved, refusal
 
     text = json.dumps(value)
     data = text.encode("utf-8", "surrogatepass")

@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from probe import cells, report
-from probe.agreement import Agreement, Estimate, MeasuredEdge
 from probe.metrics import METRICS, TOKEN_METRICS
 from probe.recipe import read_recipe
-from probe.record import open_record
-from probe.rendering import FORMATS
-from probe.run_folder import FOLDERS, SCHEMA, RunFolder
-from probe.selection import Selection, Solution
-from probe.statistics import Influence
+from probe.report import FORMATS
+from probe.report import _report as report
+from probe.solutions import Selection, Solution
+from probe.stats import Agreement, Estimate, Influence, MeasuredEdge
+from probe.stats import _cells as cells
+from probe.store import FOLDERS, SCHEMA, RunFolder, open_record
 
 TEXT = (Path(__file__).parent.parent / "docs" / "output.md").read_text(encoding="utf-8")
 

@@ -45,9 +45,9 @@ probe.EXTRAS.register("empty", probe.Extra("Empty", "", ("value",), lambda case:
 USE = """
 import torch, probe
 from probe.problems import load_problems
-from probe.architectures import architecture_of
+from probe.models import architecture_of
 from probe.recipe import read_recipe
-from probe.extras import check_extras
+from probe.report import check_extras
 
 recipe = read_recipe("tiny-math", {"attribution.method": "half-eap", "report.extra": '["empty"]'})
 check_extras(recipe)

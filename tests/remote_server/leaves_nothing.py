@@ -6,9 +6,9 @@ import nnsight
 import torch
 
 import probe
-from probe.generation import generate
 from probe.hosting import load_hosted, open_host
-from probe.tracing import _turn
+from probe.solutions import generate
+from probe.tracing._contexts import _turn
 
 url, reference = sys.argv[1:3]
 model = load_hosted(reference, open_host(url))

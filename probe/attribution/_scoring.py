@@ -1,0 +1,359 @@
+"""Attribution: the score of every edge of the residual graph, for each sequence by itself.
+
+A sequence is a prompt and an answer. The model is fed the prompt and all but the last token of
+the answer, and every token of the answer is scored; cut the answer before, not here.
+
+    >>> model = probe.load_model("probe:tiny-math/sft")
+    >>> sequence = probe.TokenSequence(prompt=[5, 16, 4], answer=[5, 16, 4, 17])
+    >>> edges = probe.attribute(model, [sequence])
+    >>> edges.scores.shape
+    torch.Size([1, 9, 17])
+"""
+
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from probe.attribution._batching import Batching, BatchSize
+from probe.attribution._edges import Edge, EdgeScores, checked_edges
+from probe.attribution._methods import Method, Options, edge_effects, make_batch, method_named
+from probe.attribution._sequences import (
+    MAX_NEW_TOKENS,
+    Given,
+    TokenSequence,
+    as_sequences,
+    corrupted_beside,
+)
+from probe.errors import ProbeError, check_count
+from probe.models import GUIDE, Graph, Model, as_model
+from probe.tracing import (
+    LOSS,
+    EdgeBatch,
+    MemoryMode,
+    Target,
+    Value,
+    exact_dtype,
+    send_module,
+    source_sums,
+)
+from probe.vocabulary import Ablation, Granularity
+
+LARGEST_GAP = 0.05
+"""A share of what an integral should give that is more than a matter of a few points."""
+
+# A relative distance from what the model itself computes that is no rounding any more.
+_LARGEST_ERROR = {torch.bfloat16: 3e-2, torch.float16: 3e-2}
+
+
+def attribute(
+    model: Model | str | Path,
+    sequences: Given,
+    method: str = "eap",
+    granularity: Granularity = "qkv",
+    batch_size: BatchSize = "auto",
+    *,
+    ablation: Ablation = "zero",
+    ig_steps: int = 5,
+    target: Target | str | Value = LOSS,
+    corrupted: Given | None = None,
+    answer: str | Sequence[str] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    done: Collection[int] = (),
+    finished: Callable[[list[int], EdgeScores], None] | None = None,
+) -> EdgeScores:
+    """Score every edge of the residual graph, for each sequence.
+
+    Sequences of similar length run together; a sequence's scores do not depend on the others in
+    its batch, beyond rounding.
+
+    Args:
+        model: A model from `load_model`, or its reference.
+        sequences: What to attribute: a text, a pair (prompt, answer), a `TokenSequence`, or a list
+            of these. A text without an answer is answered by the model, greedily.
+        method: A name in `METHODS`.
+        granularity: `qkv`, an attention's query, key and value apart; `block`; or `head`.
+        batch_size: How many sequences (for `exact`: edges) run at once; `auto` for as many as make
+            it faster and fit into memory.
+        ablation: What is left of a removed output: `zero`, or its `mean` over all positions of
+            these sequences.
+        ig_steps: Points of the integral of `eap-ig`.
+        target: What is differentiated: a name in `probe.tracing.TARGETS`, a `Target`, or a function
+            of logits [token, vocabulary] and labels [token] that gives a value for each token.
+        corrupted: A text beside each sequence with a prompt as long as its own. A removed output
+            then leaves what its source writes there, position by position. The answer is that of
+            the sequence where it has none itself.
+        answer: The answer to a prompt that is given as text, or one for each of several.
+        max_new_tokens: The longest answer that the model writes itself.
+        done: Indices of sequences that are left out; their scores stay 0.
+        finished: Called with the indices of each batch's sequences and their edges, while the
+            next batch is running.
+
+    Raises:
+        ProbeError: An unknown method, granularity or ablation, an empty prompt or answer, a token
+            that the model does not have, a score that is not finite (the message names the
+            sequence), sources that do not sum to the residual stream, corrupted texts of another
+            length, or a target without a slope.
+    """
+    way, target = method_named(method), Target.of(target)
+    check_count("ig_steps", ig_steps)
+    model = as_model(model)
+    _check_kernels(model, method, way)
+    graph = model.graph(granularity)
+    sequences = as_sequences(model, sequences, answer, max_new_tokens)
+    texts = _corrupted(model, corrupted, sequences, ablation)
+    _check_target(model, target, sequences, way, ig_steps)
+    steps = way.steps(ig_steps)
+    names = [sequence.id for sequence in sequences]
+    found = _Collected(model, graph, names, finished, integrated=steps > 1)
+    baseline = ablation_means(model, sequences, graph, ablation, batch_size)
+    rows = steps + (steps > 1 or texts is not None)
+    batching = Batching(model, graph, batch_size if way.passes else 1, rows, way.may_recompute)
+
+    def score(indices: list[int], memory: MemoryMode) -> EdgeBatch:
+        references = target.references(indices)
+        beside = None if texts is None else [texts[i] for i in indices]
+        options = Options(ig_steps, baseline, batch_size, memory, target, references, beside)
+        return way.score(model, [sequences[i] for i in indices], graph, options)
+
+    # A batch is fetched once the next one is on its way, so that a GPU never waits for Python.
+    last: tuple[list[int], EdgeBatch] | None = None
+    for indices, batch in batching.run([s.length for s in sequences], score, done):
+        if last:
+            found.add(*last)
+        last = indices, batch
+    if last:
+        found.add(*last)
+    found.warn(method, ig_steps)
+    return found.edges
+
+
+class _Collected:
+    """The edges of all sequences, as batches come."""
+
+    def __init__(
+        self,
+        model: Model,
+        graph: Graph,
+        names: list[str],
+        finished: Callable[[list[int], EdgeScores], None] | None,
+        integrated: bool,
+    ) -> None:
+        """Make room for the named sequences."""
+        self.model, self.names, self.finished = model, names, finished
+        dtype, count = exact_dtype(model), len(names)
+        scores = torch.zeros(count, *graph.mask.shape, dtype=dtype)
+        losses, entropies, values, gaps = torch.zeros(4, count, dtype=dtype)
+        self.edges = EdgeScores(
+            scores,
+            losses,
+            entropies,
+            graph,
+            0.0,
+            tuple(names),
+            values,
+            gaps if integrated else None,
+        )
+
+    def add(self, indices: list[int], batch: EdgeBatch) -> None:
+        """Check a batch and keep it.
+
+        Raises:
+            ProbeError: A score is not finite, or the sources do not sum to the stream.
+        """
+        part = EdgeScores(
+            batch.scores.cpu(),
+            batch.losses.cpu(),
+            batch.entropies.cpu(),
+            self.edges.graph,
+            float(batch.residual_error),
+            tuple(self.names[index] for index in indices),
+            batch.values.cpu(),
+            None if self.edges.gaps is None else _gaps(batch).cpu(),
+        )
+        finite = part.scores.isfinite().all(2).all(1) & part.losses.isfinite()
+        finite &= part.values.isfinite()
+        if not finite.all():
+            name = self.names[indices[int((~finite).nonzero()[0])]]
+            raise ProbeError(
+                f"sequence {name}: its loss or a score is NaN or infinite in "
+                f"{self.model.reference}; try another dtype (bfloat16 or float32 instead of "
+                "float16), or check the weights"
+            )
+        _check_sums(self.model, batch)
+        self.edges.scores[indices] = part.scores
+        self.edges.losses[indices] = part.losses
+        self.edges.entropies[indices] = part.entropies
+        self.edges.values[indices] = part.values
+        if self.edges.gaps is not None and part.gaps is not None:
+            self.edges.gaps[indices] = part.gaps
+        worst = max(self.edges.residual_error, part.residual_error)
+        self.edges = replace(self.edges, residual_error=worst)
+        if self.finished:
+            self.finished(indices, part)
+
+    def warn(self, method: str, ig_steps: int) -> None:
+        """Say so where an integral is far from what it should be."""
+        gap = self.edges.completeness_gap
+        if gap > LARGEST_GAP:
+            warnings.warn(
+                f"{method}: {ig_steps} steps miss {gap:.0%} of what the integral should give; "
+                "take more ig_steps, or ablation mean, whose way is shorter",
+                stacklevel=3,
+            )
+
+
+def _gaps(batch: EdgeBatch) -> torch.Tensor:
+    """What the edges out of the input give more than the target's difference: [sequence]."""
+    return batch.scores[:, 0].sum(1) - (batch.ablated_values - batch.values)
+
+
+def _corrupted(
+    model: Model, given: Given | None, sequences: Sequence[TokenSequence], ablation: Ablation
+) -> list[TokenSequence] | None:
+    """The corrupted texts, checked."""
+    if given is None:
+        return None
+    if ablation != "zero":
+        raise ProbeError(f"give corrupted texts or ablation {ablation}, not both")
+    return corrupted_beside(model, given, sequences)
+
+
+def _check_kernels(model: Model, name: str, way: Method) -> None:
+    """Check that a method runs with a model's kernels."""
+    if model.kernels not in way.kernels:
+        raise ProbeError(
+            f"{name} needs what fused kernels leave out; load the model with "
+            f"{' or '.join(way.kernels)} ones"
+        )
+
+
+def _check_target(
+    model: Model, target: Target, sequences: Sequence[TokenSequence], way: Method, ig_steps: int
+) -> None:
+    """Check that a target fits the sequences, and that a method can take it."""
+    if target.what == "kl" and target.reference is None and way.passes and way.steps(ig_steps) == 1:
+        raise ProbeError(
+            "kl to what the model itself says has no slope there; give a reference, or use a "
+            "method that integrates or removes edges (eap-ig, exact)"
+        )
+    if target.reference is not None:
+        shapes = [tuple(part.shape) for part in target.reference]
+        wanted = [(len(s.answer), int(model.config.vocab_size)) for s in sequences]
+        if shapes != wanted:
+            raise ProbeError(
+                "a reference needs log probabilities [answer token, vocabulary] for each sequence: "
+                f"{wanted[:3]}..., not {shapes[:3]}..."
+            )
+    if model.deployment is not None and not isinstance(target.what, str):
+        send_module(target.what.__module__)
+
+
+def exact_effects(
+    model: Model | str | Path,
+    sequences: Given,
+    edges: Sequence[Edge],
+    granularity: Granularity = "qkv",
+    batch_size: BatchSize = "auto",
+    progress: Callable[[int], None] | None = None,
+    ablation: Ablation = "zero",
+    baseline: torch.Tensor | None = None,
+    target: Target | str | Value = LOSS,
+    corrupted: Given | None = None,
+) -> torch.Tensor:
+    """Remove each of some edges and run the model again (paper, Eq. 8).
+
+    Args:
+        model: A model from `load_model`, or its reference.
+        sequences: The sequences that the edges speak of, as `attribute` takes them.
+        edges: Which edges, in any order.
+        granularity: That of the edges.
+        batch_size: How many edges run at once, or `auto`.
+        progress: Called after each batch with the number of edges in it.
+        ablation: What is left of a removed output, `zero` or `mean`.
+        baseline: That of these sequences, where `ablation_means` has given it already.
+        target: L, as `attribute` takes it.
+        corrupted: As `attribute` takes it.
+
+    Returns:
+        float32 [edge] (float64 for a float64 model): L(without the edge) - L, in nats or in what
+        the target is in.
+
+    Raises:
+        ProbeError: As `attribute`, or an edge that the graph does not have.
+    """
+    model = as_model(model)
+    graph = model.graph(granularity)
+    model = as_model(model)
+    graph = model.graph(granularity)
+    sequences = as_sequences(model, sequences)
+    edges, target = checked_edges(edges, graph, len(sequences)), Target.of(target)
+    texts = _corrupted(model, corrupted, sequences, ablation)
+    _check_target(model, target, sequences, method_named("exact"), 1)
+    if baseline is None:
+        baseline = ablation_means(model, sequences, graph, ablation, batch_size)
+    index = {edge: number for number, edge in enumerate(dict.fromkeys(edges))}
+    effects = torch.zeros(len(index), dtype=exact_dtype(model))
+    options = Options(
+        baseline=baseline,
+        batch_size=batch_size,
+        target=target,
+        references=target.reference,
+        corrupted=texts,
+    )
+    for part, values in edge_effects(model, sequences, list(index), graph, options):
+        for edge, value in zip(part, values, strict=True):
+            if not value.isfinite():
+                raise ProbeError(
+                    f"sequence {sequences[edge.sequence].id}: the loss is NaN or infinite"
+                )
+            effects[index[edge]] = value
+        if progress:
+            progress(len(part))
+    return effects[[index[edge] for edge in edges]]
+
+
+def ablation_means(
+    model: Model,
+    sequences: Sequence[TokenSequence],
+    graph: Graph,
+    ablation: Ablation,
+    batch_size: BatchSize,
+) -> torch.Tensor | None:
+    """What an ablation leaves of each source: its mean over all positions of some sequences.
+
+    Returns:
+        [source, d_model], or None for nothing.
+
+    Raises:
+        ProbeError: An unknown ablation.
+    """
+    if ablation not in get_args(Ablation):
+        raise ProbeError(f"ablation {ablation!r} is not known; use zero or mean")
+    if ablation == "zero" or not sequences:
+        return None
+
+    def sums(indices: list[int], memory: MemoryMode) -> torch.Tensor:
+        return source_sums(model, make_batch([sequences[i] for i in indices]), graph)
+
+    lengths = [sequence.length for sequence in sequences]
+    parts = Batching(model, graph, batch_size, recompute=False).run(lengths, sums)
+    return torch.stack([part for _, part in parts]).sum(0) / sum(lengths)
+
+
+def _check_sums(model: Model, batch: EdgeBatch) -> None:
+    """Refuse a model whose row of the architecture table does not describe it."""
+    largest = _LARGEST_ERROR.get(model.dtype, 1e-3)
+    for error, what in (
+        (float(batch.residual_error), "the sources do not sum to the residual stream"),
+        (float(batch.logits_error), "the logits are not the model's own"),
+    ):
+        if not error <= largest:
+            raise ProbeError(
+                f"{model.reference}: {what} (relative error {error:.1e}; rounding is at most "
+                f"{largest:g}): the row {model.config.model_type!r} of the architecture table is "
+                f"wrong for this checkpoint; see {GUIDE}"
+            )

@@ -1,0 +1,129 @@
+"""Temperature: how much surer or less sure a model would have to be for a given loss.
+
+Dividing logits by a temperature changes how sure a model is and nothing else: not which token it
+finds likeliest, nor what goes on inside.
+
+    >>> temperature = matched_temperature(model, sequences, loss=0.5)
+    >>> edges = probe.attribute(model, sequences, target=Target("loss", temperature))
+"""
+
+from collections.abc import Sequence
+from math import log
+from pathlib import Path
+
+import torch
+
+from probe.attribution._batching import Batching, BatchSize
+from probe.attribution._methods import make_batch
+from probe.attribution._sequences import Given, as_sequences
+from probe.errors import ProbeError
+from probe.models import Model, as_model
+from probe.tracing import MemoryMode, temperature_losses
+
+RANGE = 64.0
+"""Temperatures are looked for from 1 / 64 to 64."""
+
+_POINTS = 65
+_ROUNDS = 4
+
+
+class NoTemperature(ProbeError):
+    """No temperature in `RANGE` gives a loss."""
+
+
+def mean_losses(
+    model: Model | str | Path,
+    sequences: Given,
+    temperatures: Sequence[float],
+    batch_size: BatchSize = "auto",
+) -> torch.Tensor:
+    """The loss of each sequence with logits divided by each of some temperatures.
+
+    One forward pass.
+
+    Args:
+        model: A model from `load_model`, or its reference.
+        sequences: Prompts with their answers, as `probe.attribute` takes them.
+        temperatures: The temperatures.
+        batch_size: How many sequences run at once.
+
+    Returns:
+        float64 [temperature, sequence], in nats: `EdgeScores.losses`, at temperature 1.
+
+    Raises:
+        ProbeError: A temperature that is not positive, or a sequence that cannot be read.
+    """
+    model = as_model(model)
+    texts = as_sequences(model, sequences)
+    grid = torch.tensor(list(temperatures), dtype=torch.float64)
+    if not ((grid > 0) & grid.isfinite()).all():
+        raise ProbeError(f"temperatures are {[*temperatures]}; they must be above 0")
+    losses = torch.zeros(len(grid), len(texts), dtype=torch.float64)
+
+    def score(indices: list[int], memory: MemoryMode) -> torch.Tensor:
+        return temperature_losses(model, make_batch([texts[i] for i in indices]), grid)
+
+    batching = Batching(model, model.graph("block"), batch_size, recompute=False)
+    for indices, found in batching.run([text.length for text in texts], score):
+        losses[:, indices] = found
+    return losses
+
+
+def matched_temperature(
+    model: Model | str | Path,
+    sequences: Given,
+    loss: float,
+    batch_size: BatchSize = "auto",
+) -> float:
+    """The temperature at which the mean loss of some sequences is a given one.
+
+    The loss is convex in 1 / temperature: it falls to its minimum, where the model is as sure as
+    it should be on these sequences, and rises again. So up to two temperatures give one loss; the
+    one that is nearer to 1, as a factor, is meant. A few forward passes close in on it.
+
+    Args:
+        model: A model from `load_model`, or its reference.
+        sequences: Prompts with their answers, as `probe.attribute` takes them.
+        loss: The mean over sequences that is wanted, in nats.
+        batch_size: How many sequences run at once.
+
+    Returns:
+        The temperature, between 1 / 64 and 64.
+
+    Raises:
+        NoTemperature: No temperature in this range gives the loss.
+        ProbeError: There are no sequences, or one cannot be read.
+    """
+    model = as_model(model)
+    texts = as_sequences(model, sequences)
+    if not texts:
+        raise ProbeError("there are no sequences, so no temperature can be found")
+    ends = [(-log(RANGE), log(RANGE))]
+    for _ in range(_ROUNDS):
+        crossings: list[tuple[float, float]] = []
+        lowest, low, high = float("inf"), 0.0, 0.0
+        for begin, end in ends:
+            logs = torch.linspace(begin, end, _POINTS, dtype=torch.float64)
+            means = mean_losses(model, texts, logs.exp().tolist(), batch_size).mean(1)
+            over = (means - loss).tolist()
+            places = logs.tolist()
+            crossings += [
+                (places[i], places[i + 1])
+                for i in range(_POINTS - 1)
+                if over[i] == 0 or over[i] * over[i + 1] < 0
+            ]
+            best = int(means.argmin())
+            if float(means[best]) < lowest:
+                lowest = float(means[best])
+                low, high = places[max(0, best - 1)], places[min(_POINTS - 1, best + 1)]
+        if crossings:
+            ends = [min(crossings, key=lambda pair: abs(pair[0] + pair[1]))]
+        else:
+            ends = [(low, high)]  # it may touch the loss between two points
+    if not crossings:
+        raise NoTemperature(
+            f"no temperature from 1/{RANGE:g} to {RANGE:g} gives {model.reference} a mean loss of "
+            f"{loss:.4g} on these sequences; the lowest is {lowest:.4g}"
+        )
+    ((begin, end),) = ends
+    return float(torch.tensor((begin + end) / 2, dtype=torch.float64).exp())

@@ -1,0 +1,5 @@
+"""Checkpoints: what a reference names, where its files are, and what is in them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,10 @@
+from ._equality import LONGEST as LONGEST
+from ._equality import same_answer as same_answer
+from ._equality import same_number as same_number
+from ._grading import MEMORY as MEMORY
+from ._grading import Grader as Grader
+from ._marks import exact_answer as exact_answer
+from ._marks import extract_answer as extract_answer
+from ._marks import last_boxed as last_boxed
+from ._notation import tidy as tidy
+from ._slack import within_slack as within_slack

@@ -1,0 +1,165 @@
+"""The residual graph: which sub-module can write to which, and in what order.
+
+Every sub-module reads the sum of what was written to the residual stream before it, so an edge
+runs from each source to each later target (paper, Eq. 5-7). Scores are kept as one dense matrix
+[source, target]: the paper's metrics are means over that whole matrix, entries that are no
+edge included, and `Graph.mask` says which entries are.
+
+    >>> graph = Graph.build(n_layers=1, granularity="qkv")
+    >>> graph.sources
+    ('input', 'a0', 'm0')
+    >>> graph.targets
+    ('a0.q', 'a0.k', 'a0.v', 'm0', 'logits')
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+from probe.errors import ProbeError
+from probe.models._architectures import Heads
+from probe.vocabulary import Granularity
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The nodes of a decoder's residual graph."""
+
+    n_layers: int
+    """Number of decoder layers."""
+
+    granularity: Granularity
+    """`qkv`: query, key and value of an attention are three targets (the published code).
+    `block`: an attention is one target (the paper's text), its score the sum of the three.
+    `head`: each head is a source, and each head's query, key and value a target."""
+
+    sources: tuple[str, ...]
+    """What writes to the residual stream, in order: input, a0, m0, a1, m1, ...; with `head`
+    input, a0.h0, a0.h1, ..., m0, ..., and a0.bias where the heads' outputs get one added."""
+
+    targets: tuple[str, ...]
+    """What reads from it, in order, ending with logits; with `head` a0.q.h0, ..., a0.v.h1, m0."""
+
+    parallel: bool = False
+    """Whether a layer's FFN reads the same as its attention, and not the attention too."""
+
+    @classmethod
+    def build(
+        cls,
+        n_layers: int,
+        granularity: Granularity,
+        heads: Heads | None = None,
+        bias: bool = False,
+        parallel: bool = False,
+    ) -> "Graph":
+        """Lay out the graph of a model; `Model.graph` does it for a loaded one.
+
+        Args:
+            n_layers: Number of decoder layers.
+            granularity: How fine an attention is.
+            heads: Its heads; needed for `head`.
+            bias: Whether its output has a bias, which belongs to no head.
+            parallel: Whether attention and FFN of a layer read the same.
+
+        Raises:
+            ProbeError: The granularity is not known.
+        """
+        if granularity not in get_args(Granularity):
+            known = ", ".join(get_args(Granularity))
+            raise ProbeError(f"granularity {granularity!r} is not known; choose one of: {known}")
+        sources = ["input"]
+        targets = []
+        for layer in range(n_layers):
+            attention = f"a{layer}"
+            if granularity == "head":
+                if heads is None:
+                    raise ProbeError("granularity 'head' needs the number of heads")
+                sources += [f"{attention}.h{head}" for head in range(heads.query)]
+                sources += [f"{attention}.bias"] if bias else []
+                counts = (heads.query, heads.key_value, heads.key_value)
+                for branch, count in zip("qkv", counts, strict=True):
+                    targets += [f"{attention}.{branch}.h{head}" for head in range(count)]
+            else:
+                sources.append(attention)
+                split = granularity == "qkv"
+                targets += [f"{attention}.{branch}" for branch in "qkv"] if split else [attention]
+            sources.append(f"m{layer}")
+            targets.append(f"m{layer}")
+        return cls(n_layers, granularity, tuple(sources), (*targets, "logits"), parallel)
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """Where the matrix holds an edge: bool [source, target], source before target."""
+        written = torch.tensor([Node.parse(name).time for name in self.sources])
+        read = torch.tensor([self._read_time(Node.parse(name)) for name in self.targets])
+        return written[:, None] < read[None, :]
+
+    def layer(self, name: str) -> int:
+        """A node's layer; the input counts as -1, the logits as the one behind the last."""
+        node = Node.parse(name)
+        return self.n_layers if node.kind == "logits" else node.layer
+
+    def _read_time(self, target: "Node") -> int:
+        if target.kind == "logits":
+            return 2 * self.n_layers + 1
+        # A branch reads what was written before its own block; in parallel, before its layer.
+        return target.time - (self.parallel and target.kind == "ffn")
+
+
+class Node(NamedTuple):
+    """A source or target, by the parts of its name: the one place that reads them."""
+
+    kind: Literal["input", "attention", "ffn", "logits"]
+    """What it is, or is a part of."""
+
+    layer: int = -1
+    """The layer that it is in; -1 for the two ends."""
+
+    branch: str = ""
+    """`q`, `k` or `v` of an attention; empty for all of them."""
+
+    part: str = ""
+    """`h0` for a head, `bias` for what is added behind all heads; empty for all of it."""
+
+    @classmethod
+    def parse(cls, name: str) -> "Node":
+        """Read a name: `input`, `a3`, `a3.q`, `a3.q.h0`, `a3.h0`, `a3.bias`, `m3`, `logits`.
+
+        Raises:
+            ProbeError: It is no name of a node.
+        """
+        found = _NODE.fullmatch(name)
+        if found is None:
+            raise ProbeError(f"{name!r} is no node; nodes are input, a0, a0.q, a0.h1, m0, logits")
+        if found["end"]:
+            return cls("input" if name == "input" else "logits")
+        if found["ffn"]:
+            return cls("ffn", int(found["ffn"]))
+        return cls("attention", int(found["layer"]), found["branch"] or "", found["part"] or "")
+
+    @property
+    def block(self) -> str:
+        """The name of the whole that it is a part of: `a3` of `a3.q.h0`."""
+        if self.layer < 0:
+            return self.kind
+        return f"{'a' if self.kind == 'attention' else 'm'}{self.layer}"
+
+    @property
+    def of_heads(self) -> str:
+        """Its name without the head: `a3.q` of `a3.q.h0`, `a3` of `a3.h0` and of `a3.bias`."""
+        return f"{self.block}.{self.branch}" if self.branch else self.block
+
+    @property
+    def time(self) -> int:
+        """When its block writes: input, a0, m0, a1, ... are 0, 1, 2, 3, ..."""
+        return 0 if self.kind == "input" else 2 * self.layer + (2 if self.kind == "ffn" else 1)
+
+
+_NODE = re.compile(
+    r"(?P<end>input|logits)"
+    r"|a(?P<layer>\d+)(\.(?P<branch>[qkv]))?(\.(?P<part>h\d+|bias))?"
+    r"|m(?P<ffn>\d+)"
+)

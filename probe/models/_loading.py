@@ -1,0 +1,393 @@
+"""Loading a model: its weights, its tokenizer and its row of the architecture table.
+
+A reference names a model as `probe.checkpoints` says. Parameters are frozen on loading: attribution
+needs gradients of activations only, and unfrozen weights would cost a third more work and far more
+memory.
+
+    >>> model = load_model("probe:tiny-math/sft")
+    >>> model.n_layers, model.d_model
+    (4, 160)
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from probe.checkpoints import fetch_checkpoint
+from probe.errors import ProbeError, reason
+from probe.models._architectures import Architecture, Heads, architecture_of
+from probe.models._graph import Graph
+from probe.vocabulary import DType, Granularity
+
+if TYPE_CHECKING:
+    import torch
+    from nnsight.modeling.transformers import TransformersModel
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from probe.remote import Deployment
+    from probe.vocabulary import Kernels
+
+
+@dataclass(frozen=True)
+class Model:
+    """A causal language model, ready to generate and to be traced."""
+
+    reference: str
+    """The folder, hub id or `probe:` name it was loaded from."""
+
+    network: "TransformersModel"
+    """The nnsight model; `network._module` is the transformers module itself."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    """Its tokenizer."""
+
+    config: "PretrainedConfig"
+    """Its transformers configuration."""
+
+    architecture: Architecture
+    """Where its residual stream is written and read."""
+
+    device: "torch.device"
+    """Where its weights are."""
+
+    dtype: "torch.dtype"
+    """The precision of its weights and activations."""
+
+    kernels: Literal["eager", "liger"] = "eager"
+    """Whether it runs as transformers has it, or with fused kernels."""
+
+    threads: int | None = None
+    """CPU threads that it runs with; None for as many as torch uses, which a GPU's host may."""
+
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """Its own generation settings, as they lie beside its weights; see `_decoding`."""
+
+    deployment: "Deployment | None" = None
+    """Where on a server it runs; None for here. There `network` has no weights, and `device` is
+    only where inputs and results are."""
+
+    @property
+    def jobs(self) -> int:
+        """How many batches of it may run at once."""
+        return self.deployment.host.jobs if self.deployment else 1
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.config.hidden_size)
+
+    @property
+    def context(self) -> int | None:
+        """The most positions it was made for; None where its config does not say."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        return None if positions is None else int(positions)
+
+    @property
+    def turning_point(self) -> int | None:
+        """The length beyond which it is another model, and batches must not lie on both sides.
+
+        Long-context rotations (`longrope`, arXiv 2402.13753) have two sets of frequencies, and the
+        longest sequence of a batch chooses for all. Those of `dynamic` begin beyond the context;
+        linear, YaRN's and Llama 3's are the same for every length. None where there is no such.
+        """
+        table = getattr(self.config, "rope_parameters", None) or {}
+        # Models with two kinds of layers have a table for each.
+        tables = [table, *(part for part in table.values() if isinstance(part, dict))]
+        points = [
+            int(part["original_max_position_embeddings"])
+            for part in tables
+            if part.get("rope_type") == "longrope"
+        ]
+        return min(points, default=None)
+
+    @property
+    def heads(self) -> Heads:
+        """The heads of its attention."""
+        query = int(self.config.num_attention_heads)
+        key_value = getattr(self.config, "num_key_value_heads", None) or query
+        width = getattr(self.config, "head_dim", None) or self.d_model // query
+        return Heads(query, int(key_value), int(width))
+
+    def graph(self, granularity: Granularity) -> Graph:
+        """Its residual graph.
+
+        Raises:
+            ProbeError: An unknown granularity, or heads of an attention whose output is normed:
+                then it is no sum over heads.
+        """
+        row = self.architecture
+        if granularity == "head" and row.attention_output != row.attention:
+            raise ProbeError(
+                f"{self.reference}: {self.config.model_type} norms the sum of an attention's heads "
+                "before adding it, so a head has no output of its own; use granularity qkv"
+            )
+        layer = attrgetter(row.layers)(self.network._module)[0]
+        bias = getattr(attrgetter(row.attention_projection)(layer), "bias", None) is not None
+        parallel = bool(row.parallel and getattr(self.config, row.parallel))
+        return Graph.build(self.n_layers, granularity, self.heads, bias, parallel)
+
+
+def read_config(reference: str) -> "PretrainedConfig":
+    """Read a model's configuration without its weights.
+
+    Raises:
+        ProbeError: There is no such model here or on the hub, or its config is damaged.
+    """
+    from transformers import AutoConfig
+
+    folder = fetch_checkpoint(reference, weights=False).folder
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # what a file of strangers holds may end in any
+        raise ProbeError(_cannot_read("the config", reference, error)) from error
+    return config
+
+
+def read_tokenizer(reference: str) -> "PreTrainedTokenizerBase":
+    """Read a model's tokenizer.
+
+    Raises:
+        ProbeError: There is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    folder = fetch_checkpoint(reference, weights=False).tokenizer
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # that of tokenizers is of no narrower kind
+        raise ProbeError(_cannot_read("the tokenizer", reference, error)) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ProbeError(
+            f"{folder} holds no tokenizer (tokenizer.json); copy that of the model's base into it"
+        )
+    return tokenizer
+
+
+def load_model(
+    reference: str,
+    device: str = "cpu",
+    dtype: str = "float32",
+    kernels: "Kernels" = "eager",
+    threads: int | None = None,
+) -> Model:
+    """Load a causal language model, frozen and in evaluation mode.
+
+    One whose weights stay on a server is loaded by `probe.hosting.load_hosted`.
+
+    Args:
+        reference: A folder, a hub id, or the `probe:` name of a model that ships with the package.
+        device: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one. Several, as in
+            `cuda:0,cuda:1`, share its layers.
+        dtype: `float32`, `bfloat16`, `float16` or `float64`.
+        kernels: `eager`, as transformers has it; `liger`, fused kernels, which the method `relp`
+            cannot use; or `auto` for these where they run.
+        threads: CPU threads; by the model's size, as `threads_for` has it, if not given.
+
+    Raises:
+        ProbeError: The model cannot be found or read, its architecture is not in the table, or
+            the device or dtype is not to be had here.
+    """
+    import torch
+    from nnsight.modeling.transformers import TransformersModel
+
+    from probe.checkpoints import is_finite
+    from probe.models._decoding import read_settings
+    from probe.models._fitting import check_weights, load_weights
+    from probe.models._kernels import fuse, resolve_kernels
+
+    check_dtype(dtype)
+    place, *more = resolve_devices(device)
+    if more and any(part.type != "cuda" for part in (place, *more)):
+        raise ProbeError(f"device {device!r}: only CUDA devices can share a model")
+    config = read_config(reference)
+    architecture = architecture_of(config.model_type)
+    chosen = resolve_kernels(kernels, place, config.model_type)
+    tokenizer = read_tokenizer(reference)
+    # The fused kernel for experts knows no float64.
+    experts = (
+        {"experts_implementation": "eager"} if architecture.experts and dtype == "float64" else {}
+    )
+    # Over several devices a model's layers are laid out evenly.
+    layout = {"device_map": "balanced", "max_memory": _room(place, *more)} if more else {}
+    check_weights(reference, config)
+    checkpoint = fetch_checkpoint(reference)
+    with without_bars():
+        module = load_weights(checkpoint, config, getattr(torch, dtype), **experts, **layout)
+    config.vocab_size = module.config.vocab_size  # an adapter may bring tokens
+    module.requires_grad_(False).eval()
+    if not more:
+        module.to(place)  # type: ignore[arg-type]
+    for name, parameter in module.named_parameters():
+        if not is_finite(parameter):
+            raise ProbeError(
+                f"{reference}: {name} holds a number that is NaN or infinite in {dtype}; try "
+                "bfloat16 or float32, or train and save the model again"
+            )
+    if chosen == "liger":
+        fuse(module)
+    # Without a device the pipeline inside would move the model to the first GPU there is.
+    own = {} if more else {"device": place}
+    network = TransformersModel(module, task="text-generation", tokenizer=tokenizer, **own)
+    if threads is None and place.type == "cpu":
+        threads = threads_for(module.num_parameters())
+    settings = read_settings(checkpoint.folder)
+    return Model(
+        *(reference, network, tokenizer, config, architecture, place, module.dtype, chosen),
+        *(threads, settings),
+    )
+
+
+def as_model(model: Model | str | Path) -> Model:
+    """A model, loaded where its reference is given.
+
+    Raises:
+        ProbeError: It is neither, or it cannot be loaded.
+    """
+    if isinstance(model, str | Path):
+        return load_model(str(model))
+    if not isinstance(model, Model):
+        kind = type(model).__name__
+        raise ProbeError(f"model is a {kind}; give a reference, or what probe.load_model returns")
+    return model
+
+
+def _room(*devices: "torch.device") -> dict[int | str, int]:
+    """What a model may take of each device, in bytes; nothing of the others."""
+    import torch
+
+    return {device.index or 0: torch.cuda.mem_get_info(device)[0] for device in devices}
+
+
+def check_dtype(dtype: str) -> None:
+    """Check that a precision is known.
+
+    Raises:
+        ProbeError: It is not.
+    """
+    if dtype not in get_args(DType):
+        raise ProbeError(f"dtype {dtype!r} is not known; one of: {', '.join(get_args(DType))}")
+
+
+def resolve_devices(device: str) -> "list[torch.device]":
+    """Turn `auto`, `cpu`, `cuda` or `cuda:0,cuda:1` into devices that exist.
+
+    Args:
+        device: The devices, by commas.
+
+    Raises:
+        ProbeError: A name is not a device, or the device is not on this machine.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = device.split(",")
+    devices = []
+    for name in names:
+        try:
+            place = torch.device(name.strip())
+        except RuntimeError as error:
+            known = "auto, cpu, cuda or cuda:0,cuda:1"
+            raise ProbeError(f"device {name!r} is not known; use {known}") from error
+        count = torch.cuda.device_count()
+        if place.type == "cuda" and (place.index or 0) >= count:
+            raise ProbeError(f"device {name!r} is not on this machine ({count} CUDA devices here)")
+        devices.append(place)
+    return devices
+
+
+PARAMETERS_PER_THREAD = 100_000_000
+"""What makes another CPU thread worth its while. On two idle cores, a second thread made scoring
+1.05 times as fast at 1.2 million parameters, 1.3 at 56 and 1.6 at 163 million; on two cores with
+much other work, 8 times as slow at 1.2 and 6 times at 56 million (docs/performance.md)."""
+
+
+def threads_for(parameters: int) -> int:
+    """How many CPU threads a model of so many parameters runs with best.
+
+    Threads wait for each other after every operation, which is short in a small model, and where
+    a core is busy they wait for the operating system. So there is one thread, and one more for
+    every `PARAMETERS_PER_THREAD`, up to what torch uses. OMP_NUM_THREADS, where set, is kept.
+    """
+    import torch
+
+    most = torch.get_num_threads()
+    if os.environ.get("OMP_NUM_THREADS"):
+        return most
+    return min(most, 1 + parameters // PARAMETERS_PER_THREAD)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Let transformers show no progress bar, a line for each file of weights, for a while."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many threads for a while, or as many as it did."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_pair(before: str, after: str) -> None:
+    """Check that two models can be compared edge by edge, from their configs and tokenizers.
+
+    Tokens that were added on one side only (a pad token, say) do no harm and are not compared.
+
+    Raises:
+        ProbeError: They differ in architecture, layers, width or vocabulary.
+    """
+    configs = [read_config(before), read_config(after)]
+    for config in configs:
+        architecture_of(config.model_type)
+    for key, name in (
+        ("model_type", "architecture"),
+        ("num_hidden_layers", "number of layers"),
+        ("hidden_size", "width"),
+    ):
+        left, right = (getattr(config, key) for config in configs)
+        if left != right:
+            raise ProbeError(
+                f"{before} and {after} differ in {name} ({left} and {right}): "
+                "a pair needs two checkpoints of one architecture"
+            )
+    vocabularies = []
+    for reference in (before, after):
+        tokenizer = read_tokenizer(reference)
+        added = tokenizer.get_added_vocab()
+        vocabularies.append({t: i for t, i in tokenizer.get_vocab().items() if t not in added})
+    if vocabularies[0] != vocabularies[1]:
+        differing = len(vocabularies[0].items() ^ vocabularies[1].items())
+        raise ProbeError(
+            f"{before} and {after} differ in tokenizer ({differing} entries of the vocabulary): "
+            "a pair needs the same tokens on both sides"
+        )
+
+
+def _cannot_read(what: str, reference: str, error: Exception) -> str:
+    return f"cannot read {what} of {reference!r}: {reason(error)}"

@@ -1,0 +1,11 @@
+from ._benchmarks import BENCHMARKS as BENCHMARKS
+from ._benchmarks import ID as ID
+from ._benchmarks import Benchmark as Benchmark
+from ._benchmarks import Problem as Problem
+from ._benchmarks import data_set_here as data_set_here
+from ._benchmarks import load_problems as load_problems
+from ._reading import FORMATS as FORMATS
+from ._reading import Row as Row
+from ._reading import read_rows as read_rows
+from ._unwrapping import last_question as last_question
+from ._unwrapping import one_text as one_text

@@ -1,0 +1,17 @@
+from ._recipe import Published as Published
+from ._recipe import PublishedChange as PublishedChange
+from ._recipe import Recipe as Recipe
+from ._recipe import place_benchmarks as place_benchmarks
+from ._recipe import read_recipe as read_recipe
+from ._recipe import recipe_from as recipe_from
+from ._recipe import recipe_table as recipe_table
+from ._recipe import recipe_text as recipe_text
+from ._recipe import write_recipe as write_recipe
+from ._sections import CHAT as CHAT
+from ._sections import Asked as Asked
+from ._sections import AttributionOptions as AttributionOptions
+from ._sections import Comparison as Comparison
+from ._sections import Pair as Pair
+from ._sections import SelectionOptions as SelectionOptions
+from ._sections import Shape as Shape
+from ._shipped import recipe_files as recipe_files

@@ -1,0 +1,354 @@
+"""Recipes: what is compared, on what, and how, as data.
+
+A recipe is a TOML file; its sections are the dataclasses here and in `_sections`, which are
+also its documentation. Recipes that ship with the package have names; `read_recipe` takes such a
+name or the path of a file, and overrides like `{"selection.samples": "50", "pairs.0.before":
+"my-folder"}`. A recipe may include others: then it has their pairs, benchmarks and published values
+too.
+
+    >>> read_recipe("tiny-math").pairs[0].method
+    'GRPO'
+"""
+
+import difflib
+import itertools
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Literal, cast, get_type_hints
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from probe.errors import ProbeError
+from probe.recipe._overrides import override
+from probe.recipe._sections import CHAT as CHAT
+from probe.recipe._sections import STRICT, Count, Name, Positive
+from probe.recipe._sections import Asked as Asked
+from probe.recipe._sections import AttributionOptions as AttributionOptions
+from probe.recipe._sections import BenchmarkChoice as BenchmarkChoice
+from probe.recipe._sections import Comparison as Comparison
+from probe.recipe._sections import Compute as Compute
+from probe.recipe._sections import FaithfulnessOptions as FaithfulnessOptions
+from probe.recipe._sections import Pair as Pair
+from probe.recipe._sections import ReportOptions as ReportOptions
+from probe.recipe._sections import SelectionOptions as SelectionOptions
+from probe.recipe._sections import Shape as Shape
+from probe.recipe._sections import SolutionFiles as SolutionFiles
+from probe.recipe._sections import SolutionOptions as SolutionOptions
+from probe.recipe._shipped import recipe_files as recipe_files
+
+
+@dataclass(frozen=True, config=STRICT)
+class Published:
+    """A value that was printed elsewhere, to be shown beside ours."""
+
+    pair: str
+    """The pair's name."""
+
+    benchmark: str
+    """The benchmark's name."""
+
+    metric: str
+    """A name in `probe.metrics.METRICS`, or `accuracy` (a fraction; it has no alpha)."""
+
+    before: float
+    """Of the model before."""
+
+    after: float
+    """Of the model after."""
+
+    alpha: Positive | None = None
+    """Scored length as a share of the reference length; None for `accuracy`."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class PublishedChange:
+    """A relative change that was printed elsewhere, without the values or over several cells."""
+
+    metric: str
+    """A name in `probe.metrics.METRICS`."""
+
+    change: float
+    """(after - before) / |before|, a fraction."""
+
+    pair: str | None = None
+    """The pair's name; None: over all pairs."""
+
+    alpha: Positive | None = None
+    """Scored length as a share of the reference length; None: over all of them."""
+
+    experiments: Count | None = None
+    """Over how many cells it is an average."""
+
+    rate: float | None = None
+    """The share of these cells in which the metric rose."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Recipe:
+    """A whole experiment."""
+
+    name: Name
+    """Its name, and that of its run folder."""
+
+    pairs: Annotated[tuple[Pair, ...], Field(min_length=1)]
+    """The pairs to compare."""
+
+    benchmarks: Annotated[tuple[BenchmarkChoice, ...], Field(min_length=1)]
+    """The benchmarks to compare them on."""
+
+    description: str = ""
+    """One sentence on what it shows."""
+
+    compute: Compute = Field(default_factory=Compute)
+    """Device and precision."""
+
+    solutions: SolutionOptions = Field(default_factory=SolutionOptions)
+    """Solving."""
+
+    selection: SelectionOptions = Field(default_factory=SelectionOptions)
+    """Selecting."""
+
+    attribution: AttributionOptions = Field(default_factory=AttributionOptions)
+    """Scoring."""
+
+    faithfulness: FaithfulnessOptions = Field(default_factory=FaithfulnessOptions)
+    """Comparing with exact effects."""
+
+    report: ReportOptions = Field(default_factory=ReportOptions)
+    """Reporting."""
+
+    published: tuple[Published, ...] = ()
+    """What was printed elsewhere for the same cells; only what is known, never a guess."""
+
+    published_changes: tuple[PublishedChange, ...] = ()
+    """Likewise, where only the change was printed."""
+
+    include: tuple[str, ...] = ()
+    """Other recipes, by name or by path from this file, whose pairs, benchmarks and published
+    values come first. `read_recipe` puts them in place: a recipe that was read includes nothing."""
+
+    def models(self) -> tuple[str, ...]:
+        """Every model once, in the order of the pairs."""
+        return tuple(dict.fromkeys(m for pair in self.pairs for m in (pair.before, pair.after)))
+
+    def comparisons(self, by: Literal["pair", "benchmark"] = "pair") -> tuple[Comparison, ...]:
+        """Every pair on every benchmark at every alpha.
+
+        Args:
+            by: What changes slowest; alpha changes fastest.
+        """
+        names, alphas = [choice.name for choice in self.benchmarks], self.selection.alpha
+        if by == "pair":
+            return tuple(Comparison(*c) for c in itertools.product(self.pairs, names, alphas))
+        return tuple(
+            Comparison(p, b, a) for b, p, a in itertools.product(names, self.pairs, alphas)
+        )
+
+
+INCLUDED = ("pairs", "benchmarks", "published", "published_changes")
+"""What an including recipe has of the included ones; all other keys are its own."""
+
+
+def read_recipe(
+    recipe: str | Path, overrides: Mapping[str, str | int | float] | None = None
+) -> Recipe:
+    """Read a recipe by its name or path, with overrides.
+
+    Args:
+        recipe: A name from `recipe_files`, or the path of a TOML file.
+        overrides: Values by dotted key, `pairs.0.before`; texts are read as TOML where they are
+            TOML, and as plain text otherwise.
+
+    Raises:
+        ProbeError: No such recipe, not TOML, an unknown key or a bad value; the message names the
+            file, the key, what was expected and the nearest known key.
+    """
+    path, table = _read_table(recipe)
+    return recipe_from(_included(table, path), str(path), overrides)
+
+
+def recipe_from(
+    table: object,
+    where: str,
+    overrides: Mapping[str, str | int | float] | None = None,
+) -> Recipe:
+    """Make a recipe from plain data, such as a parsed file or a run folder's record.
+
+    Args:
+        table: The data, a dictionary; overrides change it.
+        where: What complaints name.
+        overrides: Values by dotted key, as in `read_recipe`.
+
+    Raises:
+        ProbeError: An unknown key, a bad value, or two pairs or benchmarks of one name.
+    """
+    for key, value in (overrides or {}).items():
+        override(cast(dict[str, object], table), key, value, where)
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(table)
+    except ValidationError as error:
+        raise ProbeError(f"{where}: {_complaint(error)}") from error
+    if recipe.include:
+        raise ProbeError(f"{where}: include works in a recipe's file only")
+    for kind, items in (("pairs", recipe.pairs), ("benchmarks", recipe.benchmarks)):
+        names = [item.name for item in items]
+        for name in names:
+            if names.count(name) > 1:
+                raise ProbeError(f"{where}: {kind}: the name {name!r} stands twice; rename one")
+    return recipe
+
+
+def recipe_table(recipe: Recipe) -> dict[str, object]:
+    """A recipe as plain data; `recipe_from` takes it back."""
+    return cast(dict[str, object], TypeAdapter(Recipe).dump_python(recipe, mode="json"))
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as TOML, as `read_recipe` reads it; keys at their defaults are left out."""
+    import tomli_w
+
+    return tomli_w.dumps(
+        TypeAdapter(Recipe).dump_python(recipe, mode="json", exclude_defaults=True)
+    )
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe as a TOML file.
+
+    Raises:
+        ProbeError: The file cannot be written.
+    """
+    try:
+        path.write_text(recipe_text(recipe), encoding="utf-8")
+    except OSError as error:
+        raise ProbeError(f"cannot write the recipe {path}: {error.strerror}") from error
+
+
+def place_benchmarks(recipe: Recipe, files: Sequence[str]) -> Recipe:
+    """Let benchmarks of a recipe come from local files or folders.
+
+    Args:
+        recipe: The recipe.
+        files: `NAME=PATH` of each, or just `PATH` where the recipe has one benchmark.
+
+    Raises:
+        ProbeError: The recipe has no such benchmark, or it is not clear which one is meant.
+    """
+    names = [choice.name for choice in recipe.benchmarks]
+    paths: dict[str, str] = {}
+    for given in files:
+        name, equals, path = given.partition("=")
+        if name not in names:
+            if equals and "/" not in name:
+                raise ProbeError(
+                    f"--benchmark-path {given}: the recipe has no benchmark {name!r}; "
+                    f"it has: {', '.join(names)}"
+                )
+            if len(names) > 1:
+                raise ProbeError(
+                    f"--benchmark-path {given}: for which of {', '.join(names)}? Write NAME=PATH"
+                )
+            name, path = names[0], given
+        paths[name] = path
+    choices = tuple(
+        replace(choice, path=paths.get(choice.name, choice.path)) for choice in recipe.benchmarks
+    )
+    return replace(recipe, benchmarks=choices)
+
+
+def _included(
+    table: dict[str, object], path: Path, outer: tuple[Path, ...] = ()
+) -> dict[str, object]:
+    """The table of a file, with the lists of the recipes that it includes before its own."""
+    names = table.pop("include", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ProbeError(f"{path}: include is {names!r}: a list of recipes was expected")
+    if path.resolve() in outer:
+        raise ProbeError(f"{path}: this recipe includes itself")
+    lists: dict[str, list[object]] = {}
+    for name in names:
+        inside = name if name in recipe_files() else path.parent / name
+        found, other = _read_table(inside)
+        other = _included(other, found, (*outer, path.resolve()))
+        for key in INCLUDED:
+            for entry in _entries(other, key):
+                if entry not in lists.setdefault(key, []):
+                    lists[key].append(entry)
+    for key, entries in lists.items():
+        table[key] = entries + [entry for entry in _entries(table, key) if entry not in entries]
+    return table
+
+
+def _entries(table: dict[str, object], key: str) -> list[object]:
+    entries = table.get(key, [])
+    return entries if isinstance(entries, list) else [entries]
+
+
+def _read_table(recipe: str | Path) -> tuple[Path, dict[str, object]]:
+    known = recipe_files()
+    path = known.get(str(recipe), Path(recipe))
+    if path.suffix != ".toml":
+        close = difflib.get_close_matches(str(recipe), known, n=3, cutoff=0.6)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(known)}"
+        raise ProbeError(f"no recipe {str(recipe)!r}; {hint} (a file must end in .toml)")
+    try:
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ProbeError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ProbeError(f"{path}: not TOML: {error}") from error
+
+
+def _complaint(error: ValidationError) -> str:
+    """One line for the first thing that is wrong; an unknown key first, as it may cause others."""
+    problems = error.errors(include_url=False)
+    first = min(
+        problems, key=lambda p: p["type"] not in ("unexpected_keyword_argument", "extra_forbidden")
+    )
+    # pydantic adds the alternatives of a union to the path; a reader knows only the file's keys.
+    # An unknown key is the last part, and may have any name.
+    whole = first["loc"]
+    unknown = first["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+    above, last = (whole[:-1], whole[-1:]) if unknown else (whole, ())
+    path = [part for part in above if isinstance(part, int) or str(part).isidentifier()]
+    path = [part for part in path if part not in ("int", "str", "float", "literal")]
+    path += last
+    key = ".".join(str(p) if str(p).isalnum() or str(p).isidentifier() else _shown(p) for p in path)
+    if unknown:
+        known = _known_keys(path[:-1])
+        close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"the key {key!r} is missing"
+    expected = "; or ".join(
+        dict.fromkeys(
+            p["msg"].removeprefix("Value error, ")
+            for p in problems
+            if p["loc"][: len(path)] == first["loc"][: len(path)]
+        )
+    )
+    return f"{key} is {_shown(first['input'])}: {expected[0].lower()}{expected[1:]}"
+
+
+def _shown(value: object) -> str:
+    """A value as a message shows it: on one line, and not longer than that."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-20:]}"
+
+
+def _known_keys(path: list[int | str]) -> list[str]:
+    kind: type = Recipe
+    for part in path:
+        if isinstance(part, str):
+            kind = {
+                "pairs": Pair,
+                "benchmarks": BenchmarkChoice,
+                "published": Published,
+                "published_changes": PublishedChange,
+                "shape": Shape,
+            }.get(part) or get_type_hints(kind)[part]
+    return [field.name for field in fields(kind)]

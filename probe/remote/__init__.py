@@ -1,0 +1,5 @@
+"""Remote: an NDIF server, and what travels to it and back."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,51 @@
+r"""LaTeX: the tables of a report, to be read into a paper with \input.
+
+They need the package booktabs, and nothing else.
+
+    >>> print(document([report]))
+"""
+
+from collections.abc import Sequence
+
+from probe.escaping import latex as escape
+from probe.report._extras import ExtraTable
+from probe.report._layout import extra_texts, further_tables, numeric, shared_tables, table_1
+from probe.report._report import Report
+from probe.report._wording import caveats, overview
+
+
+def document(reports: Sequence[Report]) -> str:
+    """The tables of a report, or of several: Table 1 as the paper lays it out, and all others."""
+    tables = shared_tables(reports)
+    if len(reports) == 1 and reports[0].cells and not reports[0].recipe.published:
+        tables.append(table_1(reports))
+    for report in reports:
+        tables += further_tables(report)
+    notes = dict.fromkeys(line for report in reports for line in caveats(report))
+    lines = [r"% \usepackage{booktabs}"]
+    lines += [f"% {escape(line)}" for line in (*overview(reports), *notes)]
+    for table in tables:
+        lines += ["", *table_lines(table)]
+    return "\n".join(lines)
+
+
+def table_lines(table: ExtraTable) -> list[str]:
+    """Any table as a float of its own, with a space above rows that are headings."""
+    columns = "".join("r" if right else "l" for right in numeric(table))
+    wide = len(table.columns) > 8
+    size = r"\scriptsize\tabcolsep=2pt" if wide else r"\footnotesize\tabcolsep=3pt"
+    lines = [r"\begin{table}", rf"\centering{size}"]
+    lines += [rf"\begin{{tabular}}{{{columns}}}"]
+    lines += [r"\toprule", _row(table.columns), r"\midrule"]
+    for place, row in enumerate(extra_texts(table)):
+        if place and row[0] and not any(row[1:]):
+            lines.append(r"\addlinespace")
+        indent = r"\quad " if row[0].startswith(" ") else ""
+        lines.append(indent + _row(row))
+    caption = f"{table.title}. {table.note}".strip()
+    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{escape(caption)}}}", r"\end{table}"]
+    return lines
+
+
+def _row(texts: Sequence[str]) -> str:
+    return " & ".join(escape(text) for text in texts) + r" \\"

@@ -1,0 +1,130 @@
+"""Strength: how strong each edge is before and after, averaged over questions (paper, Fig. 2).
+
+What figures draw and the web page shows. Edges of single heads are too many to look at, so there
+the scores of an attention's heads are added up first, which is the score of the whole attention.
+
+    >>> for strength in read_strengths(report):
+    ...     strength.before, strength.after, strength.change  # each [source, target]
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from probe.attribution import EdgeScores
+from probe.metrics import Array
+from probe.models import Graph, Node
+from probe.report._report import Report
+from probe.store import RunFolder
+
+
+class ChangedEdge(NamedTuple):
+    """One edge whose strength changed."""
+
+    source: str
+    """The node that writes."""
+
+    target: str
+    """The node that reads."""
+
+    before: float
+    """Its strength before, in nats."""
+
+    after: float
+    """Its strength after."""
+
+
+@dataclass(frozen=True)
+class Strength:
+    """The strength of every edge of two models, on one benchmark at one alpha."""
+
+    pair: str
+    """The pair's name."""
+
+    benchmark: str
+    """The benchmark's name."""
+
+    alpha: float
+    """Scored length as a share of the reference length."""
+
+    graph: Graph
+    """Which row and column is which node."""
+
+    before: Array
+    """Mean of |W| over questions, float64 [source, target], in nats; 0 where no edge is."""
+
+    after: Array
+    """The same of the model after."""
+
+    @property
+    def name(self) -> str:
+        """The part of a file name that says which cell it is of."""
+        return f"{self.pair}.{self.benchmark}.alpha-{self.alpha:g}"
+
+    @property
+    def title(self) -> str:
+        """What heads a picture of it."""
+        return f"{self.pair} on {self.benchmark}, alpha {self.alpha:g}"
+
+    @property
+    def change(self) -> Array:
+        """(after - before) / before, [source, target]; NaN where no edge is, or 0 before."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            change = (self.after - self.before) / self.before
+        return np.where(np.isfinite(change) & self.graph.mask.numpy(), change, np.nan)
+
+    def largest(self, count: int) -> list[ChangedEdge]:
+        """The edges whose strength differs most between the models, the largest first.
+
+        Differences, not relative changes, decide: an edge of no strength may double by chance.
+        """
+        difference = np.abs(self.after - self.before)
+        order = np.argsort(-difference, axis=None, kind="stable")[:count]
+        found = []
+        for index in order:
+            row, column = np.unravel_index(index, difference.shape)
+            if difference[row, column]:
+                nodes = self.graph.sources[row], self.graph.targets[column]
+                ends = float(self.before[row, column]), float(self.after[row, column])
+                found.append(ChangedEdge(*nodes, *ends))
+        return found
+
+
+def read_strengths(report: Report) -> Iterator[Strength]:
+    """The strengths of each cell of a report, read from its run folder one after the other."""
+    folder = RunFolder(report.path)
+    here = {(cell.pair, cell.benchmark, cell.alpha) for cell in report.cells}
+    for comparison in report.recipe.comparisons():
+        if comparison.key in here:
+            sides = folder.read_sides(comparison.name, "before", "after")
+            (before, graph), (after, _) = map(_whole_attentions, sides)
+            yield Strength(*comparison.key, graph, before, after)
+
+
+def _whole_attentions(edges: EdgeScores) -> tuple[Array, Graph]:
+    """Mean |W| over questions [source, target], heads added up, and the graph that it is of."""
+    graph = edges.graph
+    rows = columns = None
+    if graph.granularity == "head":
+        coarse = Graph.build(graph.n_layers, "qkv", parallel=graph.parallel)
+        rows = _wholes(graph.sources, coarse.sources)
+        columns = _wholes(graph.targets, coarse.targets)
+        graph = coarse
+    total = torch.zeros(graph.mask.shape, dtype=torch.float64)
+    for scores in edges.scores:  # one by one: those of heads are large
+        scores = scores.double()
+        if rows is not None and columns is not None:
+            parts = scores.new_zeros(len(graph.sources), scores.shape[1]).index_add_(
+                0, rows, scores
+            )
+            scores = torch.zeros_like(total).index_add_(1, columns, parts)
+        total += scores.abs()
+    return (total / len(edges.scores)).numpy(), graph
+
+
+def _wholes(nodes: Sequence[str], wholes: Sequence[str]) -> torch.Tensor:
+    """Of which whole each node is a part, heads and biases of their attention or branch."""
+    return torch.tensor([wholes.index(Node.parse(name).of_heads) for name in nodes])

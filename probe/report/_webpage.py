@@ -1,0 +1,283 @@
+"""Web page: a report as one HTML file that needs nothing else, to send to a colleague.
+
+It holds the tables, the figures, and a heat map and a circuit in which one can point at an edge
+(`webpage.js`, beside this file with `webpage.css`). Nothing is loaded from anywhere, and a content
+security policy in the file forbids it. Everything that comes from a recipe is escaped here; the
+script writes it as text only.
+
+    >>> text = page([build_report(Path("runs/tiny-math"))])
+"""
+
+import base64
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from probe.errors import ProbeError, install
+from probe.escaping import html as escape
+from probe.metrics import Array
+from probe.recipe import recipe_text
+from probe.report._extras import ExtraTable
+from probe.report._figures import ENTROPIES, draw_diversity, draw_entropy
+from probe.report._heatmap import COLOURS, LIMITS
+from probe.report._layout import (
+    CELL_TITLES,
+    cell_rows,
+    extra_texts,
+    further_tables,
+    numeric,
+    shared_tables,
+)
+from probe.report._report import Report
+from probe.report._strength import Strength, read_strengths
+from probe.report._wording import caveats, groups, heading, overview
+from probe.store import RunFolder
+
+_CLASSES = {"yes": " good", "✓": " good", "no": " bad", "✗": " bad"}
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+def page(reports: Sequence[Report]) -> str:
+    """Write a report as one HTML document.
+
+    Raises:
+        ProbeError: More than one report.
+    """
+    if len(reports) != 1:
+        raise ProbeError("a page holds one run; give one, or another --format")
+    report = reports[0]
+    here = Path(__file__).with_name("webpage")
+    strengths = list(read_strengths(report))
+    body = [_head(report), *_tables(shared_tables([report]))]
+    body += [*_explorer(bool(strengths)), *_figures(report), *_cell_tables(report)]
+    body += [*_tables(further_tables(report)), *_reading(report), *_making(report)]
+    if strengths:
+        # "<" could end the element that holds it.
+        data = json.dumps(explorer_data(strengths), separators=(",", ":")).replace("<", "\\u003c")
+        script = here.with_suffix(".js").read_text(encoding="utf-8")
+        body.append(f'<script type="application/json" id="data">{data}</script>')
+        body.append(f"<script>\n{script}</script>")
+    style = here.with_suffix(".css").read_text(encoding="utf-8")
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<link rel="icon" href="data:,">',
+            f"<title>{escape(report.recipe.name)}: before and after</title>",
+            f"<style>\n{style}</style>",
+            "</head>",
+            "<body>",
+            *body,
+            "</body>",
+            "</html>",
+        ]
+    )
+
+
+def explorer_data(strengths: Sequence[Strength]) -> dict[str, object]:
+    """What the script draws.
+
+    Strengths are float32, little-endian, in base64, of edges only: 45 kB for a cell of 32 layers.
+    """
+    graphs: list[dict[str, object]] = []
+    cells = []
+    for strength in strengths:
+        mask = strength.graph.mask.numpy()
+        graph: dict[str, object] = {
+            "layers": strength.graph.n_layers,
+            "sources": list(strength.graph.sources),
+            "targets": list(strength.graph.targets),
+            "reads": mask.sum(0).tolist(),
+        }
+        if graph not in graphs:
+            graphs.append(graph)
+        cells.append(
+            {
+                "title": strength.title,
+                "graph": graphs.index(graph),
+                # Target by target: each one reads the first so many sources.
+                "before": _packed(strength.before.T[mask.T]),
+                "after": _packed(strength.after.T[mask.T]),
+            }
+        )
+    longest = max(range(len(strengths)), key=lambda place: strengths[place].alpha)
+    stops = matplotlib.colormaps[COLOURS](np.linspace(0, 1, 17))[:, :3]
+    return {
+        "graphs": graphs,
+        "cells": cells,
+        "first": longest,
+        "colours": np.round(255 * stops).astype(int).tolist(),
+        "limits": list(LIMITS),
+    }
+
+
+def _packed(values: Array) -> str:
+    return base64.b64encode(values.astype("<f4").tobytes()).decode()
+
+
+def _head(report: Report) -> str:
+    recipe = report.recipe
+    record = RunFolder(report.path).read_record()
+    when = str(record.get("finished") or record.get("started") or "")[:10]
+    state = f"{len(report.missing)} parts are missing" if report.missing else "complete"
+    sentences = "".join(f"<li>{escape(line)}</li>" for line in overview([report]))
+    return (
+        f"<header><h1>{escape(recipe.name)}: before and after</h1>"
+        f"<p>{escape(recipe.description)}</p>"
+        f'<p class="faint">{escape(" · ".join(filter(None, (when, state))))}</p></header>'
+        f'<ul class="summary">{sentences}</ul>'
+    )
+
+
+def _tables(tables: Iterable[ExtraTable]) -> list[str]:
+    return ['<div class="tables">', *map(_table, tables), "</div>"]
+
+
+def _cell_tables(report: Report) -> list[str]:
+    parts = ["<h2>Every cell</h2>", '<div class="tables">']
+    for benchmark, pair, cells in groups(report):
+        rows, classes = [], []
+        for place, cell in enumerate(cells):
+            first = place > 0 and cells[place - 1].alpha != cell.alpha
+            for number, row in enumerate(cell_rows(cell, report)):
+                rows.append(row)
+                faint = "faint" if cell.significant is False else ""
+                kind = "published" if number else " ".join(filter(None, (faint, "first" * first)))
+                classes.append(kind)
+        title = heading(benchmark, pair, cells)
+        parts.append(_table(ExtraTable(title, "", CELL_TITLES, tuple(rows)), classes))
+    return [*parts, "</div>"] if report.cells else []
+
+
+def _table(table: ExtraTable, classes: Sequence[str] = ()) -> str:
+    right = numeric(table)
+    lines = [f'<section class="part"><h3>{escape(table.title)}</h3><div class="scroll"><table>']
+    lines.append("<thead><tr>" + _cells("th", table.columns, right) + "</tr></thead><tbody>")
+    texts = extra_texts(table)
+    for row, kind in zip(texts, classes or [""] * len(texts), strict=True):
+        lines.append(f'<tr class="{kind}">{_cells("td", row, right)}</tr>')
+    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    return "\n".join([*lines, f"</tbody></table></div>{note}</section>"])
+
+
+def _cells(tag: str, texts: Iterable[str], right: Sequence[bool]) -> str:
+    return "".join(
+        f'<{tag} class="{"number" if number else "text"}{_CLASSES.get(text, "")}">'
+        f"{escape(text)}</{tag}>"
+        for text, number in zip(texts, right, strict=True)
+    )
+
+
+def _explorer(there: bool) -> list[str]:
+    if not there:
+        return []
+    fields = ("source", "target", "before", "after", "change", "rank")
+    values = "".join(f'<dt>{name}</dt><dd data-value="{name}">-</dd>' for name in fields)
+    return [
+        "<h2>Which edges changed</h2>",
+        '<p class="note">The strength of an edge is the mean of |W| over questions. '
+        '<span class="hint">Point at an edge; in the heat map, arrow keys move too.</span></p>',
+        "<noscript><p>The heat map and the circuit need JavaScript; "
+        "<code>probe plot</code> draws them as files.</p></noscript>",
+        '<div class="controls">',
+        '<label>cell <select id="cell"></select></label>',
+        '<label>colour <select id="colour"><option value="change">change of strength</option>'
+        '<option value="before">strength before</option>'
+        '<option value="after">strength after</option></select></label>',
+        '<label>edges of the circuit <input id="count" type="range" min="5" max="200" step="5" '
+        'value="40"> <output id="counted"></output></label></div>',
+        '<h3 id="which"></h3>',
+        '<div class="explorer"><div>',
+        '<svg id="heatmap" role="img" tabindex="0" aria-label="Heat map of all edges"></svg>',
+        f'<dl id="edge" aria-live="polite">{values}</dl></div>',
+        '<svg id="circuit" role="img" aria-label="The edges that changed most"></svg></div>',
+    ]
+
+
+def _figures(report: Report) -> list[str]:
+    if not report.cells:
+        return []
+    metrics = {cell.metric for cell in report.cells}
+    figures = [("Inter-sample diversity in every experiment", draw_diversity([report]))]
+    for metric, name in ENTROPIES.items():
+        if metric in metrics:
+            figures.append((f"Output entropy: {name}", draw_entropy([report], metric)))
+    images = [
+        f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{_svg(figure)}">'
+        for name, figure in figures
+    ]
+    return ["<h2>Diversity and entropy</h2>", '<div class="figures">', *images, "</div>"]
+
+
+def _svg(figure: Figure) -> str:
+    text = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "probe"}):
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
+    return base64.b64encode(text.getvalue()).decode()
+
+
+def _reading(report: Report) -> list[str]:
+    lines = (f'<p class="note">{escape(line)}</p>' for line in caveats(report))
+    return ["<h2>How to read the tables</h2>", *lines]
+
+
+def _making(report: Report) -> list[str]:
+    """The plan, the versions, and how to run it again."""
+    record = RunFolder(report.path).read_record()
+    recipe = report.recipe
+    pairs = ExtraTable(
+        "Pairs",
+        "",
+        ("pair", "method", "before", "after", "longest answer", "prompt"),
+        tuple(
+            (p.name, p.method, p.before, p.after, p.max_new_tokens, p.prompt) for p in recipe.pairs
+        ),
+    )
+    options = recipe.selection
+    steps = (
+        f"Each model answers {recipe.solutions.questions} questions of "
+        f"{', '.join(choice.name for choice in recipe.benchmarks)}. Of the questions that "
+        f"both models of a pair solve at a usual length (beta {options.beta:g}, gamma "
+        f"{options.gamma:g}, delta {options.delta:g}), at most {options.samples} are scored by "
+        f"{recipe.attribution.method} ({recipe.attribution.granularity}, "
+        f"{recipe.attribution.ablation} ablation), each model on its own answer, cut to alpha "
+        f"{', '.join(f'{alpha:g}' for alpha in options.alpha)} of the usual length."
+    )
+    facts = [("device", ", ".join(map(str, _listed(record.get("devices")))))]
+    facts += [(name, str(value)) for name, value in _items(record.get("versions"))]
+    facts += [(f"seconds of {name}", str(value)) for name, value in _items(record.get("seconds"))]
+    facts += [(f"weights of {name}", str(value)) for name, value in _items(record.get("models"))]
+    facts += [(name, str(record.get(name) or "-")) for name in ("started", "finished")]
+    table = ExtraTable("Where, with what, for how long", "", ("", ""), tuple(facts))
+    versions = dict(_items(record.get("versions")))
+    version = versions.get("probe", "")
+    command = f"{install()}  # in a checkout of probe {version}\nprobe recipe recipe.toml"
+    return [
+        "<h2>How it was made</h2>",
+        f"<p>{escape(steps)}</p>",
+        _table(pairs),
+        _table(table),
+        "<h3>To run it again</h3>",
+        f"<pre>{escape(command)}</pre>",
+        "<details><summary>recipe.toml</summary>",
+        f"<pre>{escape(recipe_text(recipe))}</pre>",
+        "</details>",
+    ]
+
+
+def _items(table: object) -> list[tuple[str, object]]:
+    return list(table.items()) if isinstance(table, dict) else []
+
+
+def _listed(values: object) -> list[object]:
+    return values if isinstance(values, list) else []

@@ -1,0 +1,380 @@
+"""Wording: the sentences and numbers that every format of a report shares.
+
+Nothing here knows a format: signs and arrows are characters, so that no meaning hangs on colour.
+
+    >>> percent(-0.6123), number(0.00786)
+    ('-61.2', '7.86e-3')
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from probe.metrics import METRICS, TOKEN_METRICS, metric_named
+from probe.recipe import Pair, PublishedChange
+from probe.report._report import Report
+from probe.stats import LARGE_SHARE, LEVEL, SMALLEST, Accuracy, Cell, Influence
+
+MAIN = "activation_intensity"
+"""The metric that the sentence on controls is about."""
+
+ARROWS = {1: "↗", 0: "→", -1: "↘"}
+"""Between the values of two models: the direction, where no colour is."""
+
+SAME = {True: "✓", False: "✗", None: "-"}
+"""Whether a published value moved in the same direction as ours."""
+
+
+def summary(report: Report) -> list[str]:
+    """A line per benchmark and pair: accuracy, what moved inside, and whether as the paper says."""
+    if not report.cells:
+        return _accuracy_sentences(report)
+    tested = report.recipe.report.resamples > 0
+    rows = {(row.benchmark, row.pair): row for row in report.accuracy}
+    return [
+        _sentence(name, pair.method or pair.name, cells, tested, rows.get((name, pair.name)))
+        for name, pair, cells in groups(report)
+    ]
+
+
+def overview(reports: Sequence[Report]) -> list[str]:
+    """What stands on top: a report's summary and Figure 3a in a sentence; of several, all."""
+    if not compared(reports):
+        return [line for report in reports for line in summary(report)] + diversity_line(reports)
+    lines = []
+    for name, report in zip(run_names(reports), reports, strict=True):
+        lines += [f"{name}: {line}" for line in (*summary(report), *diversity_line([report]))]
+    found: dict[tuple[object, ...], set[int]] = {}
+    seen: dict[tuple[object, ...], int] = {}
+    for cell in (c for report in reports for c in report.cells if not c.control):
+        place = (cell.pair, cell.benchmark, cell.alpha, cell.metric)
+        found.setdefault(place, set()).add(int(np.sign(cell.change or 0)))
+        seen[place] = seen.get(place, 0) + 1
+    shared = [signs for place, signs in found.items() if seen[place] == len(reports)]
+    agree = sum(len(signs) == 1 for signs in shared)
+    return [*lines, f"{agree} of {_cells(len(shared))} moved in the same direction in all runs."]
+
+
+def compared(reports: Sequence[Report]) -> bool:
+    """Whether several reports are of the same cells, so that one run is set against the other.
+
+    If not, they are parts of one whole, as the runs of a paper's four pairs.
+    """
+    places = [{(c.pair, c.benchmark, c.alpha) for c in report.cells} for report in reports]
+    return sum(map(len, places)) > len(set().union(*places))
+
+
+def run_names(reports: Sequence[Report]) -> tuple[str, ...]:
+    """A name for each of several runs: its recipe's, else its folder's, else its whole path."""
+    names: tuple[str, ...] = ()
+    for names in (
+        tuple(report.recipe.name for report in reports),
+        tuple(report.path.resolve().name for report in reports),
+        tuple(str(report.path) for report in reports),
+    ):
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def groups(report: Report) -> list[tuple[str, Pair, list[Cell]]]:
+    """The cells of a report by benchmark and pair, where there are any."""
+    found = []
+    for benchmark in report.recipe.benchmarks:
+        for pair in report.recipe.pairs:
+            cells = [
+                c for c in report.cells if (c.pair, c.benchmark) == (pair.name, benchmark.name)
+            ]
+            if cells:
+                found.append((benchmark.name, pair, cells))
+    return found
+
+
+def _sentence(
+    benchmark: str, subject: str, cells: Sequence[Cell], tested: bool, accuracy: Accuracy | None
+) -> str:
+    start = f"On {benchmark}, {subject}"
+    if accuracy:
+        start = f"{start} {_accuracy_words(accuracy)}. Inside, it"
+    known = [cell for cell in cells if cell.change is not None and not cell.control]
+    moved = [cell for cell in known if cell.change and (cell.significant or not tested)]
+    adverb = " significantly" if tested else ""
+    if not moved:
+        line = f"{start} changed none of {_cells(len(known))}{adverb}."
+        return f"{line}{_control_words(subject, cells)}"
+    parts: list[str] = []
+    for verb, sign in (("raised", 1), ("lowered", -1)):
+        counts: list[str] = []
+        for metric in (*METRICS, *TOKEN_METRICS):
+            of_metric = [cell for cell in known if cell.metric == metric]
+            count = sum(cell.metric == metric and (cell.change or 0) * sign > 0 for cell in moved)
+            if count:
+                unit = "" if parts or counts else " cells"
+                counts.append(f"{name_of(metric)} in {count} of {len(of_metric)}{unit}")
+        if counts:
+            parts.append(f"{verb} {listed(counts)}")
+    agree, against = (sum(cell.as_in_paper is way for cell in moved) for way in (True, False))
+    verdict = f"{agree} of {_cells(len(known))} moved as the paper reports for online RL"
+    line = f"{start}{adverb} {', and '.join(parts)}: {verdict}, {against} against it."
+    return f"{line}{_control_words(subject, cells)}"
+
+
+def _control_words(subject: str, cells: Sequence[Cell]) -> str:
+    """What of the change of intensity is left under control, at the longest scored length."""
+    longest = max(cell.alpha for cell in cells)
+    found = {
+        cell.control: cell
+        for cell in cells
+        if (cell.metric, cell.alpha) == (MAIN, longest) and cell.change is not None
+    }
+    if "" not in found or len(found) == 1:
+        return ""
+    raw = found[""]
+    entropy = [c.change or 0 for c in cells if (c.metric, c.alpha) == ("token_entropy", longest)]
+    sure = "less sure" if entropy and entropy[0] > 0 else "surer"
+    words = f" At alpha {longest:g}, {subject} {_moves(raw)} intensity by {_size(raw)}."
+    if "sharpness" in found:
+        alone = found["sharpness"]
+        verb = "raise" if (alone.change or 0) > 0 else "lower"
+        words += f" Being {sure} alone would {verb} it by {_size(alone)}."
+    if "equal loss" in found:
+        equal = found["equal loss"]
+        ends = f" [{interval(equal.interval)}]" if equal.interval else ""
+        chance = ", which is not significant" if equal.significant is False else ""
+        words += f" At equal loss the change is {percent(equal.change)} %{ends}{chance}."
+    return words
+
+
+def _moves(cell: Cell) -> str:
+    return "raises" if (cell.change or 0) > 0 else "lowers"
+
+
+def _size(cell: Cell) -> str:
+    return f"{percent(cell.change).lstrip('+-')} %"
+
+
+def _accuracy_words(row: Accuracy) -> str:
+    """What became of the answers, and how sure that is."""
+    change = 100 * (row.after - row.before)
+    values = f"from {100 * row.before:.1f} to {100 * row.after:.1f} %"
+    if row.p_value is None:
+        return f"moved accuracy {values}"
+    test = "McNemar" if row.clusters == row.questions else "clusters flipped"
+    ends = f", 95 % {interval(row.interval, points=True)}" if row.interval else ""
+    found = f"{change:+z.1f} points{ends}; {test} p = {p_value(row.p_value)}"
+    if not row.significant:
+        return f"did not measurably change accuracy, {values} ({found})"
+    return f"{'raised' if change > 0 else 'lowered'} accuracy {values} ({found})"
+
+
+def _accuracy_sentences(report: Report) -> list[str]:
+    """One sentence per pair, where nothing but accuracy is known."""
+    lines = []
+    for pair in report.recipe.pairs:
+        rows = [row for row in report.accuracy if row.pair == pair.name]
+        if rows:
+            count = f"{len(rows)} benchmark{'' if len(rows) == 1 else 's'}"
+            points = [100 * (row.after - row.before) for row in rows]
+            rose = sum(change > 0 for change in points)
+            line = (
+                f"{pair.method or pair.name} raised accuracy on {rose} of {count}, by "
+                f"{np.mean(points):+z.1f} points on average"
+            )
+            if any(row.p_value is not None for row in rows):
+                sure = [row for row in rows if row.significant]
+                up = sum(row.after > row.before for row in sure)
+                line += f"; significantly, it raised {up} and lowered {len(sure) - up}"
+            lines.append(f"{line}.")
+    return lines
+
+
+def diversity_line(reports: Sequence[Report]) -> list[str]:
+    """Figure 3a in a sentence: how inter-sample diversity moved over all experiments."""
+    changes = [cell.change for cell in diversity_cells(reports) if cell.change is not None]
+    if not changes:
+        return []
+    count, improvement = len(changes), float(np.mean(changes))
+    rate = sum(change > 0 for change in changes) / count
+    line = (
+        f"Inter-sample diversity over {count} experiment{'' if count == 1 else 's'}: average "
+        f"improvement {percent(improvement)} %, improvement rate {100 * rate:.1f} %"
+    )
+    published = published_average(reports)
+    return [f"{line} (published: {published})." if published else f"{line}."]
+
+
+def published_diversity(reports: Sequence[Report]) -> PublishedChange | None:
+    """Figure 3a's average over all pairs, where a recipe says what was printed."""
+    for report in reports:
+        for value in report.recipe.published_changes:
+            if (value.metric, value.pair, value.alpha) == ("sample_diversity", None, None):
+                return value
+    return None
+
+
+def published_average(reports: Sequence[Report]) -> str:
+    """The same in words, or nothing."""
+    value = published_diversity(reports)
+    if value is None:
+        return ""
+    count = f"{value.experiments} experiments, " if value.experiments else ""
+    rate = f", {100 * value.rate:.1f} % of them improved" if value.rate is not None else ""
+    return f"{count}{percent(value.change)} %{rate}"
+
+
+def diversity_cells(reports: Sequence[Report]) -> list[Cell]:
+    """The cells of Figure 3a: inter-sample diversity in each experiment."""
+    return [
+        cell
+        for report in reports
+        for cell in report.cells
+        if cell.metric == "sample_diversity" and not cell.control
+    ]
+
+
+def heading(benchmark: str, pair: Pair, cells: Sequence[Cell]) -> str:
+    """What is above the cells of a benchmark and pair."""
+    method = f" ({pair.method})" if pair.method else ""
+    counts = sorted({cell.samples + cell.left_out for cell in cells})
+    samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    groups = sorted({cell.clusters for cell in cells if cell.clusters < cell.samples})
+    clusters = f" in {groups[-1]} clusters" if groups else ""
+    return f"{benchmark} · {pair.name}{method} · {samples} samples{clusters}"
+
+
+def caveats(report: Report) -> list[str]:
+    """What a reader must know of the numbers: how they were made, and what they do not say."""
+    lines = _cell_caveats(report) if report.cells else []
+    if any(c.published for c in report.cells) or any(r.published for r in report.accuracy):
+        lines.append(
+            "published: what was printed elsewhere for the row above. ✓: ours moved in the same "
+            "direction; ✗: it did not."
+        )
+    if report.missing:
+        lines.append(f"Not in this report ({len(report.missing)}): " + "; ".join(report.missing))
+    return lines
+
+
+def _cell_caveats(report: Report) -> list[str]:
+    recipe = report.recipe
+    entries = "real edges only" if recipe.report.entries == "real" else "the dense matrix"
+    lines = [
+        "Change: of our number, question by question. paper: whether it moved as the paper reports "
+        f"for online RL. paper %: the change of the paper's own number, over {entries}, for "
+        "comparison with print; it has no statistics. Convention "
+        f"{recipe.selection.convention!r}, {recipe.attribution.method}, granularity "
+        f"{recipe.attribution.granularity}, {recipe.report.bins} bins, {recipe.compute.dtype}.",
+        "A change is shown without its noise: it is no finding by itself.",
+    ]
+    if recipe.report.resamples:
+        tested = sum(cell.p_value is not None for cell in report.cells)
+        lines[1] = (
+            f"Marks: * is significant, p < {LEVEL:g} where what questions contribute changes signs "
+            f"at random, adjusted (Holm) for {_cells(tested)}, and the change is at least "
+            f"{100 * SMALLEST:g} %. Interval: 95 % t interval over questions, or clusters of them. "
+            "Alphas are cuts of the same answers: one piece of evidence, not several. All of this "
+            "is about other questions, not about other training runs."
+        )
+    return lines + _influence_lines(report) + _left_out_lines(report)
+
+
+def _influence_lines(report: Report) -> list[str]:
+    """Which changes are much of one question's."""
+    lines = []
+    for ours in (True, False):
+        found = []
+        for cell in report.cells:
+            held = cell.influence if ours else cell.paper_influence
+            if held and warning(held):
+                name = name_of(cell.metric) if ours else metric_named(cell.metric).label
+                what = f"{name} ({cell.control})" if cell.control else name
+                sign = "" if held.sign_survives else ", with the sign"
+                found.append(
+                    f"{what} of {cell.pair} on {cell.benchmark} at {cell.alpha:g} (question "
+                    f"{held.question}: {100 * held.share:.0f} %{sign})"
+                )
+        if found:
+            whose = "our number" if ours else "the paper's number"
+            lines.append(
+                f"!: one question holds more than {100 * LARGE_SHARE:.0f} % of the change of "
+                f"{whose}: {'; '.join(found)}."
+            )
+    return lines
+
+
+def _left_out_lines(report: Report) -> list[str]:
+    """Where questions have no value, and so do not count."""
+    found = [
+        f"{cell.left_out} in {name_of(cell.metric)} of {cell.pair} on {cell.benchmark} at "
+        f"{cell.alpha:g}"
+        for cell in report.cells
+        if cell.left_out
+    ]
+    if not found:
+        return []
+    return [f"Questions without a value (0, or not defined), left out: {'; '.join(found)}."]
+
+
+def warning(found: Influence | None) -> str:
+    """A mark where one question holds much of a change."""
+    # Of five questions that contribute alike, each holds a fifth but for rounding.
+    return "!" if found and found.share > LARGE_SHARE + 1e-3 else ""
+
+
+def name_of(metric: str) -> str:
+    """What a sentence calls our number of a metric."""
+    estimand = metric_named(metric).estimand
+    return estimand.name if estimand else metric.replace("_", " ")
+
+
+def number(value: float | None) -> str:
+    """Three digits and an exponent."""
+    if value is None:
+        return "-"
+    digits, exponent = f"{value:.2e}".split("e")
+    return f"{digits}e{int(exponent)}"
+
+
+def both(before: float | None, after: float | None) -> str:
+    """A value of two models, and an arrow for its direction."""
+    return f"{number(before)} {arrow(before, after)} {number(after)}"
+
+
+def arrow(before: float | None, after: float | None) -> str:
+    """The direction from one value to another."""
+    return ARROWS[0 if before is None or after is None else int(np.sign(after - before))]
+
+
+def percent(change: float | None) -> str:
+    """A relative change in percent, signed."""
+    if change is None:
+        return "-"
+    return f"{100 * change:+z.{1 if abs(change) < 10 else 0}f}"
+
+
+def marks(cell: Cell) -> str:
+    """Whether a change is significant, and whether one question holds much of it."""
+    return ("*" if cell.significant else " ") + warning(cell.influence)
+
+
+def interval(ends: tuple[float, float] | None, points: bool = False) -> str:
+    """An interval of a relative change in percent, or of a difference of shares in points."""
+    if ends is None:
+        return "-"
+    return "..".join(f"{100 * end:+z.{1 if points or abs(end) < 0.9995 else 0}f}" for end in ends)
+
+
+def p_value(p: float | None) -> str:
+    """A p-value with one or two digits."""
+    if p is None:
+        return "-"
+    return f"{p:.2g}" if p >= 1e-3 else f"{p:.0e}".replace("e-0", "e-")
+
+
+def listed(parts: Sequence[str]) -> str:
+    """Several things in a sentence."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+
+
+def _cells(count: int) -> str:
+    return f"{count} cell{'' if count == 1 else 's'}"

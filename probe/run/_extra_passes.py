@@ -1,0 +1,101 @@
+"""Extra passes: what the tables of `probe.report` need beyond a run's edges.
+
+`states` lets both models of a pair read the same answers, those of the largest alpha, first the one
+model's and then the other's; `weights` compares the checkpoints' files. What comes out stands in
+the run folder under `extras`, with what it was computed from, and is computed once.
+
+    >>> PASSES["weights"](run, sides)
+"""
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+
+from probe.attribution import compare_states
+from probe.checkpoints import fingerprint, weight_changes
+from probe.errors import ProbeError
+from probe.models import Model, cpu_threads
+from probe.recipe import Comparison
+from probe.run._choosing import Side
+from probe.run._session import Run
+from probe.store import TEXTS, Damaged, edges_key, states_file, weights_file
+
+
+def measure_states(run: Run, sides: Sequence[Side]) -> None:
+    """Compare the states of every pair on every benchmark; what is there already stays."""
+    recipe, folder = run.recipe, run.folder
+    if not recipe.selection.alpha:
+        return
+    alpha = max(recipe.selection.alpha)
+    answers = {(side.comparison, side.side): side.sequences for side in sides}
+    # A comparison that was left out has none.
+    texts = {
+        (pair.name, choice.name, text): answers.get(
+            (Comparison(pair, choice.name, alpha).name, text), ()
+        )
+        for pair in recipe.pairs
+        for choice in recipe.benchmarks
+        for text in TEXTS
+    }
+    with run.phase("states"):
+        bar = run.bar("states", sum(map(len, texts.values())))
+        for pair in recipe.pairs:
+            models: tuple[Model, Model] | None = None
+            weights = " ".join(map(fingerprint, (pair.before, pair.after)))
+            for choice in recipe.benchmarks:
+                for text in TEXTS:
+                    name = states_file(pair, choice.name, text)
+                    sequences = texts[pair.name, choice.name, text]
+                    if not sequences:
+                        continue
+                    key = edges_key(weights, ("states", recipe.compute.dtype), sequences)
+                    if _is_there(run, name, key):
+                        bar.advance(len(sequences))
+                        continue
+                    models = models or (
+                        run.load(pair.before, run.devices[0]),
+                        run.load(pair.after, run.devices[-1]),
+                    )
+                    size = recipe.attribution.batch_size
+                    with cpu_threads(models[0].threads):
+                        found = compare_states(*models, sequences, size, bar.advance)
+                    ids = [sequence.id for sequence in sequences]
+                    folder.write_json(name, {"key": key, "ids": ids, **asdict(found)})
+            del models
+            gc.collect()
+
+
+def measure_weights(run: Run, sides: Sequence[Side]) -> None:
+    """Compare the weights of every pair; what is there already stays.
+
+    A pair whose files cannot be compared is said, and left out.
+    """
+    del sides
+    with run.phase("weights"):
+        bar = run.bar("weights", len(run.recipe.pairs))
+        for pair in run.recipe.pairs:
+            name = weights_file(pair)
+            key = " ".join(map(fingerprint, (pair.before, pair.after)))
+            if not _is_there(run, name, key):
+                try:
+                    found = [asdict(change) for change in weight_changes(pair.before, pair.after)]
+                    run.folder.write_json(name, {"key": key, "matrices": found})
+                except ProbeError as error:
+                    run.say(f"{name}: {error}")
+            bar.advance(1)
+
+
+PASSES: Mapping[str, Callable[[Run, Sequence[Side]], None]] = {
+    "states": measure_states,
+    "weights": measure_weights,
+}
+"""What measures each thing that an extra `needs`; the one place to add one."""
+
+
+def _is_there(run: Run, name: str, key: str) -> bool:
+    try:
+        table = run.folder.read_json(name)
+    except Damaged as damage:
+        run.say(f"{name}: {damage}; computing it again")
+        return False
+    return table is not None and table.get("key") == key

@@ -1,0 +1,109 @@
+"""Finished runs: what can be measured on a run that is there already.
+
+>>> for row in run_faithfulness("runs/tiny-math", edges=400):
+...     print(row.model, row.method, row.spearman.value)
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from probe.checkpoints import fingerprint
+from probe.errors import ProbeError
+from probe.escaping import PlainConsole
+from probe.recipe import Recipe, read_recipe, recipe_files, recipe_from, recipe_table
+from probe.report import build_report
+from probe.run._checks import check_methods
+from probe.run._choosing import read_sides
+from probe.run._faithfulness import EDGES
+from probe.run._measuring import measure_models
+from probe.run._run import run_recipe
+from probe.run._session import recipe_host, running
+from probe.stats import Agreement
+from probe.store import RunFolder, run_path
+
+
+def run_faithfulness(
+    run: str | Path,
+    *,
+    edges: int | None = None,
+    methods: str | Sequence[str] | None = None,
+    sequences: int | None = None,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    remote: str | None = None,
+    console: Console | None = None,
+) -> tuple[Agreement, ...]:
+    """Measure the faithfulness of every model of a run, or go on with it.
+
+    Args:
+        run: A run folder with solutions and selections; or a recipe, which is then run first.
+        edges: How many edges per model; 400 where the recipe asks for none. This and the others:
+            as the section `faithfulness` of the run's recipe has it, where not given.
+        methods: One or several names in `probe.attribution.METHODS`; the first one's scores make
+            the strata.
+        sequences: How many sequences per model.
+        seed: Seed of the draw.
+        batch_size: How many edges run at once.
+        device: Where to run; as the recipe has it, where not given.
+        remote: The server that runs it; likewise.
+        console: Where progress goes; standard error if not given.
+
+    Raises:
+        ProbeError: Neither a run folder nor a recipe, a run that has not got so far, an unknown
+            method, a model that has changed since the run.
+    """
+    console = console or PlainConsole(stderr=True)
+    folder = RunFolder(run_path(run))
+    is_recipe = str(run) in recipe_files() or Path(run).suffix == ".toml"
+    if folder.record.exists() or (folder.path.is_dir() and not is_recipe):
+        is_recipe = False
+        record = folder.read_record()
+        recipe = recipe_from(record["recipe"], str(folder.record))
+    else:
+        try:
+            recipe = read_recipe(run)
+        except ProbeError as error:
+            raise error if is_recipe else ProbeError(f"no run folder {run}, and {error}") from error
+    names = (methods,) if isinstance(methods, str) else methods or ()
+    given = {
+        "edges": (recipe.faithfulness.edges or EDGES) if edges is None else edges,
+        "methods": None if methods is None else list(dict.fromkeys(names)),
+        "sequences": sequences,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    if given["edges"] == 0:
+        raise ProbeError("edges is 0; it must be at least 1")
+    recipe = _with(
+        recipe, str(run), faithfulness=given, compute={"device": device, "remote": remote}
+    )
+    check_methods(recipe)
+    if is_recipe:
+        return run_recipe(recipe, console=console).faithfulness
+
+    if record["models"] != {model: fingerprint(model) for model in recipe.models()}:
+        raise ProbeError(
+            f"the weights of a model have changed since {folder.path} was made; start over: "
+            f"probe recipe ... --output {folder.path} --fresh"
+        )
+    sides = read_sides(recipe, folder)
+    host = recipe_host(recipe, console)
+    folder.open()
+    with running(recipe, folder, record, host, console) as session:
+        measure_models(session, sides)
+    report = build_report(folder.path)
+    folder.write_json("report.json", report.table)
+    return report.faithfulness
+
+
+def _with(recipe: Recipe, where: str, **changes: Mapping[str, object]) -> Recipe:
+    """A recipe with some keys changed, and checked again; None is no change."""
+    table = recipe_table(recipe)
+    for section, values in changes.items():
+        old = table[section]
+        assert isinstance(old, dict)
+        table[section] = old | {k: v for k, v in values.items() if v is not None}
+    return recipe_from(table, where)

@@ -1,0 +1,160 @@
+"""A run: the phases of a recipe, one after the other, into a run folder.
+
+problems -> solutions -> selection -> attribution (-> faithfulness) -> metrics and report.
+Everything that can be wrong with a recipe is checked before the folder is touched; every phase
+finds in the folder what is done already and goes on from there, and ends in the same files.
+
+    >>> report = probe.run_recipe("tiny-math", output="runs/tiny-math")
+    >>> report.cells[0].metric
+    'activation_intensity'
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from probe.checkpoints import fetch_checkpoint, weight_files
+from probe.escaping import PlainConsole
+from probe.models import check_model, check_pair, encode_prompt, read_tokenizer
+from probe.problems import Problem, load_problems
+from probe.recipe import Recipe, read_recipe
+from probe.report import EXTRAS, Report, build_report
+from probe.run._attributing import attribute_all
+from probe.run._checks import check_here, check_output
+from probe.run._choosing import select_all
+from probe.run._extra_passes import PASSES
+from probe.run._measuring import measure_models
+from probe.run._plan import check_reach, lengths_line, make_plan, plan_lines, took_line
+from probe.run._session import recipe_host, running
+from probe.run._solving import solve_all
+from probe.run._timing import time_line, worth_timing
+from probe.solutions import Given, GivenAnswer, match, read_given
+from probe.store import RunFolder, model_names, now, open_record, phase_seconds, with_earlier_tables
+
+
+def run_recipe(
+    recipe: str | Path | Recipe,
+    output: str | Path | None = None,
+    *,
+    overrides: Mapping[str, str | int | float] | None = None,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> Report:
+    """Run a recipe, or go on with it.
+
+    Tables of an earlier run in the folder, and its control, stay and are brought up to date.
+
+    Args:
+        recipe: A recipe's name, a TOML file, or a recipe.
+        output: The run folder; `runs/NAME` if not given.
+        overrides: Values by dotted key, as in `{"selection.samples": 50}`; not for a `Recipe`.
+        fresh: Start over where the folder holds an earlier run.
+        console: Where progress goes; standard error if not given.
+
+    Raises:
+        ProbeError: Anything that the user can mend; nothing is lost by it.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = read_recipe(recipe, overrides)
+    console = console or PlainConsole(stderr=True)
+    folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
+    check_output(recipe, folder.path, fresh)
+    problems = check_recipe(recipe)
+    given, answers = _read_given(recipe, problems)
+    host = recipe_host(recipe, console)
+    for reference in recipe.models():
+        if host is None and not weight_files(reference):
+            console.print(f"downloading {reference}")
+            fetch_checkpoint(reference)
+    # A run that goes on has looked through these numbers: its record knows these weights.
+    new = fresh or not folder.record.exists()
+    for reference in recipe.models():
+        if weight_files(reference):
+            for line in check_model(reference, numbers=new):
+                console.print(line, soft_wrap=True)
+    if not fresh:
+        recipe = with_earlier_tables(folder, recipe)
+    tables = {name: file.table for name, file in given.items()}
+    record = open_record(folder, recipe, fresh, tables)
+    folder.write_clusters(
+        {name: {p.id: p.cluster for p in part if p.cluster} for name, part in problems.items()}
+    )
+    for name, file in given.items():
+        console.print(f"solutions of {name}: {file.account}", soft_wrap=True)
+    plan = make_plan(recipe)
+    for line in plan_lines(plan):
+        console.print(line, soft_wrap=True)
+    begun = any(folder.path.glob("solutions/*.jsonl"))
+    expected = time_line(plan) if worth_timing(plan) and not begun else None
+    if expected:
+        console.print(expected, soft_wrap=True)
+    with running(recipe, folder, record, host, console) as run:
+        sides = select_all(run, solve_all(run, problems, answers))
+        lengths = [sequence.length for side in sides for sequence in side.sequences]
+        if lengths:
+            run.say(lengths_line(lengths, recipe))
+        attribute_all(run, sides)
+        if recipe.faithfulness.edges:
+            measure_models(run, sides)
+        # Models on a server do not leave it; what was measured here before is still shown.
+        needs = {EXTRAS[name].needs for name in recipe.report.extra if host is None}
+        for name, measure_pass in PASSES.items():
+            if name in needs:
+                measure_pass(run, sides)
+        with run.phase("report"):
+            bar = run.bar("metrics", 1)
+            report = build_report(folder.path)
+            folder.write_json("report.json", report.table)
+            bar.advance(1)
+    console.print(took_line(phase_seconds(record)), soft_wrap=True)
+    record["finished"] = now()
+    folder.write_json("run.json", record)
+    return report
+
+
+def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
+    """Check all that can be checked without a model's weights, and load the problems.
+
+    Returns:
+        The problems of each benchmark, by its name.
+
+    Raises:
+        ProbeError: An unknown method or benchmark, a missing model, a pair that does not fit, a
+            broken benchmark file, a device that is not here.
+    """
+    check_here(recipe)
+    check_reach(recipe)
+    options = recipe.solutions
+    questions = None if options.questions == "all" else options.questions
+    problems = {
+        benchmark.name: load_problems(
+            benchmark.name,
+            Path(benchmark.path).expanduser() if benchmark.path else None,
+            questions,
+            options.seed,
+            benchmark.grading,
+        )
+        for benchmark in recipe.benchmarks
+    }
+    for pair in recipe.pairs:
+        check_pair(pair.before, pair.after)
+        for model in (pair.before, pair.after):
+            tokenizer = read_tokenizer(model)
+            for first, *_ in problems.values():
+                encode_prompt(tokenizer, pair.prompt, first.question)
+    return problems
+
+
+def _read_given(
+    recipe: Recipe, problems: Mapping[str, list[Problem]]
+) -> tuple[dict[str, Given], dict[tuple[str, str], dict[str, GivenAnswer]]]:
+    """The files of solutions by the model's name; their answers by name and benchmark."""
+    given: dict[str, Given] = {}
+    answers: dict[tuple[str, str], dict[str, GivenAnswer]] = {}
+    for asked, name in model_names(recipe).items():
+        if asked.given is not None:
+            given[name] = read_given(Path(asked.given).expanduser())
+            for benchmark in problems:
+                answers[name, benchmark] = match(given[name], problems, benchmark)
+    return given, answers

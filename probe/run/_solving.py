@@ -1,0 +1,132 @@
+"""Solving: the step in which each model answers each question, once.
+
+What it computes is in the run folder batch by batch, and what an earlier run has left there is not
+computed again.
+
+    >>> solutions = solve_all(run, problems, given={})
+    >>> solutions["tiny-math--sft", "tiny-math"][0].correct
+    True
+"""
+
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from functools import partial
+
+from probe.models import Model, read_tokenizer
+from probe.problems import Problem
+from probe.recipe import Asked
+from probe.run._parallel import Event, OnEvent
+from probe.run._session import Run, Setup
+from probe.solutions import GivenAnswer, Solution, imported, solve
+from probe.store import RunFolder, model_names
+
+
+def solve_all(
+    run: Run,
+    problems: Mapping[str, Sequence[Problem]],
+    given: Mapping[tuple[str, str], Mapping[str, GivenAnswer]],
+) -> dict[tuple[str, str], list[Solution]]:
+    """Let each model solve each benchmark, once; solutions by file name of model and benchmark."""
+    names = model_names(run.recipe)
+    total = len(names) * sum(len(part) for part in problems.values())
+    work = [
+        partial(solve_with, run.setup, asked, name, problems, given)
+        for asked, name in names.items()
+    ]
+    with run.phase("solutions"):
+        found = run.on_each(work, "solutions", total)
+    return {
+        (name, benchmark): solutions
+        for name, of_model in zip(names.values(), found, strict=True)
+        for benchmark, solutions in of_model.items()
+    }
+
+
+def solve_with(
+    setup: Setup,
+    asked: Asked,
+    name: str,
+    problems: Mapping[str, Sequence[Problem]],
+    given: Mapping[tuple[str, str], Mapping[str, GivenAnswer]],
+    *,
+    device: str,
+    on_event: OnEvent,
+) -> dict[str, list[Solution]]:
+    """Let a model solve each benchmark.
+
+    Args:
+        setup: Recipe, run folder and server.
+        asked: The model, and how it is asked.
+        name: Its name in files.
+        problems: The questions, by benchmark.
+        given: Answers that it has written already, by name and benchmark.
+        device: The device.
+        on_event: Called with what happens.
+
+    Returns:
+        Its solutions by benchmark, in the order of the questions.
+    """
+    folder, options = setup.folder, setup.recipe.solutions
+    solutions: dict[str, list[Solution]] = {}
+    model: Model | None = None
+    for benchmark, questions in problems.items():
+        file = folder.solutions_file(name, benchmark)
+        done = _solved(folder, name, benchmark, questions, on_event)
+        on_event(Event(len(done)))
+        if len(done) < len(questions):
+            if asked.given is not None:
+                tokenizer, answers = read_tokenizer(asked.model), given[name, benchmark]
+                batches = imported(tokenizer, questions, asked.prompt, answers, frozenset(done))
+            else:
+                model = model or setup.load(asked.model, device)
+                batches = solve(
+                    model,
+                    questions,
+                    asked.prompt,
+                    max_new_tokens=asked.max_new_tokens,
+                    stop=asked.stop,
+                    batch_size=options.batch_size,
+                    engine=options.engine,
+                    decoding=options.decoding,
+                    seed=options.seed,
+                    done=frozenset(done),
+                    say=lambda text: on_event(Event(text=text)),
+                )
+            start, tokens = time.monotonic(), 0
+            with closing(batches):
+                for batch in batches:
+                    folder.append_solutions(file, batch)
+                    done |= {solution.id: solution for solution in batch}
+                    tokens += sum(len(solution.answer) for solution in batch)
+                    speed = f"{tokens / (time.monotonic() - start):,.0f} tokens/s"
+                    on_event(Event(len(batch), speed=speed))
+            folder.write_solutions(file, [done[problem.id] for problem in questions])
+        solutions[benchmark] = [done[problem.id] for problem in questions]
+    del model
+    gc.collect()
+    return solutions
+
+
+def _solved(
+    folder: RunFolder,
+    name: str,
+    benchmark: str,
+    questions: Sequence[Problem],
+    on_event: OnEvent,
+) -> dict[str, Solution]:
+    """What an earlier run has left, by id; answers to what is not asked any more are put aside."""
+    file, aside = folder.solutions_file(name, benchmark), folder.unused_file(name, benchmark)
+    gold = {problem.id: problem.answer for problem in questions}
+    found, damaged = folder.read_solutions(file)
+    known = {s.id: s for s in (*folder.read_solutions(aside)[0], *found)}
+    if any(solution.id not in gold for solution in found):
+        folder.write_solutions(aside, known.values())
+    damaged += sum(gold.get(s.id, s.gold) != s.gold for s in found)
+    if damaged:
+        on_event(Event(text=f"{file}: {damaged} damaged lines; solving these again"))
+    sound = [known[i] for i, answer in gold.items() if i in known and known[i].gold == answer]
+    if damaged or sound != found:
+        folder.write_solutions(file, sound)
+    return {solution.id: solution for solution in sound}

@@ -1,0 +1,15 @@
+from ._answer_files import Given as Given
+from ._answer_files import GivenAnswer as GivenAnswer
+from ._answer_files import read_given as read_given
+from ._generation import Answer as Answer
+from ._generation import generate as generate
+from ._imported import imported as imported
+from ._imported import match as match
+from ._selection import Selection as Selection
+from ._selection import Solution as Solution
+from ._selection import select as select
+from ._solutions import encode_prompts as encode_prompts
+from ._solutions import graded as graded
+from ._solutions import in_threads as in_threads
+from ._solutions import limits as limits
+from ._solutions import solve as solve

@@ -1,0 +1,5 @@
+"""Store: the folder in which a run keeps everything."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,335 @@
+"""The run folder: everything a run has found out, in files that are whole or not there.
+
+    run.json                                     recipe, models, versions, device, times
+    solutions/MODEL.BENCHMARK.jsonl              a solution a line, added batch by batch
+    solutions/unused/MODEL.BENCHMARK.jsonl       those of questions that are not asked any more
+    selection/PAIR.BENCHMARK.alpha-A.json        which questions, which lengths
+    edges/PAIR.BENCHMARK.alpha-A.SIDE.safetensors   scores and losses
+                                                 (SIDE: before, after; with the cross-text control
+                                                 also before-on-after, after-on-before)
+    faithfulness/MODEL.json, .png                exact effects of some edges, beside their scores
+    extras/PAIR.BENCHMARK.on-SIDE.json           both models' states on the answers of one
+    extras/PAIR.weights.json                     how far each matrix moved
+    clusters.json                                which questions belong together
+    report.json                                  the cells
+    figures/                                     pictures, by `probe plot`
+
+A file is written beside where it will be and moved there: a kill leaves the old one or the new one.
+Solutions are appended; a torn last line is the most that a kill costs, and reading drops it.
+What is read is checked against what it should hold; what does not fit is computed again.
+
+    >>> folder = RunFolder(Path("runs/tiny-math"))
+    >>> folder.read_record()["recipe"]["name"]
+    'tiny-math'
+"""
+
+import glob
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from probe.attribution import EdgeScores, read_edges
+from probe.errors import ProbeError, reason
+from probe.files import write_whole
+from probe.solutions import Selection, Solution
+
+SCHEMA = 1
+FOLDERS = ("solutions", "selection", "edges", "faithfulness", "extras")
+PARTS = (*FOLDERS, "figures", "run.json", "clusters.json", "report.json")
+
+
+class Damaged(Exception):
+    """A file of the run is not what it should be; the message says in which way."""
+
+
+class Missing(Exception):
+    """What is asked for is not in the run folder, or is of no use; the message says why."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths, reading and writing of one run."""
+
+    path: Path
+    """The folder."""
+
+    def check(self) -> None:
+        """Check that this is a run's folder, or may become one.
+
+        Raises:
+            ProbeError: It is a file, or holds files that are not a run's.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ProbeError(f"{self.path} is a file; give a folder with --output")
+        foreign = self.path.is_dir() and any(self.path.iterdir()) and not self.record.exists()
+        if foreign:
+            raise ProbeError(
+                f"{self.path} holds files but no run.json, so it is not a run folder; "
+                "give an empty or new one with --output"
+            )
+
+    def open(self, fresh: bool = False) -> None:
+        """Make the folder, or check that it can be gone on with.
+
+        Args:
+            fresh: Throw away what an earlier run left there.
+
+        Raises:
+            ProbeError: It cannot be written to, or holds files that are not a run's.
+        """
+        self.check()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+            for part in PARTS if fresh else ():
+                old = self.path / part
+                if old.is_dir():
+                    shutil.rmtree(old)
+                else:
+                    old.unlink(missing_ok=True)
+            for part in FOLDERS:
+                (self.path / part).mkdir(exist_ok=True)
+        except OSError as error:
+            raise ProbeError(
+                f"cannot write to the run folder {self.path}: {error.strerror}; "
+                "give another one with --output"
+            ) from error
+
+    @property
+    def record(self) -> Path:
+        """run.json."""
+        return self.path / "run.json"
+
+    def read_record(self) -> dict[str, object]:
+        """What run.json says.
+
+        Raises:
+            ProbeError: There is none, or it is damaged.
+        """
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ProbeError(f"{self.path} is not a run folder: it has no run.json") from error
+        except (OSError, ValueError) as error:
+            raise ProbeError(
+                f"{self.record} is damaged, so nobody can tell what this run was; "
+                "start over with --fresh"
+            ) from error
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            raise ProbeError(f"{self.record}: not of schema {SCHEMA}; start over with --fresh")
+        return record
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write a JSON file whole or not at all."""
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+        write_whole(self.path / name, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+    def read_json(self, name: str) -> dict[str, object] | None:
+        """What a JSON file holds; None where there is no such file.
+
+        Raises:
+            Damaged: It is no JSON object.
+        """
+        try:
+            table = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise Damaged(f"damaged ({reason(error)})") from error
+        if not isinstance(table, dict):
+            raise Damaged("damaged (not a JSON object)")
+        return table
+
+    def solutions_file(self, model: str, benchmark: str) -> Path:
+        """Where a model's solutions are."""
+        return self.path / "solutions" / f"{model}.{benchmark}.jsonl"
+
+    def unused_file(self, model: str, benchmark: str) -> Path:
+        """Where those wait that a run with a larger `solutions.questions` has left."""
+        return self.path / "solutions" / "unused" / f"{model}.{benchmark}.jsonl"
+
+    def read_solutions(self, path: Path) -> tuple[list[Solution], int]:
+        """The solutions in a file, and how many of its lines are damaged."""
+        if not path.exists():
+            return [], 0
+        solutions, damaged = {}, 0
+        for line in path.read_bytes().splitlines():
+            try:
+                solution = Solution(**json.loads(line))
+                sound = isinstance(solution.correct, bool) and all(
+                    isinstance(tokens, list) and all(type(token) is int for token in tokens)
+                    for tokens in (solution.prompt, solution.answer)
+                )
+            except (ValueError, TypeError):
+                sound = False
+            if sound and solution.id not in solutions:
+                solutions[solution.id] = solution
+            else:
+                damaged += 1
+        return list(solutions.values()), damaged
+
+    def append_solutions(self, path: Path, solutions: Iterable[Solution]) -> None:
+        """Add solutions to a file; they are on the disk when this returns."""
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(_line(solution) for solution in solutions)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_solutions(self, path: Path, solutions: Iterable[Solution]) -> None:
+        """Write a file of solutions anew."""
+        text = "".join(_line(solution) for solution in solutions)
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def write_selection(self, cell: str, selection: Selection) -> None:
+        """Write a cell's selection; a run that goes on selects anew."""
+        self.write_json(f"selection/{cell}.json", asdict(selection))
+
+    def read_selection(self, cell: str) -> Selection | None:
+        """A cell's selection; None where there is none yet, or a torn one."""
+        try:
+            return TypeAdapter(Selection).validate_python(self.read_json(f"selection/{cell}.json"))
+        except (Damaged, ValidationError):
+            return None
+
+    def leave_out(self, cell: str, reason: str) -> None:
+        """Write down why a cell cannot be computed."""
+        self.write_json(f"selection/{cell}.json", {"left_out": reason})
+
+    def left_out(self, cell: str) -> str | None:
+        """Why a cell cannot be computed; None where it can, as far as is known."""
+        try:
+            reason = (self.read_json(f"selection/{cell}.json") or {}).get("left_out")
+        except Damaged:
+            return None
+        return None if reason is None else str(reason)
+
+    def write_clusters(self, clusters: Mapping[str, Mapping[str, str]]) -> None:
+        """Write the cluster of each question by benchmark; no file where none has one."""
+        if any(clusters.values()):
+            self.write_json("clusters.json", clusters)
+        else:
+            (self.path / "clusters.json").unlink(missing_ok=True)
+
+    def read_clusters(self, benchmark: str) -> dict[str, str]:
+        """The cluster of each question of a benchmark that has one.
+
+        Raises:
+            ProbeError: The file is damaged: without it, questions would pass for independent.
+        """
+        try:
+            table = (self.read_json("clusters.json") or {}).get(benchmark, {})
+            return TypeAdapter(dict[str, str]).validate_python(table)
+        except (Damaged, ValidationError) as error:
+            raise ProbeError(
+                f"{self.path / 'clusters.json'}: damaged; run the recipe again"
+            ) from error
+
+    def edges_file(self, cell: str, side: str) -> Path:
+        """Where the edges of one side of a cell are."""
+        return self.path / "edges" / f"{cell}.{side}.safetensors"
+
+    def write_part(self, path: Path, edges: EdgeScores, indices: Sequence[int], key: str) -> None:
+        """Write one batch of what will be a file of edges, beside where that will be."""
+        part = path.with_suffix(f".part-{indices[0]}.safetensors")
+        self.write_edges(part, edges, [str(index) for index in indices], key)
+
+    def parts(self, path: Path) -> list[Path]:
+        """The batches that wait for the rest of their file."""
+        return sorted(path.parent.glob(f"{glob.escape(path.stem)}.part-*.safetensors"))
+
+    def write_edges(self, path: Path, edges: EdgeScores, ids: Sequence[str], key: str) -> None:
+        """Write scores, losses and entropies.
+
+        Args:
+            path: The file.
+            edges: What to write.
+            ids: The question of each sequence.
+            key: What the edges were computed from, by `edges_key`.
+        """
+        replace(
+            edges,
+            scores=edges.scores.float(),
+            losses=edges.losses.float(),
+            entropies=edges.entropies.float(),
+            values=edges.values.float(),
+            gaps=None if edges.gaps is None else edges.gaps.float(),
+            ids=tuple(ids),
+        ).save(path, key)
+
+    def read_edges(self, path: Path, key: str | None = None) -> EdgeScores | None:
+        """Read scores, losses and entropies; None where there is no such file.
+
+        Args:
+            path: The file.
+            key: What they should have been computed from; None to take any.
+
+        Raises:
+            Damaged: The file is torn, or was computed from something else.
+        """
+        if not path.exists():
+            return None
+        try:
+            edges, found = read_edges(path)
+        except ValueError as error:
+            raise Damaged(f"damaged ({error})") from error
+        if key is not None and found != key:
+            raise Damaged("computed from other solutions or settings")
+        return edges
+
+    def read_sides(self, comparison: str, *sides: str) -> list[EdgeScores]:
+        """Edges of the same questions.
+
+        Args:
+            comparison: The name of a comparison.
+            sides: Names of sides, as in file names.
+
+        Raises:
+            Missing: A side is not there, damaged, or of other questions.
+        """
+        files = [self.edges_file(comparison, side) for side in sides]
+        try:
+            found = [self.read_edges(file) for file in files]
+        except Damaged as error:
+            raise Missing(str(error)) from error
+        edges = [side for side in found if side is not None]
+        if len(edges) < len(found):
+            raise Missing(self.left_out(comparison) or "not computed yet")
+        if any(side.ids != edges[0].ids for side in edges):
+            raise Missing(f"{', '.join(sides[:-1])} and {sides[-1]} are of different questions")
+        return edges
+
+    def read_measured(self, file: str) -> dict[str, object]:
+        """What an extra pass has left.
+
+        Raises:
+            Missing: Nothing, or something damaged.
+        """
+        try:
+            table = self.read_json(file)
+        except Damaged as error:
+            raise Missing(str(error)) from error
+        if table is None:
+            raise Missing("not measured yet; run the recipe again")
+        return table
+
+
+def run_path(inside: str | Path) -> Path:
+    """The run folder that a path means: itself, or the one that this file or folder lies in."""
+    path = Path(inside)
+    if path.exists():
+        for folder in (path, *path.absolute().parents[:2]):
+            if (folder / "run.json").is_file():
+                return folder
+    return path
+
+
+def _line(solution: Solution) -> str:
+    return json.dumps(asdict(solution), ensure_ascii=False) + "\n"

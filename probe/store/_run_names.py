@@ -1,0 +1,70 @@
+"""Run names: what models and measurements are called in a run folder.
+
+>>> list(model_names(read_recipe("tiny-math")).values())
+['tiny-math--sft', 'tiny-math--grpo', 'tiny-math--dpo']
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Literal
+
+from probe.attribution import TokenSequence
+from probe.recipe import Asked, Pair, Recipe
+
+Text = Literal["before", "after"]
+"""Whose answers both models of a pair read."""
+
+TEXTS: tuple[Text, ...] = ("before", "after")
+
+
+def model_names(recipe: Recipe) -> dict[Asked, str]:
+    """A file name for each model as it is asked.
+
+    A model that two pairs ask in the same way has one name, and so is asked once.
+    """
+    names: dict[Asked, str] = {}
+    for pair in recipe.pairs:
+        for asked in pair.asked():
+            if asked not in names:
+                parts = asked.model.removeprefix("probe:").rstrip("/").split("/")[-2:]
+                name = plain = "--".join(part.strip(".~ ") for part in parts if part.strip(".~ "))
+                number = 2
+                while name in names.values():
+                    name, number = f"{plain}-{number}", number + 1
+                names[asked] = name
+    return names
+
+
+def first_names(recipe: Recipe) -> dict[str, str]:
+    """The first of the names that `model_names` gives each model."""
+    names: dict[str, str] = {}
+    for asked, name in model_names(recipe).items():
+        names.setdefault(asked.model, name)
+    return names
+
+
+def faithfulness_file(model: str) -> str:
+    """Where in the run folder the exact effects of a model's edges are, by its first name."""
+    return f"faithfulness/{model}.json"
+
+
+def edges_key(model: str, settings: Sequence[str], sequences: Sequence[TokenSequence]) -> str:
+    """A short name for all that a set of edges depends on: weights, settings, every token."""
+    parts = [model, list(settings), [[s.id, list(s.prompt), list(s.answer)] for s in sequences]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def states_file(pair: Pair, benchmark: str, text: Text) -> str:
+    """Where in the run folder the comparison of both models on one's answers is."""
+    return f"extras/{pair.name}.{benchmark}.on-{text}.json"
+
+
+def temperature_file(comparison: str, side: str) -> str:
+    """Where in the run folder the temperature of a control's side is."""
+    return f"extras/{comparison}.{side}.json"
+
+
+def weights_file(pair: Pair) -> str:
+    """Where in the run folder the change of each matrix is."""
+    return f"extras/{pair.name}.weights.json"

@@ -1,0 +1,241 @@
+"""Who reads from the residual stream, watched while a model runs.
+
+A branch (an attention, its query, key or value, an FFN, the final norm) reads its own view, so
+that the gradient there is the gradient of this one branch, not of the stream. Norms run without a
+graph: on the way back `NormVjp` takes each branch's gradient through its norm in closed form,
+and the stream gets their sum. So autograd keeps nothing for a norm, and walks through none.
+
+It travels with a trace to a server; see `_hooks`.
+
+    >>> branches = Branches(wiring, hooks, norm_vjp, product)
+    >>> branches.watch(0, layer)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from probe.tracing._edge_product import EdgeProduct
+    from probe.tracing._hooks import Hooks
+    from probe.tracing._norm_vjp import NormVjp, Vjp
+    from probe.tracing._wiring import Wiring
+
+    Gradients = tuple[torch.Tensor, ...]
+    """Of some branches, each [sequence, position, d_model]."""
+
+    Back = Callable[[Vjp, Gradients], torch.Tensor]
+    """From the gradients behind a norm to the sum of those before it."""
+
+    class Context(Protocol):
+        """What autograd keeps of a forward pass for its backward pass."""
+
+        save_for_backward: Callable[..., None]
+        saved_tensors: tuple[torch.Tensor, ...]
+        weight: torch.Tensor | None
+        norm_vjp: NormVjp
+        back: Back
+
+
+class Branch(torch.autograd.Function):
+    """Views of a norm's output whose gradients go back to its input together."""
+
+    @staticmethod
+    def forward(
+        context: Context,
+        value: torch.Tensor,
+        normed: torch.Tensor,
+        count: int,
+        weight: torch.Tensor | None,
+        norm_vjp: NormVjp,
+        back: Back,
+    ) -> tuple[torch.Tensor, ...]:
+        """Give `count` views of `normed`, all [sequence, position, d_model]."""
+        context.save_for_backward(value)
+        context.weight, context.norm_vjp, context.back = weight, norm_vjp, back
+        return tuple(normed.view_as(normed) for _ in range(count))
+
+    @staticmethod
+    def backward(context: Context, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Give the gradient at `value`, [sequence, position, d_model]."""
+        (value,) = context.saved_tensors
+        vjp: Vjp = same
+        if context.weight is not None:
+            # A model may lie on several devices.
+            vjp = context.norm_vjp.at(value.to(gradients[0].device), context.weight)
+        gradient = context.back(vjp, gradients).to(value.device)
+        return gradient, None, None, None, None, None
+
+
+def same(gradient: torch.Tensor) -> torch.Tensor:
+    """What a gradient is before no norm."""
+    return gradient
+
+
+def first_alone(vjp: Vjp, gradients: Gradients) -> torch.Tensor:
+    """Take a gradient through a norm that is before no branch."""
+    return vjp(gradients[0])
+
+
+class Branches:
+    """The branches of one model, and the stream that they read, on one pass."""
+
+    end: torch.Tensor
+    """The final norm's input, [row, position, d_model]."""
+
+    hidden: torch.Tensor
+    """Its output."""
+
+    def __init__(
+        self, wiring: Wiring, hooks: Hooks, norm_vjp: NormVjp, product: EdgeProduct
+    ) -> None:
+        """Say where they are, and who wants their gradients.
+
+        Args:
+            wiring: Where targets are.
+            hooks: Where to hang hooks.
+            norm_vjp: The model's norms.
+            product: Takes the gradient of each branch before its norm.
+        """
+        self.wiring, self.hooks, self.norm_vjp, self.product = wiring, hooks, norm_vjp, product
+        self._parts: dict[int, torch.Tensor] = {}
+        self._stream: torch.Tensor | None = None
+
+    def watch(self, layer: int, modules: SimpleNamespace) -> None:
+        """Watch the branches of a layer.
+
+        Args:
+            layer: The layer's number.
+            modules: Its modules, from `_layers`.
+        """
+        wiring, first = self.wiring, self.wiring.first_target(layer)
+        last = wiring.first_target(layer + 1) - 1
+        back = partial(self._receive, first)
+        if wiring.columns and not wiring.at_inputs:
+            back = partial(self._join_parts, first, len(wiring.columns))
+            for number, projection in enumerate(modules.projections):
+                parts = [
+                    (target, columns.nonzero()[:, 0])
+                    for target, (of, columns) in enumerate(wiring.columns, first)
+                    if of == number
+                ]
+                self._read_columns(projection, parts)
+        parting = modules.projections if wiring.at_inputs else []
+        self.read(modules.attention_norm, modules.attention, back, parting)
+        self.read(modules.ffn_norm, modules.ffn, partial(self._receive, last))
+        for norm in modules.other_norms:
+            self.read(norm, norm, first_alone)
+
+    def watch_ends(
+        self, first: SimpleNamespace, last: SimpleNamespace, norm: SimpleNamespace | None
+    ) -> None:
+        """Let the stream begin before the first layer, and watch the last branch at its end.
+
+        Args:
+            first: The first layer.
+            last: The final norm, or what stands in its place.
+            norm: The final norm, if there is one.
+        """
+        self.hooks.at_input(first, self._begin)
+        self.hooks.at_input(last, lambda value: setattr(self, "end", value))
+        self.read(norm, last, partial(self._receive, self.wiring.n_targets - 1))
+        self.hooks.at_output(last, lambda output, *_: setattr(self, "hidden", output))
+
+    def backward(self, slopes: torch.Tensor) -> None:
+        """Take gradients through the model; the product gets those of all branches.
+
+        Args:
+            slopes: Those at `hidden`, [row, position, d_model].
+        """
+        # Nobody needs the hidden states themselves any more, nor the end of the stream.
+        edge = torch.autograd.graph.get_gradient_edge(self.hidden)
+        stream = self._stream
+        assert stream is not None
+        del self.hidden, self.end
+        torch.autograd.grad([edge], stream, slopes)
+        self._stream = None
+
+    def _begin(self, value: torch.Tensor) -> torch.Tensor:
+        """The stream as it begins; a layer that is computed again gets the same one."""
+        if self._stream is None:
+            self._stream = self.product.open(value)
+        return self._stream
+
+    def read(
+        self,
+        norm: SimpleNamespace | None,
+        module: SimpleNamespace,
+        back: Back,
+        projections: Sequence[SimpleNamespace] = (),
+    ) -> None:
+        """Let branches read a norm's output, or where there is none what a module is given.
+
+        Args:
+            norm: The norm.
+            module: The module behind it.
+            back: Takes the branches' gradients, and how they get before the norm.
+            projections: Where the branches part; one branch where they are none.
+        """
+        hooks, norm_vjp, count = self.hooks, self.norm_vjp, max(1, len(projections))
+        kept: dict[int | str, torch.Tensor] = {}  # what waits from one hook to the next
+
+        def before(value: torch.Tensor) -> torch.Tensor:
+            kept["value"] = value
+            return value.detach()
+
+        def after(normed: torch.Tensor, *_: object) -> torch.Tensor:
+            weight = None if norm is None else norm._module.weight
+            value = kept.pop("value")
+            first, *others = Branch.apply(value, normed, count, weight, norm_vjp, back)
+            kept.update(enumerate(others))
+            return first
+
+        if norm is None:
+            hooks.at_input(module, lambda value: after(before(value)))
+        else:
+            hooks.at_input(norm, before)
+            hooks.at_output(norm, after)
+        for number, projection in enumerate(projections[1:]):
+            hooks.at_input(projection, lambda _, number=number: kept.pop(number))
+
+    def _read_columns(
+        self, projection: SimpleNamespace, parts: list[tuple[int, torch.Tensor]]
+    ) -> None:
+        """Let branches read columns of a projection's output; `parts` are (target, columns)."""
+        weight = self.wiring.weight(projection).T  # [output, input]
+        parts = [(target, chosen.to(weight.device, non_blocking=True)) for target, chosen in parts]
+        waiting = self._parts
+
+        def take(gradient: torch.Tensor) -> None:
+            """Part the gradient behind the projection: [sequence, position, output]."""
+            for target, chosen in parts:
+                waiting[target] = gradient.index_select(-1, chosen) @ weight[chosen]
+
+        def split(output: torch.Tensor, *_: object) -> torch.Tensor:
+            output = output.view_as(output)
+            output.register_hook(take)
+            return output
+
+        self.hooks.at_output(projection, split)
+
+    def _receive(self, first: int, vjp: Vjp, gradients: Gradients) -> torch.Tensor:
+        """Take the gradients of targets from `first` on to before their norm; give their sum."""
+        total = None
+        for target, gradient in enumerate(gradients, first):
+            gradient = vjp(gradient)
+            total = gradient if total is None else total + gradient
+            self.product.take(target, gradient)
+        assert total is not None
+        return total
+
+    def _join_parts(self, first: int, count: int, vjp: Vjp, gradients: Gradients) -> torch.Tensor:
+        """Take gradients that came as parts to before their norm, and the whole one too."""
+        for target in range(first, first + count):
+            if target in self._parts:
+                self.product.take(target, vjp(self._parts.pop(target)))
+        return vjp(gradients[0])

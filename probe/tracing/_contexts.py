@@ -1,0 +1,529 @@
+"""Every nnsight tracing context of the project.
+
+One forward and one backward pass give all edges of a batch. Two rules keep that right:
+
+- Each branch reads its own view of the residual stream (or of the norm's output, for query, key
+  and value), so the gradient at that view is the gradient of that one branch, not of the stream
+  (`_branches`).
+- The body of a `with ... trace(...)` uses torch, local variables and what `SENT` names, and only
+  edge scores and losses leave it: the same body can run on a server that does not have this
+  package, and activations never travel. (That is why a layer's modules lie in plain namespaces.)
+  It starts with `settle`, since only the server knows on which device its model is, and defines
+  no function of its own: one would hold all that the body holds until Python collects garbage.
+
+`edge_scores` is behind the gradient methods, `ablated_values` behind the exact one, `source_sums`
+behind mean ablation; all are called through `probe.attribution`, which makes the batches. `states`
+is behind `probe.attribution`. Where a model's modules are is in `_layers`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from operator import attrgetter
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+import nnsight
+import torch
+import torch.utils.checkpoint
+from nnsight.schema.request import RequestModel
+from nnsight.tracing.backend import Backend
+from nnsight.tracing.tracer import Tracer
+from nnsight.tracing.util import push
+
+from probe.models import Graph, Model
+from probe.remote import Deployment
+from probe.tracing._branches import Branches
+from probe.tracing._edge_ablation import EdgeAblation
+from probe.tracing._edge_pass import EdgePass
+from probe.tracing._edge_product import EdgeProduct
+from probe.tracing._hooks import Hooks
+from probe.tracing._integration import HERE, Path
+from probe.tracing._layers import (
+    exact_dtype,
+    layers_of,
+    norm_vjp_of,
+    objective_of,
+    readout_of,
+    there,
+    wiring_of,
+)
+from probe.tracing._norm_vjp import NormVjp
+from probe.tracing._readout import Readout, bring, losses_at, settle
+from probe.tracing._relp_rules import follow_rules
+from probe.tracing._targets import Target, loss
+from probe.tracing._wiring import Writes
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+SENT = (
+    *(Hooks, Writes, Branches, NormVjp, EdgeProduct, EdgePass, EdgeAblation, Readout),
+    *(follow_rules, loss),
+)
+"""What travels to a server with a trace, by its source: the modules that these are in."""
+
+for part in SENT:
+    nnsight.register(part.__module__)
+
+LOSS = Target()
+"""The paper's target."""
+
+
+def send_module(name: str) -> None:
+    """Let a module of the user's travel to a server by its source too."""
+    nnsight.register(name)
+
+
+# At so many positions of each sequence the sources' sum is compared with the residual stream.
+CHECKED_POSITIONS = 16
+
+
+class Batch(NamedTuple):
+    """Sequences that run together, filled up on the right.
+
+    No attention mask goes with them: attention is causal, so what is scored never sees the
+    filling behind it.
+    """
+
+    input_ids: torch.Tensor
+    """int64 [sequence, position]: prompt and answer, without the answer's last token."""
+
+    lengths: torch.Tensor
+    """int64 [sequence]: how many positions are no filling."""
+
+    positions: torch.Tensor
+    """int64 [sequence, scored]: where each scored token is predicted."""
+
+    labels: torch.Tensor
+    """int64 [sequence, scored]: the answer tokens, -100 past an answer's end."""
+
+    corrupted: torch.Tensor | None = None
+    """int64 [sequence, position]: the texts beside them whose activations an ablation leaves."""
+
+    reference: torch.Tensor | None = None
+    """[sequence, scored, token]: log probabilities that a target compares with."""
+
+
+class EdgeBatch(NamedTuple):
+    """What comes out of one batch, where it was computed."""
+
+    scores: torch.Tensor
+    """[sequence, source, target], 0 where there is no edge."""
+
+    values: torch.Tensor
+    """[sequence]: the target."""
+
+    ablated_values: torch.Tensor
+    """[sequence]: the target where an integral begins, or of the corrupted texts; else empty."""
+
+    losses: torch.Tensor
+    """[sequence]: mean negative log-likelihood of the scored tokens, in nats."""
+
+    entropies: torch.Tensor
+    """[sequence]: mean entropy of the next-token distribution at the scored tokens, in nats."""
+
+    residual_error: torch.Tensor
+    """[]: how far the sources' sum is from the final norm's input, relative to that, at a few
+    positions of each sequence."""
+
+    logits_error: torch.Tensor
+    """[]: how far the logits that the loss is computed from are from the model's own, relative to
+    those, at the last position of the longest sequence."""
+
+
+class MemoryMode(NamedTuple):
+    """What a batch does to need less memory."""
+
+    recompute: bool = False
+    """Whether a layer's activations are dropped and computed again in the backward pass. Not with
+    `relp`, whose rules a second pass through a layer would not follow."""
+
+    sources_on_host: bool = False
+    """Whether the sources' outputs wait in the host's memory."""
+
+
+FASTEST = MemoryMode()
+"""What a batch does where memory is plenty: nothing."""
+
+
+def edge_scores(
+    model: Model,
+    batch: Batch,
+    graph: Graph,
+    path: Path = HERE,
+    relp: bool = False,
+    baseline: torch.Tensor | None = None,
+    memory: MemoryMode = FASTEST,
+    target: Target = LOSS,
+) -> EdgeBatch:
+    """Score every edge: -<G, O - B>, accumulated in float32 (float64 for a float64 model).
+
+    L is the target, by default a sequence's mean negative log-likelihood over its scored tokens
+    (paper, Eq. 13), O the output of the source, B what an ablation leaves of it; the product runs
+    over all positions, prompt included, and over d_model. G stands for the gradient dL/dH at the
+    input H of the target branch, before its norm:
+
+    - by default at the input as it is (EAP, Eq. 9);
+    - with a `path` its weighted sum over the inputs B + point (embedding - B);
+    - with `relp` by the rules of relevance patching: a norm's denominator is held constant,
+      an activation f counts as the line f(x)/x, and the gradient of a product of gate and
+      input is halved.
+
+    Args:
+        model: The model.
+        batch: The sequences.
+        graph: The model's graph; its granularity decides which branches are apart.
+        path: Points and weights of an integral.
+        relp: Whether to follow those rules.
+        baseline: B of each source, [source, d_model]; zero if not given. Where the batch has
+            corrupted texts it is what the source writes there, position by position.
+        memory: What to do for the sake of memory.
+        target: L.
+    """
+    network = model.network
+    away, exact, layers = model.deployment is not None, exact_dtype(model), layers_of(model)
+    final = attrgetter(model.architecture.final_norm)(network)
+    final_norm = there(final)
+    n_sequences = len(batch.input_ids)
+    # What is copied without waiting lets one batch begin while the one before is computed.
+    input_ids, n_silent = _blocks(batch, len(path.points))
+    input_ids = input_ids.to(model.device, non_blocking=True)
+    scored, compared = _scored(batch, len(input_ids) // n_sequences, exact)
+    compared_row = int(scored[0][compared])
+    scored = [part.to(model.device, non_blocking=True) for part in scored]
+    checked = _checked_positions(batch).to(model.device, non_blocking=True)
+    reference = None if batch.reference is None else batch.reference[batch.labels != -100]
+    edge_pass = _edge_pass(model, batch, graph, path, relp, baseline, memory, target)
+    hooks, readout = edge_pass.hooks, edge_pass.readout
+
+    with _recomputing(model, memory.recompute), _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
+        with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=backend):
+            (checked,) = settle(away, network.device, checked)
+            try:
+                edge_pass.watch(layers, final, final_norm)
+                # Here the model runs.
+                own = network.output.logits.detach()[compared_row, -1].to(exact)
+                scores = edge_pass.finish(network.lm_head, scored, compared, reference, checked)
+            finally:
+                hooks.remove()
+            scores = nnsight.save(bring(away, scores))
+            residual_error = nnsight.save(bring(away, edge_pass.residual_error))
+            error = (own - readout.compared.to(own)).norm() / own.norm()
+            logits_error = nnsight.save(bring(away, error))
+            # The last rows hold the inputs as they are, and the first ones where a path begins.
+            values = nnsight.save(bring(away, readout.values[-n_sequences:]))
+            ablated_values = nnsight.save(bring(away, readout.values[:n_silent]))
+            losses = nnsight.save(bring(away, readout.losses[-n_sequences:]))
+            entropies = nnsight.save(bring(away, readout.entropies[-n_sequences:]))
+    return EdgeBatch(
+        scores, values, ablated_values, losses, entropies, residual_error, logits_error
+    )
+
+
+def _edge_pass(
+    model: Model,
+    batch: Batch,
+    graph: Graph,
+    path: Path,
+    relp: bool,
+    baseline: torch.Tensor | None,
+    memory: MemoryMode,
+    target: Target,
+) -> EdgePass:
+    """What a pass that scores a batch consists of; the arguments are those of `edge_scores`."""
+    hooks, wiring, n_sequences = Hooks(), wiring_of(model, graph), len(batch.input_ids)
+    _, n_silent = _blocks(batch, len(path.points))
+    product = EdgeProduct(
+        graph.mask,
+        model.n_layers,
+        n_sequences,
+        path.points,
+        path.weights,
+        None if baseline is None else baseline.to(model.device, model.dtype),
+        corrupted=batch.corrupted is not None,
+        on_host=memory.sources_on_host,
+    )
+    branches = Branches(wiring, hooks, norm_vjp_of(model, constant_rate=relp), product)
+    readout = readout_of(model, target, n_sequences, n_silent)
+    return EdgePass(hooks, Writes(wiring), branches, product, readout, relp)
+
+
+def ablated_values(
+    model: Model,
+    batch: Batch,
+    graph: Graph,
+    edges: Sequence[tuple[int, int] | None],
+    baseline: torch.Tensor | None = None,
+    target: Target = LOSS,
+    wholes: Sequence[int] = (),
+    beside: Sequence[int] = (),
+) -> torch.Tensor:
+    """The target with one edge of each row removed: H <- H - (O - B) at that one branch (Eq. 8).
+
+    Args:
+        model: The model.
+        batch: The rows; a sequence may stand in many.
+        graph: The model's graph.
+        edges: For each row its edge, as indices (source, target) in the graph, or None.
+        baseline: B of each source, [source, d_model]; zero if not given.
+        target: The target.
+        wholes: For each row, which row is the same sequence with all edges.
+        beside: For each row, which row is its corrupted text, whose outputs are B; empty where
+            there is none.
+
+    Returns:
+        [row], on the CPU, in float32 (float64 for a float64 model).
+    """
+    network, layers = model.network, layers_of(model)
+    away, exact = model.deployment is not None, exact_dtype(model)
+    final_norm = attrgetter(model.architecture.final_norm)(network)
+    input_ids, labels, kept, columns = _inputs(model, batch)
+    baseline = None if baseline is None else baseline.to(model.device, model.dtype)
+    hooks, objective = Hooks(), objective_of(target)
+    ablation = EdgeAblation(wiring_of(model, graph), edges, baseline, beside)
+    reference = batch.reference
+
+    with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
+        with network.trace(
+            input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=backend
+        ):
+            columns, labels = settle(away, network.device, columns, labels)
+            try:
+                ablation.watch(hooks, layers, final_norm)
+                # Here the model runs.
+                logits = network.output.logits
+                values = objective.means(logits, columns, labels, exact, reference, wholes)
+            finally:
+                hooks.remove()
+            values = nnsight.save(values.detach().cpu())
+    return values
+
+
+def temperature_losses(model: Model, batch: Batch, temperatures: torch.Tensor) -> torch.Tensor:
+    """Mean losses of the scored tokens with logits divided by each of some temperatures.
+
+    Returns:
+        float64 [temperature, sequence], on the CPU, in nats.
+    """
+    network, away = model.network, model.deployment is not None
+    input_ids, labels, kept, columns = _inputs(model, batch)
+
+    with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
+        with network.trace(
+            input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=backend
+        ):
+            columns, labels = settle(away, network.device, columns, labels)
+            losses = losses_at(network.output.logits.detach(), columns, labels, temperatures)
+            losses = nnsight.save(losses.cpu())
+    return losses
+
+
+def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
+    """Sum of each source's output over all positions that are no filling: [source, d_model]."""
+    network, layers = model.network, layers_of(model)
+    away = model.deployment is not None
+    input_ids = batch.input_ids.to(model.device)
+    valid = (torch.arange(input_ids.shape[1]) < batch.lengths[:, None]).to(model.device)
+    hooks, writes = Hooks(), Writes(wiring_of(model, graph), summed=valid)
+    found: dict[int, torch.Tensor] = {}
+
+    with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
+        with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=backend):
+            settle(away, network.device)
+            try:
+                writes.watch_input(hooks, layers[0].module, found.__setitem__)
+                for number, layer in enumerate(layers):
+                    writes.watch(hooks, number, layer, found.__setitem__)
+                # Here the model runs.
+                network.output.logits  # noqa: B018 - waits for it
+            finally:
+                hooks.remove()
+            sums = nnsight.save(torch.stack([found[source].cpu() for source in sorted(found)]))
+    return sums
+
+
+class States(NamedTuple):
+    """What a model holds where it predicts each scored token, on its device."""
+
+    residuals: torch.Tensor
+    """[point, sequence, scored, d_model]: the residual stream before each layer, and at the end."""
+
+    log_probabilities: torch.Tensor
+    """[sequence, scored, token]: of the tokens that could come next, in nats."""
+
+
+def states(model: Model, batch: Batch, vocabulary: int) -> States:
+    """Read the residual stream and the next token's probabilities at the scored positions.
+
+    Args:
+        model: The model.
+        batch: The sequences.
+        vocabulary: The probabilities are those among the first so many tokens.
+    """
+    network = model.network
+    layers = layers_of(model)
+    final_norm = attrgetter(model.architecture.final_norm)(network)
+    input_ids, _, kept, columns = _inputs(model, batch)
+    places = batch.positions.to(model.device)[..., None].expand(-1, -1, model.d_model)
+    exact = exact_dtype(model)
+
+    with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=kept):
+        points = [layer.module.input.gather(1, places) for layer in layers]
+        points.append(final_norm.input.gather(1, places))
+        residuals = nnsight.save(torch.stack(points).to(exact))
+        logits = network.output.logits[..., :vocabulary]
+        scored = logits.gather(1, columns[..., None].expand(-1, -1, vocabulary))
+        log_probabilities = nnsight.save(scored.to(exact).log_softmax(-1))
+    return States(residuals, log_probabilities)
+
+
+def describe(model: Model) -> torch.Tensor:
+    """An empty tensor as deep and wide as the model is where it runs, and of its precision.
+
+    Returns:
+        [layer, d_model, 0]
+    """
+    network, layers = model.network, layers_of(model)
+    token = torch.zeros(1, 1, dtype=torch.int64)
+
+    with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
+        with network.trace(input_ids=token, use_cache=False, backend=backend):
+            config = network._module.config
+            shape = (config.num_hidden_layers, config.hidden_size, 0)
+            found = nnsight.save(layers[0].module.input.new_zeros(shape).cpu())
+    return found
+
+
+def generate_tokens(
+    model: Model,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    options: "GenerationConfig",
+    stopping: "StoppingCriteriaList",
+    beside: Mapping[str, object] = MappingProxyType({}),
+) -> torch.Tensor:
+    """Prompts with what the model generates after them: int64 [sequence, position].
+
+    What is given beside the options counts before them, None too.
+    """
+    network, away = model.network, model.deployment is not None
+
+    with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
+        with network.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=options,
+            stopping_criteria=stopping,
+            backend=backend,
+            **beside,
+        ) as tracer:
+            settle(away, network.device)
+            tokens = nnsight.save(tracer.result.cpu())
+    return tokens
+
+
+class _Job(Backend):
+    """Runs one trace on a server."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment = deployment
+        self.waits = False
+
+    def __call__(self, tracer: Tracer) -> None:
+        """Send the trace, wait, and put what it saved where a local trace would."""
+        # nnsight's own backend would send modules of the working tree along: what runs from a
+        # checkout would then fail once installed.
+        blob = RequestModel.serialize(tracer, compress=True)
+        self.deployment.host.preparing.release()
+        self.waits = True
+        saved = self.deployment.host.run(self.deployment.key, self.deployment.env, blob)
+        assert tracer.info is not None
+        push(tracer.info.frame, saved)
+
+
+@contextmanager
+def _turn(model: Model) -> Iterator[_Job | None]:
+    """What runs the next trace of a model: None for nnsight's choice, which is here.
+
+    Jobs are put together one at a time, and wait for the server at once. nnsight parses sources for
+    each, and before Python 3.13 `ast.parse` in two threads fails now and then ("AST constructor
+    recursion depth mismatch").
+    """
+    if model.deployment is None:
+        yield None
+        return
+    job = _Job(model.deployment)
+    model.deployment.host.preparing.acquire()
+    try:
+        yield job
+    finally:
+        if not job.waits:  # it was not sent
+            model.deployment.host.preparing.release()
+
+
+def _inputs(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]:
+    """A batch as a model takes it: tokens, labels, how many last positions, which of these."""
+    # A number and not the positions: a model on several devices may need those on any of them.
+    first = int(batch.positions.min())
+    tokens, labels, columns = (
+        tensor.to(model.device) for tensor in (batch.input_ids, batch.labels, batch.positions)
+    )
+    return tokens, labels, batch.input_ids.shape[1] - first, columns - first
+
+
+def _scored(batch: Batch, blocks: int, exact: torch.dtype) -> tuple[list[torch.Tensor], int]:
+    """The scored tokens of all rows one after the other, and one to compare.
+
+    Returns:
+        Row and position of each token, which it is (int64 [scored]), and what it counts ([scored];
+        those of a sequence sum to 1). Then which of them is predicted at the last position, whose
+        logits the model itself gives: there the longest sequence is scored.
+    """
+    valid = batch.labels != -100
+    shares = valid.double() / valid.sum(1, keepdim=True)
+    rows = valid.nonzero()[:, 0] + len(valid) * torch.arange(blocks)[:, None]
+    positions = batch.positions[valid].repeat(blocks)
+    compared = int((positions == batch.input_ids.shape[1] - 1).nonzero()[-1])
+    scored = [
+        rows.flatten(),
+        positions,
+        batch.labels[valid].repeat(blocks),
+        shares[valid].repeat(blocks).to(exact),
+    ]
+    return scored, compared
+
+
+def _blocks(batch: Batch, steps: int) -> tuple[torch.Tensor, int]:
+    """The tokens of a batch once for each point of a path, and before them where it begins.
+
+    Returns:
+        int64 [row, position]; how many of the rows are where the path begins, or corrupted texts.
+    """
+    beside = steps > 1 or batch.corrupted is not None
+    blocks = [batch.input_ids] * (steps + beside)
+    if batch.corrupted is not None:
+        blocks[0] = batch.corrupted
+    return torch.cat(blocks), len(batch.input_ids) * beside
+
+
+def _checked_positions(batch: Batch) -> torch.Tensor:
+    """Where the sources' sum is compared with the stream: int64 [sequence, checked]."""
+    spread = torch.linspace(0, 1, CHECKED_POSITIONS)[None]
+    return (spread * (batch.lengths[:, None] - 1)).long()
+
+
+@contextmanager
+def _recomputing(model: Model, wanted: bool) -> Iterator[None]:
+    """Let decoder layers drop their activations and compute them again, for a while."""
+    layers = attrgetter(model.architecture.layers)(model.network._module) if wanted else ()
+    again = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    for layer in layers:
+        # Only the layer itself is in training mode, which is its switch: no dropout comes on.
+        layer.training = layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = again
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = layer.gradient_checkpointing = False

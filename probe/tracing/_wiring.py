@@ -1,0 +1,187 @@
+"""Where sources and targets of a graph are in a model's layers, and what every source writes.
+
+It travels with a trace to a server; see `_hooks`.
+
+    >>> writes = Writes(wiring_of(model, graph))
+    >>> writes.watch(hooks, 0, layer, write)     # write(1, [sequence, position, d_model]), ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from probe.tracing._hooks import Hooks
+
+    Write = Callable[[int, torch.Tensor], None]
+    """Takes a source's index and what it writes."""
+
+
+class Wiring:
+    """How the nodes of a graph lie in a model's layers, as plain numbers."""
+
+    n_layers: int
+    """How many decoder layers there are."""
+
+    n_sources: int
+    """How many sources; the first is the input, and each layer has as many of the others."""
+
+    n_targets: int
+    """How many targets; the last are the logits, and each layer has as many of the others."""
+
+    by_head: bool
+    """Whether each head is a source of its own."""
+
+    n_heads: int
+    """How many heads write, in each layer."""
+
+    head_width: int
+    """Numbers per head."""
+
+    scale: float
+    """By what every output is multiplied before it is added to the stream."""
+
+    transposed: bool
+    """Whether weights are [input, output], as in GPT-2's Conv1D."""
+
+    at_inputs: bool
+    """Whether query, key and value part at the inputs of projections of their own; otherwise, and
+    head by head, they part at columns of the projections' outputs."""
+
+    columns: list[tuple[int, torch.Tensor]]
+    """For each branch of an attention its projection and, as bool [column], its columns; empty
+    where an attention is one branch."""
+
+    def __init__(
+        self,
+        n_layers: int,
+        shape: tuple[int, int],
+        heads: tuple[int, int],
+        columns: list[tuple[int, torch.Tensor]],
+        *,
+        by_head: bool,
+        scale: float,
+        transposed: bool,
+        at_inputs: bool,
+    ) -> None:
+        """Keep what is given; `shape` is (sources, targets), `heads` (number, width)."""
+        self.n_layers = n_layers
+        self.n_sources, self.n_targets = shape
+        self.n_heads, self.head_width = heads
+        self.columns = columns
+        self.by_head, self.at_inputs = by_head, at_inputs
+        self.scale, self.transposed = scale, transposed
+
+    def first_source(self, layer: int) -> int:
+        """The index of a layer's first source."""
+        return 1 + layer * ((self.n_sources - 1) // self.n_layers)
+
+    def first_target(self, layer: int) -> int:
+        """The index of a layer's first target."""
+        return layer * ((self.n_targets - 1) // self.n_layers)
+
+    def weight(self, projection: SimpleNamespace) -> torch.Tensor:
+        """A projection's weight as [input, output]."""
+        weight: torch.Tensor = projection._module.weight
+        return weight if self.transposed else weight.T
+
+
+class Writes:
+    """What every source writes to the residual stream, heads and biases included.
+
+    The one place that knows it: scores, exact effects and means all read it here.
+    """
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        wanted: Collection[int] | None = None,
+        summed: torch.Tensor | None = None,
+    ) -> None:
+        """Say which.
+
+        Args:
+            wiring: Where sources are.
+            wanted: Their indices; all of them if not given.
+            summed: bool [sequence, position]: writes are summed over these positions, in float32
+                or better. What is linear comes after the sum.
+        """
+        self.wiring = wiring
+        self.wanted = wanted
+        self.summed = summed
+
+    def watch_input(self, hooks: Hooks, first: SimpleNamespace, write: Write) -> None:
+        """Let a function take what enters the first layer: the source `input`."""
+        if self._wants(0):
+            hooks.at_input(first, lambda value: write(0, self.total(value)))
+
+    def watch(self, hooks: Hooks, layer: int, modules: SimpleNamespace, write: Write) -> None:
+        """Let a function take what the sources of a layer write, when it comes.
+
+        Args:
+            hooks: Where to hang hooks.
+            layer: The layer's number.
+            modules: Its modules, from `_layers`.
+            write: Takes the index and [sequence, position, d_model], or its sum, [d_model].
+        """
+        first, last = self.wiring.first_source(layer), self.wiring.first_source(layer + 1) - 1
+        if self.wiring.by_head:
+            projection = modules.attention_projection
+            hooks.at_input(projection, lambda mixed: self._heads(projection, mixed, first, write))
+        elif self._wants(first):
+            hooks.at_output(
+                modules.attention_output, lambda output, *_: write(first, self._scaled(output))
+            )
+        if self._wants(last):
+            hooks.at_output(
+                modules.ffn_output, lambda output, *_: write(last, self._scaled(output))
+            )
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """A write as it is wanted: [sequence, position, d], or summed over positions: [d]."""
+        value = value.detach()
+        if self.summed is None:
+            return value
+        exact = torch.promote_types(value.dtype, torch.float32)
+        return value[self.summed.to(value.device)].to(exact).sum(0)
+
+    def _wants(self, source: int) -> bool:
+        return self.wanted is None or source in self.wanted
+
+    def _scaled(self, output: torch.Tensor) -> torch.Tensor:
+        output, scale = self.total(output), self.wiring.scale
+        return output if scale == 1 else output * scale
+
+    def _heads(
+        self, projection: SimpleNamespace, mixed: torch.Tensor, first: int, write: Write
+    ) -> None:
+        """What each head writes, and the bias behind them.
+
+        Args:
+            projection: The output projection of an attention.
+            mixed: What it is given, [sequence, position, head * head_width].
+            first: The first head's index.
+            write: Takes a source's index and what it writes.
+        """
+        wiring = self.wiring
+        shape = mixed.shape[:-1]
+        mixed = self.total(mixed)
+        weight, scale = wiring.weight(projection), wiring.scale  # [head * head_width, d_model]
+        if self.summed is not None:  # in the precision of the sums
+            weight, scale = weight.to(mixed.dtype) * scale, 1.0
+        for head in range(wiring.n_heads):
+            if self._wants(first + head):
+                part = slice(head * wiring.head_width, (head + 1) * wiring.head_width)
+                write(first + head, mixed[..., part] @ weight[part] * scale)
+        bias = projection._module.bias
+        if bias is not None and self._wants(first + wiring.n_heads):
+            bias = bias.to(mixed.dtype) * wiring.scale
+            if self.summed is None:
+                bias = bias.expand(*shape, -1)
+            else:
+                bias = bias * self.summed.sum().to(bias.device)
+            write(first + wiring.n_heads, bias)

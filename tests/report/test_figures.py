@@ -1,0 +1,166 @@
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from matplotlib import colors
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.patches import PathPatch
+
+from probe.errors import ProbeError
+from probe.models import Graph
+from probe.recipe import PublishedChange
+from probe.report import (
+    STRONGER,
+    WEAKER,
+    Strength,
+    build_report,
+    colour_limit,
+    draw_circuit,
+    draw_diversity,
+    draw_entropy,
+    draw_heatmap,
+    write_figures,
+)
+from probe.stats import Change
+
+
+def strength(n_layers=2, granularity="qkv", parallel=False):
+    """Random strengths, in which every edge changes."""
+    graph = Graph.build(n_layers, granularity, parallel=parallel)
+    generator = np.random.default_rng(0)
+    mask = graph.mask.numpy()
+    before = np.exp(generator.normal(-9, 2, mask.shape)) * mask
+    after = before * np.exp(generator.normal(0.2, 0.5, mask.shape))
+    return Strength("sft-grpo", "gsm8k", 0.5, graph, before, after)
+
+
+def texts(figure: Figure) -> str:
+    return " ".join(
+        [text.get_text() for text in figure.texts]
+        + [axes.get_title(loc=place) for axes in figure.axes for place in ("left", "center")]
+        + [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+        + [text.get_text() for axes in figure.axes for text in axes.texts]
+    )
+
+
+def test_all_figures_of_a_run(half_run, tmp_path):
+    report = build_report(half_run.path)
+    files = write_figures([report], tmp_path / "a")
+    cell = "sft-grpo.tiny-math.alpha-0.5"
+    names = [f"heatmap.{cell}", f"circuit.{cell}", "diversity", "output-entropy", "token-entropy"]
+    assert [path.name for path in files] == [f"{n}.{e}" for n in names for e in ("png", "pdf")]
+    assert sorted((tmp_path / "a").iterdir()) == sorted(files)
+    for path in files:
+        if path.suffix == ".png":
+            assert min(imread(path).shape[:2]) > 300
+        else:
+            assert path.read_bytes().startswith(b"%PDF")
+    again = write_figures([report], tmp_path / "b")
+    for one, other in zip(files, again, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_what_cannot_be_drawn(half_run, tmp_path):
+    report = build_report(half_run.path)
+    with pytest.raises(ProbeError, match="same cells"):
+        write_figures([report, report], tmp_path)
+    with pytest.raises(ProbeError, match="nothing to draw yet"):
+        write_figures([replace(report, cells=())], tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ProbeError, match="cannot write figures to .*file"):
+        write_figures([report], tmp_path / "file")
+
+
+@pytest.mark.parametrize("n_layers", [1, 4, 32])
+@pytest.mark.parametrize(
+    ("granularity", "parallel"), [("qkv", False), ("block", False), ("qkv", True)]
+)
+def test_a_heat_map_holds_every_edge(n_layers, granularity, parallel):
+    drawn = strength(n_layers, granularity, parallel)
+    figure = draw_heatmap(drawn)
+    figure.canvas.draw()
+    image = figure.axes[0].images[0]
+    shown = image.get_array().filled(np.nan)
+    assert (np.isfinite(shown) == drawn.graph.mask.numpy()).all()
+    found = np.isfinite(shown)
+    assert 2 ** shown[found] == pytest.approx(drawn.after[found] / drawn.before[found])
+    assert image.norm.vmin == -image.norm.vmax
+    labels = figure.axes[0].get_xticklabels()
+    assert labels[0].get_text() in ("a0", "a0.q")
+    assert labels[-1].get_text() == "logits"
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(one.x1 < other.x0 for one, other in pairwise(boxes))
+
+
+def test_colours_end_at_a_round_number():
+    assert colour_limit(np.array([np.nan, 0.7, -0.8])) == 1
+    assert colour_limit(np.array([100.0])) == 10
+    assert colour_limit(np.array([np.nan])) == 1
+
+
+@pytest.mark.parametrize("n_layers", [1, 4, 32])
+def test_a_circuit_shows_the_largest_changes(n_layers):
+    drawn = strength(n_layers)
+    figure = draw_circuit(drawn, 10)
+    axes = figure.axes[0]
+    arcs = [patch for patch in axes.patches if isinstance(patch, PathPatch)]
+    expected = drawn.largest(10)
+    assert len(arcs) == len(expected)
+    nodes = [*drawn.graph.sources, "logits"]
+    for arc, edge in zip(reversed(arcs), expected, strict=True):
+        places = arc.get_path().vertices
+        stronger = edge.after > edge.before
+        assert ((places[:, 0] > 0) == stronger).all()
+        assert (arc.get_linestyle() == "-") == stronger  # no colour needed
+        assert colors.to_hex(arc.get_edgecolor()).upper() == (STRONGER if stronger else WEAKER)
+        ends = [nodes[round(places[place, 1])] for place in (0, -1)]
+        assert ends == [edge.source, edge.target.partition(".")[0]]
+    widths = [arc.get_linewidth() for arc in arcs]
+    assert widths == sorted(widths)
+    assert f"the {len(expected)} of {drawn.graph.mask.sum():,} edges" in texts(figure)
+
+
+def test_a_circuit_in_which_nothing_changed():
+    drawn = strength()
+    figure = draw_circuit(replace(drawn, after=drawn.before))
+    assert "weaker: 0 stronger: 0" in texts(figure)
+
+
+def test_diversity_says_what_was_published_where_the_recipe_does(half_run):
+    report = build_report(half_run.path)
+    figure = draw_diversity([report])
+    assert "1 experiments, average improvement +0.0 %, improvement rate 0.0 %" in texts(figure)
+    assert "published" not in texts(figure)
+    value = PublishedChange("sample_diversity", 0.076, experiments=41, rate=0.951)
+    recipe = replace(report.recipe, published_changes=(value,))
+    figure = draw_diversity([replace(report, recipe=recipe)])
+    assert "published: 41 experiments, +7.6 %, 95.1 % of them improved" in texts(figure)
+
+
+def test_entropy_says_what_was_published_where_the_recipe_does(half_run):
+    report = build_report(half_run.path)
+    value = PublishedChange("output_entropy", 1.2, pair="sft-grpo", alpha=0.5)
+    recipe = replace(report.recipe, published_changes=(value,))
+    for found, labels in ((report, ["0.5"]), (replace(report, recipe=recipe), ["0.5\n(+120)"])):
+        axes = draw_entropy([found]).axes[0]
+        assert [label.get_text() for label in axes.get_xticklabels()] == labels
+
+
+def test_entropy_with_a_value_that_is_not_defined(half_run):
+    report = build_report(half_run.path)
+    cells = [cell for cell in report.cells if cell.metric == "output_entropy"]
+    empty = replace(cells[0], pair="sft-dpo", paper=Change(None, None, None))
+    zero = replace(empty, benchmark="gsm8k", paper=Change(0.0, 1.0, None))
+    figure = draw_entropy([replace(report, cells=(*cells, empty, zero))])
+    figure.canvas.draw()
+    assert [axes.get_title() for axes in figure.axes] == [
+        "sft-grpo on tiny-math",
+        "sft-dpo on tiny-math",
+        "",  # a row per benchmark
+        "sft-dpo on gsm8k",
+    ]
+    assert [line.get_ydata()[0] for line in figure.axes[3].get_lines()] == [0, 1]
+    lines = figure.axes[0].get_lines()
+    assert [line.get_ydata()[0] for line in lines] == [cells[0].paper.before, cells[0].paper.after]

@@ -1,0 +1,133 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import torch
+from conftest import run_recorded, save_dull_model
+
+import probe
+from probe.attribution import TokenSequence, compare_states
+from probe.checkpoints import by_kind, weight_changes
+from probe.report import build_report
+from probe.run import run_faithfulness
+from probe.store import RunFolder
+
+SMALL = {
+    "solutions.questions": 60,
+    "solutions.batch_size": 16,
+    "selection.samples": 5,
+    "selection.alpha": "[0.1, 0.5]",
+    "report.extra": '["token-kl", "residual", "weights"]',
+    "attribution.control": "none",
+}
+
+
+def run(folder, overrides=None):
+    """Run the small recipe; the report and what was said."""
+    return run_recorded(SMALL | (overrides or {}), folder)
+
+
+def texts(folder, model, alpha):
+    """The answers of one model of the first pair, cut as that alpha cuts them."""
+    folder = RunFolder(folder)
+    selection = folder.read_selection(f"sft-grpo.tiny-math.alpha-{alpha}")
+    path = folder.solutions_file(f"tiny-math--{model}", "tiny-math")
+    solutions = {s.id: s for s in folder.read_solutions(path)[0]}
+    return [
+        TokenSequence(solutions[i].prompt, solutions[i].answer[: selection.cut_length], i)
+        for i in selection.ids
+    ]
+
+
+def table(report, title):
+    found = next(extra for extra in report.extras if title in extra.title)
+    return [dict(zip(found.columns, row, strict=True)) for row in found.rows]
+
+
+def test_the_tables_are_what_the_models_do(finished):
+    report = build_report(finished)
+    models = [probe.load_model(f"probe:tiny-math/{name}") for name in ("sft", "grpo")]
+    rows = {(r["pair"], r["alpha"]): r for r in table(report, "Divergence")}
+    assert len(rows) == 4
+    for alpha in (0.1, 0.5):
+        for text, name in (("before", "sft"), ("after", "grpo")):
+            found = compare_states(*models, texts(finished, name, alpha))
+            means = [sum(line) / len(line) for line in found.divergences]
+            row = rows["sft-grpo", alpha]
+            assert row[f"on {text}"] == pytest.approx(sum(means) / 5, rel=1e-3)
+            ends = scipy.stats.t.interval(0.95, 4, sum(means) / 5, scipy.stats.sem(means))
+            found_ends = [row[f"on {text} {end}"] for end in ("low", "high")]
+            assert found_ends == pytest.approx(ends, rel=1e-3)
+    residual = [row for row in table(report, "residual") if row["pair"] == "sft-grpo"]
+    assert [row["before"] for row in residual] == [*(f"layer {n}" for n in range(4)), "logits"]
+    assert [r["cosine on after"] for r in residual] == pytest.approx(found.cosines, abs=1e-5)
+    assert [r["CKA on after"] for r in residual] == pytest.approx(found.cka, abs=1e-4)
+    weights = [row for row in table(report, "weights") if row["pair"] == "sft-dpo"]
+    kinds = by_kind(weight_changes("probe:tiny-math/sft", "probe:tiny-math/dpo"))
+    assert [row["moved"] for row in weights] == [kind.relative for kind in kinds]
+    record = json.loads((finished / "run.json").read_text())
+    assert {"states", "weights"} < record["seconds"].keys()
+
+
+def test_running_again_measures_nothing(copy, monkeypatch):
+    monkeypatch.setattr("probe.run._extra_passes.compare_states", None)
+    monkeypatch.setattr("probe.run._extra_passes.weight_changes", None)
+    old = (copy / "report.json").read_text()
+    run(copy)
+    assert (copy / "report.json").read_text() == old
+
+
+def test_what_is_damaged_or_of_other_answers_is_measured_again(copy):
+    old = (copy / "report.json").read_text()
+    states = copy / "extras" / "sft-grpo.tiny-math.on-before.json"
+    states.write_text(states.read_text()[:100])
+    other = copy / "extras" / "sft-dpo.tiny-math.on-after.json"
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"key": "another"}))
+    half = build_report(copy)
+    assert [line for line in half.missing if "token-kl of sft-grpo" in line]
+    _, said = run(copy)
+    assert (copy / "report.json").read_text() == old
+    assert "sft-grpo.tiny-math.on-before.json: damaged" in said
+
+
+def test_what_is_not_measured_yet_is_missing(copy):
+    shutil.rmtree(copy / "extras")
+    missing = build_report(copy).missing
+    assert len(missing) == 4 + 2 + 2
+    assert all(line.endswith("not measured yet; run the recipe again") for line in missing)
+
+
+def test_weights_that_cannot_be_compared_do_not_stop_a_run(copy, tmp_path):
+    models = tmp_path / "models"
+    for name in ("sft", "grpo"):
+        shutil.copytree(Path(probe.__file__).parent / "data" / "tiny-math" / name, models / name)
+    network = probe.load_model(str(models / "grpo")).network._module
+    shutil.rmtree(models / "grpo")
+    shutil.copytree(models / "sft", models / "grpo")
+    (models / "grpo" / "model.safetensors").unlink()
+    torch.save(network.state_dict(), models / "grpo" / "pytorch_model.bin")
+    pair = {f"pairs.{n}.after": str(models / "grpo") for n in (0, 1)}
+    report, said = run(tmp_path / "run", pair)
+    assert "are not on this machine as safetensors" in said
+    assert any("weights of sft-grpo" in line for line in report.missing)
+    assert table(report, "Divergence")
+
+
+def test_what_was_left_out_is_not_measured(tmp_path):
+    """A pair without any question that both solve is no obstacle to the other pair."""
+    dull = str(save_dull_model(tmp_path / "dull"))
+    settings = {
+        "pairs.0.after": dull,
+        "faithfulness.edges": 3,
+        "faithfulness.sequences": 1,
+        "faithfulness.methods": '["eap"]',
+        "attribution.control": "none",
+    }
+    report, said = run(tmp_path / "run", settings)
+    assert {row["pair"] for row in table(report, "Divergence")} == {"sft-dpo"}
+    assert {found.model for found in report.faithfulness} == {"tiny-math--sft", "tiny-math--dpo"}
+    assert "dull: left out, as no question of it was chosen" in said
+    again = run_faithfulness(tmp_path / "run", edges=4, methods="eap")
+    assert {found.edges for found in again} == {4}

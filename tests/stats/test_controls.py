@@ -1,0 +1,167 @@
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import run_recorded
+from hypothesis import given
+from hypothesis import strategies as st
+
+import probe
+from probe.attribution import TokenSequence
+from probe.checkpoints import PACKAGE_DATA
+from probe.errors import ProbeError
+from probe.report import summary
+from probe.stats import CONTROLS, ControlSide, control_sides, texts_of
+from probe.store import RunFolder
+from probe.tracing import Target
+
+CELL = "sft-grpo.tiny-math.alpha-0.5"
+SOME = {
+    "solutions.questions": "60",
+    "selection.alpha": "[0.5]",
+    "pairs": '[{name="sft-grpo", before="probe:tiny-math/sft", after="probe:tiny-math/grpo"}]',
+}
+
+
+def run(folder):
+    """Make the run of this module: every control that there is."""
+    run_recorded({**SOME, "attribution.control": ",".join(CONTROLS)}, folder)
+
+
+@pytest.fixture(scope="module")
+def edges(finished):
+    """The edges of every side."""
+    folder = RunFolder(finished)
+    names = ["before", "after", *(side.name for side in control_sides(CONTROLS))]
+    found = {name: folder.read_edges(folder.edges_file(CELL, name)) for name in names}
+    assert None not in found.values()
+    return found
+
+
+def geometric(side, other):
+    """Geometric mean of the questions' ratios of intensity, less 1."""
+    old, new = (e.scores.double().abs().mean((1, 2)).log() for e in (side, other))
+    return math.expm1(float((new - old).mean()))
+
+
+def test_the_losses_are_equal_where_they_should_be(edges):
+    before, after = (edges[name].losses.mean() for name in ("before", "after"))
+    assert edges["before-sharp"].values.mean() == pytest.approx(float(after), rel=1e-3)
+    matched = [edges[f"{name}-matched"].values.mean() for name in ("before", "after")]
+    assert matched[0] == pytest.approx(float(matched[1]), rel=1e-3)
+    # The model that is less sure is left as it is.
+    left = "before" if before > after else "after"
+    assert edges[f"{left}-matched"].scores.equal(edges[left].scores)
+
+
+def test_a_control_is_compared_as_the_raw_change_is(finished, edges):
+    report = probe.open_run(finished).report
+    cells = {(c.metric, c.control): c for c in report.cells}
+    for control in CONTROLS.values():
+        for label, first, second in control.compared:
+            cell = cells["activation_intensity", label]
+            assert cell.change == pytest.approx(geometric(edges[first], edges[second]), rel=1e-6)
+            assert cell.interval[0] < cell.change < cell.interval[1]
+            assert ("token_entropy", label) not in cells
+    assert report.missing == ()
+    # Raw cells, controls below them, metric by metric.
+    order = list(dict.fromkeys(cell.metric for cell in report.cells))
+    assert [c.metric for c in report.cells] == sorted(
+        (c.metric for c in report.cells), key=order.index
+    )
+
+
+def test_a_side_is_what_the_api_gives(finished, edges):
+    folder = RunFolder(finished)
+    table = folder.read_json(f"extras/{CELL}.before-sharp.json")
+    solutions, _ = folder.read_solutions(folder.solutions_file("tiny-math--sft", "tiny-math"))
+    length = folder.read_selection(CELL).cut_length
+    ids = edges["before"].ids
+    texts = [
+        TokenSequence(s.prompt, s.answer[:length], s.id)
+        for s in sorted((s for s in solutions if s.id in ids), key=lambda s: ids.index(s.id))
+    ]
+    target = Target("loss", temperature=table["temperature"])
+    found = probe.attribute("probe:tiny-math/sft", texts, target=target)
+    assert np.allclose(found.scores, edges["before-sharp"].scores, rtol=1e-4, atol=1e-7)
+
+
+def test_the_controls_tell_a_sharpened_model_from_another_circuit(tmp_path):
+    """The model after is the one before with its logits doubled: nothing else changed."""
+    from safetensors.torch import load_file, save_file
+
+    sharp = tmp_path / "sharp"
+    shutil.copytree(PACKAGE_DATA / "tiny-math/sft", sharp)
+    weights = load_file(sharp / "model.safetensors")
+    norm = "model.norm.weight"
+    weights[norm] = (2 * weights[norm].float()).to(weights[norm].dtype)
+    save_file(weights, sharp / "model.safetensors", {"format": "pt"})
+    pair = f'[{{name="p", before="probe:tiny-math/sft", after="{sharp}"}}]'
+    report, _ = run_recorded({**SOME, "pairs": pair}, tmp_path / "run")
+    cells = {c.control: c for c in report.cells if c.metric == "activation_intensity"}
+    assert cells[""].significant
+    assert cells["sharpness"].change == pytest.approx(cells[""].change, abs=0.01)
+    assert abs(cells["equal loss"].change) < 0.01
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=2, max_size=8))
+def test_texts_of_other_questions(answers):
+    texts = [TokenSequence([1], answer, str(i)) for i, answer in enumerate(answers)]
+    own = [replace_answer(text) for text in texts]
+    side = ControlSide("x", "before", "before", "other")
+    found = texts_of(side, own, texts)
+    assert sorted(map(list, (t.answer for t in found))) == sorted(answers)
+    assert [t.prompt for t in found] == [t.prompt for t in own]
+    assert texts_of(side, own, texts) == found
+    marked = [TokenSequence([1], [i], str(i)) for i in range(len(texts))]
+    assert all(list(t.answer) != [i] for i, t in enumerate(texts_of(side, own, marked)))
+    shuffled = texts_of(side._replace(answers="shuffled"), own, texts)
+    assert [sorted(t.answer) for t in shuffled] == [sorted(a) for a in answers]
+
+
+def replace_answer(text):
+    return text._replace(answer=[0])
+
+
+def test_unknown_controls_are_refused():
+    with pytest.raises(ProbeError, match="'sharp' is not known"):
+        control_sides(["sharp"])
+    with pytest.raises(ProbeError, match="attribution.control is 'sharp'"):
+        probe.run_recipe("tiny-math", overrides={"attribution.control": "sharp"})
+
+
+def test_a_loss_that_cannot_be_had_leaves_a_control_out_and_nothing_else(finished, tmp_path):
+    """With tokens in another order, the model before is sure of none: it cannot be as sure."""
+    folder = RunFolder(shutil.copytree(finished, tmp_path / "copy"))
+    path = folder.solutions_file("tiny-math--sft", "tiny-math")
+    solutions, _ = folder.read_solutions(path)
+    turned = [replace(s, answer=[*s.answer[1:], s.answer[0]]) for s in solutions]
+    folder.write_solutions(path, turned)
+    report, said = run_recorded(SOME, folder.path)
+    assert f"left out: {CELL}, before-sharp: no temperature" in said
+    assert not folder.edges_file(CELL, "before-sharp").exists()  # that of the other answers is gone
+    assert any(line.startswith(f"sharpness of {CELL}") for line in report.missing)
+    assert any(cell.control == "equal loss" for cell in report.cells)
+
+
+def test_another_fault_while_looking_for_a_temperature_stops_the_run(tmp_path, monkeypatch):
+    def broken(*_):
+        raise ProbeError("the server is gone")
+
+    monkeypatch.setattr("probe.run._attributing.matched_temperature", broken)
+    with pytest.raises(ProbeError, match="the server is gone"):
+        run_recorded({**SOME, "solutions.questions": "30"}, tmp_path / "run")
+
+
+def test_nothing_is_said_of_chance_where_nothing_was_tested(finished):
+    report = probe.open_run(finished).report
+    assert "which is not significant" not in summary(untested(report))[0]
+    assert "At equal loss the change is" in summary(untested(report))[0]
+
+
+def untested(report):
+    """The report as if its recipe left statistics out."""
+    cells = tuple(replace(c, interval=None, p_value=None, significant=None) for c in report.cells)
+    return replace(report, cells=cells)
