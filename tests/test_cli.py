@@ -163,10 +163,10 @@ def test_dry_run_does_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_dry_run_of_a_recipe_whose_models_are_not_here():
+def test_dry_run_of_a_recipe_whose_models_are_not_here(tmp_path):
     result = call(
         *("recipe", "tiny-math", "--dry-run", "--set", "pairs.0.before=nobody/model"),
-        *("--set", "benchmarks.0.name=gsm8k"),
+        *("--set", "benchmarks.0.name=gsm8k", "--output", tmp_path / "run"),
     )
     assert result.exit_code == 0
     assert "Downloads: nobody/model, openai/gsm8k" in " ".join(result.output.split())
