@@ -32,23 +32,23 @@ def chosen_places(choice: Choice, ids: Sequence[str]) -> list[int]:
     if choice and all(isinstance(chosen, bool) for chosen in choice):
         if len(choice) != len(ids):
             raise ProbeError(f"{len(choice)} bools do not fit {len(ids)} sequences")
-        return [place for place, chosen in enumerate(choice) if chosen]
+        return [index for index, chosen in enumerate(choice) if chosen]
     return [_place(name, ids) for name in choice]
 
 
 def _place(name: object, ids: Sequence[str]) -> int:
     if isinstance(name, str):
-        found = [place for place, known in enumerate(ids) if known == name]
+        found = [index for index, known in enumerate(ids) if known == name]
         if len(found) == 1:
             return found[0]
         many = f"{len(found)} sequences have" if found else "no sequence has"
         raise ProbeError(f"{many} the id {name!r}; give the place of one, 0 to {len(ids) - 1}")
     if not is_number(name):
         raise ProbeError(f"{name!r} is neither a sequence's place nor its id")
-    place = int(name)  # type: ignore[call-overload]
-    if not -len(ids) <= place < len(ids):
-        raise ProbeError(f"there is no sequence {place}; there are {len(ids)}")
-    return place % len(ids)
+    index = int(name)  # type: ignore[call-overload]
+    if not -len(ids) <= index < len(ids):
+        raise ProbeError(f"there is no sequence {index}; there are {len(ids)}")
+    return index % len(ids)
 
 
 def is_number(value: object) -> bool:

@@ -93,8 +93,8 @@ class Batching:
         Raises:
             ProbeError: One sequence alone does not fit.
         """
-        todo = [place for place in range(len(lengths)) if place not in done]
-        todo.sort(key=lambda place: -lengths[place])
+        todo = [index for index in range(len(lengths)) if index not in done]
+        todo.sort(key=lambda index: -lengths[index])
         if self._host:
             yield from self._run_there(self._host, lengths, score, todo)
             return
@@ -111,12 +111,12 @@ class Batching:
         while todo:
             length = lengths[todo[0]] * self._steps
             mode = self._mode(length)
-            places = self._alike(lengths, todo[: self.rows(length, mode)])
+            indices = self._alike(lengths, todo[: self.rows(length, mode)])
             try:
-                result = self._watched(len(places) * length, mode, partial(score, places, mode))
+                result = self._watched(len(indices) * length, mode, partial(score, indices, mode))
             except torch.OutOfMemoryError as error:
-                if len(places) > 1:
-                    self._most = len(places) * length // 2
+                if len(indices) > 1:
+                    self._most = len(indices) * length // 2
                 elif not self._save_more():
                     raise ProbeError(
                         f"a sequence of {length} tokens does not fit into the memory of "
@@ -124,8 +124,8 @@ class Batching:
                         "device"
                     ) from error
             else:
-                todo = todo[len(places) :]
-                yield places, result
+                todo = todo[len(indices) :]
+                yield indices, result
                 continue
             # Only out here nothing holds what the batch had.
             gc.collect()
@@ -140,35 +140,35 @@ class Batching:
     ) -> Iterator[tuple[list[int], Result]]:
         """Score on a server, several batches at once; what its memory takes shows only there."""
 
-        def parts(places: list[int]) -> list[tuple[list[int], Result]]:
-            length = lengths[places[0]] * self._steps
-            fitting = len(places) if self._most is None else max(1, self._most // length)
-            if len(places) <= fitting:
+        def parts(indices: list[int]) -> list[tuple[list[int], Result]]:
+            length = lengths[indices[0]] * self._steps
+            fitting = len(indices) if self._most is None else max(1, self._most // length)
+            if len(indices) <= fitting:
                 try:
-                    return [(places, score(places, FASTEST))]
+                    return [(indices, score(indices, FASTEST))]
                 except torch.OutOfMemoryError as error:
-                    fitting = len(places) // 2
+                    fitting = len(indices) // 2
                     if not fitting:
                         raise ProbeError(
                             f"a sequence of {length} tokens does not fit into the memory of "
                             f"{host.url}; use a lower selection.alpha or a larger server"
                         ) from error
                     self._most = fitting * length
-            return parts(places[:fitting]) + parts(places[fitting:])
+            return parts(indices[:fitting]) + parts(indices[fitting:])
 
         batches = []
         while todo:
             count = self.rows(lengths[todo[0]] * self._steps)
             batches.append(self._alike(lengths, todo[:count]))
             todo = todo[len(batches[-1]) :]
-        for found in in_flight((partial(parts, places) for places in batches), host.jobs):
+        for found in in_flight((partial(parts, indices) for indices in batches), host.jobs):
             yield from found
 
-    def _alike(self, lengths: Sequence[int], places: list[int]) -> list[int]:
+    def _alike(self, lengths: Sequence[int], indices: list[int]) -> list[int]:
         """Those of a batch, the longest first, that a model treats as it treats the first."""
-        if self._turning_point is None or lengths[places[0]] <= self._turning_point:
-            return places
-        return [place for place in places if lengths[place] > self._turning_point]
+        if self._turning_point is None or lengths[indices[0]] <= self._turning_point:
+            return indices
+        return [index for index in indices if lengths[index] > self._turning_point]
 
     def rows(self, length: int, mode: MemoryMode = FASTEST) -> int:
         """How many rows of so many tokens run together."""

@@ -146,7 +146,7 @@ class EdgeScores:
 
     def __iter__(self) -> "Iterator[EdgeScores]":
         """The edges of one sequence after the other."""
-        return (self[place] for place in range(len(self)))
+        return (self[index] for index in range(len(self)))
 
     def __contains__(self, name: object) -> bool:
         """Whether a sequence has this id."""
@@ -158,15 +158,15 @@ class EdgeScores:
         Raises:
             ProbeError: There is no such sequence, or an id is that of several.
         """
-        places = chosen_places(choice, self.ids)
+        indices = chosen_places(choice, self.ids)
         return replace(
             self,
-            scores=self.scores[places],
-            losses=self.losses[places],
-            entropies=self.entropies[places],
-            values=self.values[places],
-            gaps=None if self.gaps is None else self.gaps[places],
-            ids=tuple(self.ids[place] for place in places),
+            scores=self.scores[indices],
+            losses=self.losses[indices],
+            entropies=self.entropies[indices],
+            values=self.values[indices],
+            gaps=None if self.gaps is None else self.gaps[indices],
+            ids=tuple(self.ids[index] for index in indices),
         )
 
     def __eq__(self, other: object) -> bool:
@@ -233,8 +233,8 @@ class EdgeScores:
         check_count("k", k)
         mean, mask = self._mean(), self.graph.mask
         sizes = mean.abs().masked_fill(~mask, -1).flatten()
-        places = sizes.argsort(descending=True, stable=True)[: min(k, int(mask.sum()))].tolist()
-        cells = (divmod(place, mask.shape[1]) for place in places)
+        indices = sizes.argsort(descending=True, stable=True)[: min(k, int(mask.sum()))].tolist()
+        cells = (divmod(index, mask.shape[1]) for index in indices)
         sources, targets = self.graph.sources, self.graph.targets
         return [ScoredEdge(sources[i], targets[j], float(mean[i, j])) for i, j in cells]
 

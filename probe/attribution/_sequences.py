@@ -112,19 +112,19 @@ def as_sequences(
     items = _items(given)
     found: list[TokenSequence] = []
     waiting = []
-    for place, (item, text) in enumerate(zip(items, _answers(answer, len(items)), strict=True)):
-        sequence, answered = _tokenised(model, item, text, str(place))
+    for index, (item, text) in enumerate(zip(items, _answers(answer, len(items)), strict=True)):
+        sequence, answered = _tokenised(model, item, text, str(index))
         _check_tokens(model, sequence, answered)
         found.append(sequence)
         if not answered:
-            waiting.append(place)
+            waiting.append(index)
     limits = [max_new_tokens] * len(waiting)
     if model.context:
         limits = [min(max_new_tokens, model.context - len(found[i].prompt)) for i in waiting]
-    for batch in generate(model, [found[place].prompt for place in waiting], limits):
+    for batch in generate(model, [found[index].prompt for index in waiting], limits):
         for number, tokens in batch:
-            place = waiting[number]
-            found[place] = found[place]._replace(answer=tokens)
+            index = waiting[number]
+            found[index] = found[index]._replace(answer=tokens)
     return found
 
 
@@ -164,11 +164,11 @@ def corrupted_beside(
 
 
 def _tokenised(
-    model: Model, item: One, answer: str | None, place: str
+    model: Model, item: One, answer: str | None, index: str
 ) -> tuple[TokenSequence, bool]:
     """One sequence with a name and plain numbers as tokens, and whether it has an answer."""
     own = isinstance(item, TokenSequence) or _is_pair(item)
-    name = (str(item.id) if isinstance(item, TokenSequence) else "") or place
+    name = (str(item.id) if isinstance(item, TokenSequence) else "") or index
     if own and answer is not None:
         raise ProbeError(f"sequence {name} has an answer already; leave answer out")
     if isinstance(item, TokenSequence):
@@ -192,10 +192,10 @@ def _items(given: object) -> list[One]:
         items = list(given)
     else:
         raise ProbeError(f"{_kind(given)} cannot be scored; {_WANTED}, or a list of these")
-    for place, item in enumerate(items):
+    for index, item in enumerate(items):
         known = isinstance(item, TokenSequence | str) or _is_pair(item) or _is_messages(item)
         if not known:
-            raise ProbeError(f"sequence {place}: {_kind(item)} cannot be scored; {_WANTED}")
+            raise ProbeError(f"sequence {index}: {_kind(item)} cannot be scored; {_WANTED}")
     return items  # type: ignore[return-value]
 
 

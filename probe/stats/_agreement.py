@@ -163,11 +163,11 @@ def view(agreements: Sequence[Agreement]) -> RenderableType:
         table.add_column(title, overflow="fold")
     for title in TITLES[2:]:
         table.add_column(title, justify="right", no_wrap=True)
-    for place, agreement in enumerate(agreements):
+    for index, agreement in enumerate(agreements):
         values, intervals = shown_texts(agreement)
-        if place and agreements[place - 1].model == agreement.model:
+        if index and agreements[index - 1].model == agreement.model:
             values[0] = ""
-        last = place + 1 == len(agreements) or agreements[place + 1].model != agreement.model
+        last = index + 1 == len(agreements) or agreements[index + 1].model != agreement.model
         cells = zip(values, intervals, strict=True)
         table.add_row(
             *(Text.assemble(value, (f"\n{interval}", "dim")) for value, interval in cells),

@@ -124,7 +124,7 @@ def overlap(left: Array, right: Array, ends: npt.NDArray[np.int64], top: float =
     """
     count = max(1, round(top * len(left)))
     strong = [_strongest(values, count) for values in (left, right)]
-    nodes = [ends[places].ravel() for places in strong]
+    nodes = [ends[indices].ravel() for indices in strong]
     return Overlap(jaccard(*strong), rank_biased_overlap(left, right), jaccard(*nodes))
 
 
@@ -159,10 +159,10 @@ def _strongest(values: Array, count: int) -> npt.NDArray[np.int64]:
     """Places of the largest values, the largest first; of equals, the first."""
     if count < len(values):
         least = -np.partition(-values, count - 1)[count - 1]
-        places = np.flatnonzero(values >= least)
+        indices = np.flatnonzero(values >= least)
     else:
-        places = np.arange(len(values))
-    return places[np.argsort(-values[places], kind="stable")][:count]
+        indices = np.arange(len(values))
+    return indices[np.argsort(-values[indices], kind="stable")][:count]
 
 
 def _ends(graph: Graph) -> npt.NDArray[np.int64]:

@@ -301,10 +301,10 @@ def flip_all(tested: Sequence[tuple[Array, Units]], flips: int = FLIPS) -> list[
     ]
     found = [0.0] * len(sums)
     for size in {len(part) for part in sums}:
-        places = [place for place, part in enumerate(sums) if len(part) == size]
-        columns = np.stack([sums[place] for place in places], axis=1)
-        for place, p_value in zip(places, _flip(columns, flips), strict=True):
-            found[place] = float(p_value)
+        indices = [index for index, part in enumerate(sums) if len(part) == size]
+        columns = np.stack([sums[index] for index in indices], axis=1)
+        for index, p_value in zip(indices, _flip(columns, flips), strict=True):
+            found[index] = float(p_value)
     return found
 
 
@@ -387,7 +387,7 @@ def units_of(clusters: Sequence[str | None] | None, count: int) -> Units:
     if len(clusters) != count:
         raise ProbeError(f"{len(clusters)} clusters were given for {count} questions")
     known: dict[object, int] = {}
-    keys = (place if name is None else name for place, name in enumerate(clusters))
+    keys = (index if name is None else name for index, name in enumerate(clusters))
     return np.array([known.setdefault(key, len(known)) for key in keys], dtype=np.int64)
 
 
@@ -399,9 +399,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """
     adjusted = [1.0] * len(p_values)
     largest = 0.0
-    for rank, place in enumerate(np.argsort(p_values, kind="stable")):
-        largest = max(largest, (len(p_values) - rank) * p_values[place])
-        adjusted[place] = min(1.0, largest)
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, (len(p_values) - rank) * p_values[index])
+        adjusted[index] = min(1.0, largest)
     return adjusted
 
 

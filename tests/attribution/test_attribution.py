@@ -94,12 +94,15 @@ def test_each_batch_is_handed_over(llama):
     seen = []
     sequences = [probe.Sequence([5, 6, 7], [8] * n) for n in (1, 5, 2, 3, 4)]
     everything = probe.attribute(
-        llama, sequences, batch_size=2, finished=lambda places, batch: seen.append((places, batch))
+        llama,
+        sequences,
+        batch_size=2,
+        finished=lambda indices, batch: seen.append((indices, batch)),
     )
-    assert [places for places, _ in seen] == [[1, 4], [3, 2], [0]]  # the longest first
-    for places, batch in seen:
-        assert torch.equal(everything.scores[places], batch.scores)
-        assert torch.equal(everything.losses[places], batch.losses)
+    assert [indices for indices, _ in seen] == [[1, 4], [3, 2], [0]]  # the longest first
+    for indices, batch in seen:
+        assert torch.equal(everything.scores[indices], batch.scores)
+        assert torch.equal(everything.losses[indices], batch.losses)
 
 
 def test_what_is_done_is_left_out(llama):

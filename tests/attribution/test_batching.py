@@ -16,7 +16,7 @@ SEQUENCES = [probe.Sequence([5, 6, 7], [4 + n] * (1 + n % 5), str(n)) for n in r
 
 
 def run(batching, lengths, done=()):
-    return [places for places, _ in batching.run(lengths, lambda places, memory: None, done)]
+    return [indices for indices, _ in batching.run(lengths, lambda indices, memory: None, done)]
 
 
 @given(
@@ -26,11 +26,11 @@ def run(batching, lengths, done=()):
 )
 def test_every_place_once_the_longest_first(tiny_model, lengths, size, steps):
     batches = run(Batching(tiny_model, GRAPH, size, steps), lengths)
-    assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     longest = [lengths[batch[0]] for batch in batches]
     assert longest == sorted(longest, reverse=True)
     for batch in batches:
-        assert lengths[batch[0]] == max(lengths[place] for place in batch)
+        assert lengths[batch[0]] == max(lengths[index] for index in batch)
         if size != "auto":
             assert len(batch) <= size
         elif len(batch) > 1:

@@ -43,14 +43,14 @@ def some_edges(ids=("p", "q", "r"), seed=0, graph=GRAPH):
         (np.array([0, 2]), [0, 2]),
     ],
 )
-def test_slices_hold_the_chosen_sequences(choice, places):
+def test_slices_hold_the_chosen_sequences(choice, indices):
     edges = some_edges()
     part = edges[choice]
-    assert len(part) == len(places)
-    assert torch.equal(part.scores, edges.scores[places])
-    assert torch.equal(part.losses, edges.losses[places])
-    assert torch.equal(part.entropies, edges.entropies[places])
-    assert part.ids == tuple("pqr"[place] for place in places)
+    assert len(part) == len(indices)
+    assert torch.equal(part.scores, edges.scores[indices])
+    assert torch.equal(part.losses, edges.losses[indices])
+    assert torch.equal(part.entropies, edges.entropies[indices])
+    assert part.ids == tuple("pqr"[index] for index in indices)
     assert part.graph == edges.graph
 
 

@@ -57,20 +57,20 @@ def test_a_short_sequence_scores_alike_beside_a_long_one(tmp_path, name, changes
     model = loaded(tmp_path / "m", name, changes)
     for method in ("eap", "eap-ig"):
         both = probe.attribute(model, [SHORT, LONG], method)
-        for place, sequence in enumerate((SHORT, LONG)):
+        for index, sequence in enumerate((SHORT, LONG)):
             alone = probe.attribute(model, [sequence], method)
-            error = (both.scores[place] - alone.scores[0]).abs().max()
+            error = (both.scores[index] - alone.scores[0]).abs().max()
             assert error <= 1e-4 * alone.scores.abs().max()
-            assert both.losses[place] == pytest.approx(float(alone.losses[0]), rel=1e-5)
+            assert both.losses[index] == pytest.approx(float(alone.losses[0]), rel=1e-5)
 
 
 def test_effects_and_means_too(tmp_path):
     model = loaded(tmp_path / "m", "phi3", PHI3)
     edges = [probe.Edge(s, 0, 1) for s in (0, 1)]
     both = probe.exact_effects(model, [SHORT, LONG], edges)
-    for place, sequence in enumerate((SHORT, LONG)):
+    for index, sequence in enumerate((SHORT, LONG)):
         alone = probe.exact_effects(model, [sequence], [probe.Edge(0, 0, 1)])
-        assert float(both[place]) == pytest.approx(float(alone[0]), rel=1e-3, abs=1e-6)
+        assert float(both[index]) == pytest.approx(float(alone[0]), rel=1e-3, abs=1e-6)
 
 
 def plainly(model, prompt, limit):
@@ -91,12 +91,12 @@ def test_answers_that_pass_the_turning_point(tmp_path, name, changes):
     prompts = [SHORT.prompt, LONG.prompt, LONG.prompt[:31], LONG.prompt[:33], LONG.prompt[:20]]
     limits = [50, 20, 20, 20, 9]
     found = {
-        answer.place: answer.tokens
+        answer.index: answer.tokens
         for finished in generate(model, prompts, limits)
         for answer in finished
     }
-    for place, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        assert found[place] == plainly(model, prompt, limit)
+    for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        assert found[index] == plainly(model, prompt, limit)
     assert any(len(prompts[n]) <= POINT < len(prompts[n]) + len(found[n]) for n in found)
     if model.turning_point:
         with pytest.raises(probe.ProbeError, match="beyond 32 tokens"):
