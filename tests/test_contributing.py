@@ -16,14 +16,21 @@ from probe.attribution import _methods as methods
 from probe.models import _architectures as architectures
 from probe.problems import _benchmarks as problems
 from probe.recipe import read_recipe
-from probe.report import FORMATS, build_report, render
-from probe.run import make_plan
+from probe.report import FORMATS, build_report, extra_tables, render
+from probe.report import _extra_rows as extra_rows
+from probe.report import _extras as extras
+from probe.run import check_here, make_plan
+from probe.tracing import _targets as targets
 
 PAGE = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def add(monkeypatch, module, table):
-    """Do what the section of this module says: its functions, and its row in a table."""
+def add(monkeypatch, module, table, home=None):
+    """Do what the section of this module says: its functions, and its row in a table.
+
+    The table is in the module itself, or in another one, whose names are `home`.
+    """
+    home = vars(module) if home is None else home
     path = module.__name__.replace(".", "/")
     section = re.split(r"^## ", PAGE, flags=re.MULTILINE)
     (section,) = (part for part in section if f"`{path}.py`" in part.splitlines()[0])
@@ -31,10 +38,10 @@ def add(monkeypatch, module, table):
     namespace = dict(vars(module))
     for code in functions:
         exec(code, namespace)
-    added = eval(f"{{{row}}}", namespace)
+    added = eval(f"{{{row}}}", dict(home) | namespace)
     for key, value in added.items():
-        assert key not in vars(module)[table], "the page should show something new"
-        monkeypatch.setitem(vars(module)[table], key, value)
+        assert key not in home[table], "the page should show something new"
+        monkeypatch.setitem(home[table], key, value)
     return added
 
 
@@ -114,9 +121,40 @@ def test_an_architecture(monkeypatch, tmp_path):
     assert torch.isfinite(edges.scores).all()
 
 
-@pytest.mark.parametrize("table", ["TARGETS", "EXTRAS"])
-def test_the_tables_that_it_names(table):
-    row = next(line for line in PAGE.splitlines() if f"`{table}`" in line)
-    modules = re.findall(r"`(probe/\w+/\w+\.py)`", row)
-    root = Path(probe.__file__).parent.parent
-    assert re.search(rf"^{table}\b", (root / modules[-1]).read_text(), re.MULTILINE)
+def test_a_target(monkeypatch, tiny):
+    """Its slope is the one that autograd finds, and recipes, methods and `exact` take it."""
+    (name,) = add(monkeypatch, targets, "TARGETS")
+
+    def value(logits, labels):
+        return logits.softmax(-1).gather(1, labels[:, None])[:, 0]
+
+    sequences = [probe.TokenSequence([5, 6, 7, 8], [9, 10, 11]), probe.TokenSequence([4], [7])]
+    for method in ("eap", "eap-ig"):
+        one, other = (
+            probe.attribute(tiny, sequences, method, target=what).scores for what in (name, value)
+        )
+        assert one.abs().max() > 1e-4
+        assert torch.allclose(one, other, rtol=0, atol=1e-5 * float(one.abs().max()))
+    edges = [probe.Edge(0, 0, 1), probe.Edge(1, 0, 5)]
+    one, other = (
+        probe.exact_effects(tiny, sequences, edges, target=what) for what in (name, value)
+    )
+    assert torch.allclose(one, other, rtol=1e-5, atol=1e-9)
+    check_here(read_recipe("tiny-math", {"attribution.target": name}))
+    with pytest.raises(probe.ProbeError, match="probability has no reference"):
+        targets.Target(name, reference=[torch.zeros(3, 5)])
+
+
+def test_a_table(monkeypatch, half_run):
+    (name,) = add(monkeypatch, extra_rows, "EXTRAS", vars(extras))
+    recipe = read_recipe("tiny-math", {"report.extra": f'["{name}"]', "selection.alpha": "[0.5]"})
+    (table,) = (
+        table for table in extra_tables(half_run, recipe)[0] if table.title == "Largest score"
+    )
+    path = half_run.edges_file("sft-grpo.tiny-math.alpha-0.5", "before")
+    largest = float(half_run.read_edges(path).scores.abs().max())
+    rows = [row[-2:] for row in table.rows]
+    assert rows == [("before", pytest.approx(largest)), ("after", pytest.approx(2 * largest))]
+    report = replace(build_report(half_run.path), extras=(table,))
+    for style in set(FORMATS) - {"csv"}:
+        assert "Largest score" in render(report, style)

@@ -57,14 +57,8 @@ def imports(name, path, known):
         yield from (entry for entry in found if entry in known)
 
 
-def test_no_module_imports_itself_by_way_of_others():
-    known = modules()
-    assert len(known) > 60
-    # The faces of packages name what lies below them; the names load on first use.
-    faces = {name for name, path in known.items() if path.name == "__init__.py"}
-    edges = {
-        name: set(imports(name, path, known)) for name, path in known.items() if name not in faces
-    }
+def circles(edges):
+    """Names from which a way of imports leads back."""
 
     def reached(start):
         seen, waiting = set(), [start]
@@ -75,8 +69,32 @@ def test_no_module_imports_itself_by_way_of_others():
                     waiting.append(name)
         return seen
 
-    circles = {name for name in edges if name in reached(name)}
-    assert not circles
+    return {name for name in edges if name in reached(name)}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    known = modules()
+    assert len(known) > 60
+    # The faces of packages name what lies below them; the names load on first use.
+    faces = {name for name, path in known.items() if path.name == "__init__.py"}
+    edges = {
+        name: set(imports(name, path, known)) for name, path in known.items() if name not in faces
+    }
+    assert not circles(edges)
+
+
+def test_packages_depend_on_each_other_one_way():
+    """`probe.solutions` stands for all of its modules; a module beside the packages for itself."""
+    known = modules()
+    edges = {}
+    for name, path in known.items():
+        if name in ("probe", "probe.cli"):  # above all the others
+            continue
+        own = ".".join(name.split(".")[:2])
+        found = {".".join(entry.split(".")[:2]) for entry in imports(name, path, known)}
+        edges.setdefault(own, set()).update(found - {own, "probe"})
+    assert len(edges) > 15
+    assert not circles(edges)
 
 
 def test_every_page_is_in_the_site():

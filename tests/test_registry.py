@@ -39,6 +39,14 @@ def sums(path=None):
 
 
 probe.ARCHITECTURES.register("llama-of-mine", probe.ARCHITECTURES["llama"])
+
+
+@probe.TARGETS.register("half-loss")
+def half_loss(logits, labels, reference):
+    value, slope = probe.TARGETS["loss"].slope(logits, labels, reference)
+    return value / 2, slope / 2
+
+
 probe.EXTRAS.register("empty", probe.Extra("Empty", "", ("value",), lambda case: []))
 '''
 
@@ -53,6 +61,8 @@ recipe = read_recipe("tiny-math", {"attribution.method": "half-eap", "report.ext
 check_extras(recipe)
 edges = probe.attribute("probe:tiny-math/sft", "50-7-67-53=?", answer="50-7=43;")
 half = probe.attribute("probe:tiny-math/sft", "50-7-67-53=?", "half-eap", answer="50-7=43;")
+assert torch.equal(half.scores, edges.scores / 2)
+half = probe.attribute("probe:tiny-math/sft", "50-7-67-53=?", answer="50-7=43;", target="half-loss")
 assert torch.equal(half.scores, edges.scores / 2)
 value = probe.metrics.compute_metric("strongest", edges.scores)
 assert value == edges.scores.abs().max()

@@ -235,10 +235,10 @@ def _check_target(
     model: Model, target: Target, sequences: Sequence[TokenSequence], way: Method, ig_steps: int
 ) -> None:
     """Check that a target fits the sequences, and that a method can take it."""
-    if target.what == "kl" and target.reference is None and way.passes and way.steps(ig_steps) == 1:
+    if target.compares_itself and way.passes and way.steps(ig_steps) == 1:
         raise ProbeError(
-            "kl to what the model itself says has no slope there; give a reference, or use a "
-            "method that integrates or removes edges (eap-ig, exact)"
+            f"{target.name} to what the model itself says has no slope there; give a reference, or "
+            "use a method that integrates or removes edges (eap-ig, exact)"
         )
     if target.reference is not None:
         shapes = [tuple(part.shape) for part in target.reference]
@@ -248,8 +248,8 @@ def _check_target(
                 "a reference needs log probabilities [answer token, vocabulary] for each sequence: "
                 f"{wanted[:3]}..., not {shapes[:3]}..."
             )
-    if model.deployment is not None and not isinstance(target.what, str):
-        send_module(target.what.__module__)
+    if model.deployment is not None and not target.function.__module__.startswith("probe."):
+        send_module(target.function.__module__)
 
 
 def exact_effects(

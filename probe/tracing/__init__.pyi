@@ -20,4 +20,5 @@ from ._layers import exact_dtype as exact_dtype
 from ._norm_vjp import NormVjp as NormVjp
 from ._targets import TARGETS as TARGETS
 from ._targets import Target as Target
+from ._targets import TargetFunction as TargetFunction
 from ._targets import Value as Value

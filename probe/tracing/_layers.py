@@ -56,7 +56,7 @@ def readout_of(model: Model, target: Target, n_sequences: int, n_silent: int) ->
 
 def objective_of(target: Target) -> Objective:
     """What is differentiated, as a trace takes it along."""
-    own = target.what == "kl" and target.reference is None
+    own = target.compares_itself
     return Objective(target.slope, float(target.temperature), own, target.is_loss)
 
 

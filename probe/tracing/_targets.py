@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import NamedTuple
 
 import torch
 
 from probe.errors import ProbeError
+from probe.registry import Registry
 
 Slope = Callable[
     [torch.Tensor, torch.Tensor, "torch.Tensor | None"], "tuple[torch.Tensor, torch.Tensor]"
@@ -97,7 +99,24 @@ class ByAutograd:
         return values.detach(), slopes
 
 
-TARGETS: dict[str, Slope] = {"loss": loss, "margin": margin, "logit": logit, "kl": kl}
+class TargetFunction(NamedTuple):
+    """A row of `TARGETS`."""
+
+    slope: Slope
+    """Its value and its slope."""
+
+    reference: bool = False
+    """Whether it compares with reference probabilities. Other targets are given None."""
+
+
+_ROWS = {
+    "loss": TargetFunction(loss),
+    "margin": TargetFunction(margin),
+    "logit": TargetFunction(logit),
+    "kl": TargetFunction(kl, reference=True),
+}
+
+TARGETS = Registry("target", TargetFunction, _ROWS, takes="slope")
 """Every target by its name; the one place to add one."""
 
 
@@ -112,8 +131,8 @@ class Target:
     """By what logits are divided first. Value and slope are those of the divided logits."""
 
     reference: Sequence[torch.Tensor] | None = None
-    """For `kl`: log probabilities [answer token, vocabulary] for each sequence. Not given, it is
-    what the model itself says when no edge is removed."""
+    """For `kl` and others that compare: log probabilities [answer token, vocabulary] for each
+    sequence. Not given, it is what the model itself says when no edge is removed."""
 
     def __post_init__(self) -> None:
         """Check it.
@@ -122,15 +141,17 @@ class Target:
             ProbeError: An unknown name, a temperature that is not positive, or a reference where
                 none is used.
         """
-        if not callable(self.what) and self.what not in TARGETS:
+        # The plain loss is made while this package is imported; plugins, which the table asks for,
+        # cannot be imported then.
+        if self.what != "loss" and not callable(self.what) and self.what not in TARGETS:
             raise ProbeError(f"target {self.what!r} is not known; one of: {', '.join(TARGETS)}")
         number = isinstance(self.temperature, int | float) and not isinstance(
             self.temperature, bool
         )
         if not (number and isfinite(self.temperature) and self.temperature > 0):
             raise ProbeError(f"temperature is {self.temperature}; it must be above 0")
-        if self.reference is not None and self.what != "kl":
-            raise ProbeError(f"target {self.name} has no reference; only kl has")
+        if self.reference is not None and not self.compares:
+            raise ProbeError(f"target {self.name} has no reference; as kl has")
 
     @classmethod
     def of(cls, target: Target | str | Value) -> Target:
@@ -149,7 +170,22 @@ class Target:
     @property
     def slope(self) -> Slope:
         """What gives its value and slope, of logits that are divided already."""
-        return TARGETS[self.what] if isinstance(self.what, str) else ByAutograd(self.what)
+        return TARGETS[self.what].slope if isinstance(self.what, str) else ByAutograd(self.what)
+
+    @property
+    def function(self) -> Slope | Value:
+        """The function that it was made of: a row's, or one of the user's own."""
+        return TARGETS[self.what].slope if isinstance(self.what, str) else self.what
+
+    @property
+    def compares(self) -> bool:
+        """Whether it compares with reference probabilities."""
+        return isinstance(self.what, str) and TARGETS[self.what].reference
+
+    @property
+    def compares_itself(self) -> bool:
+        """Whether it compares with what the model itself says when no edge is removed."""
+        return self.compares and self.reference is None
 
     @property
     def is_loss(self) -> bool:

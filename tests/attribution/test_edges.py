@@ -26,7 +26,7 @@ def some_edges(ids=("p", "q", "r"), seed=0, graph=GRAPH):
 
 
 @pytest.mark.parametrize(
-    ("choice", "places"),
+    ("choice", "indices"),
     [
         (1, [1]),
         (-1, [2]),
