@@ -45,6 +45,8 @@ class Anatomy:
     interleaved: bool = False
     """Whether a fused projection goes head by head: q, k, v of head 0, then of head 1, ..."""
     output_projection: str = "o_proj"
+    one_norm: bool = False
+    """Whether the FFN reads what the attention's norm gives, and has none of its own."""
 
 
 _LLAMA = Anatomy()
@@ -64,6 +66,9 @@ ANATOMIES = {
     "qwen3_moe": _LLAMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
+    "cohere": Anatomy(one_norm=True),
+    "cohere2": Anatomy(one_norm=True),
+    "phi": Anatomy(final_norm="model.final_layernorm", output_projection="dense", one_norm=True),
     "phi3": Anatomy(projections=("qkv_proj",)),
     "olmo2": Anatomy(
         attention_norm=None,
@@ -228,6 +233,28 @@ def _run(module, sequence, removed=None, other=None, entered=None, written=None)
 
         return hook
 
+    def look(*names):
+        """See the stream where several branches read it through one norm."""
+
+        def hook(_, arguments):
+            for name in names:
+                seen[name] = arguments[0]
+
+        return hook
+
+    def read_behind(name, norm):
+        """Let a block have what a norm makes of the stream that this branch is to see."""
+
+        def hook(_, arguments, keywords):
+            if name not in removed:
+                return None
+            given = norm.forward(seen[name] - taken(name))
+            if arguments:
+                return (given, *arguments[1:]), keywords
+            return arguments, keywords | {"hidden_states": given}
+
+        return hook
+
     def write(name):
         def hook(_, __, output):
             outputs[name] = multiplier * (output[0] if isinstance(output, tuple) else output)
@@ -284,7 +311,17 @@ def _run(module, sequence, removed=None, other=None, entered=None, written=None)
             name = f"a{number}"
             attention = getattr(layer, anatomy.attention)
             norm = anatomy.attention_norm and getattr(layer, anatomy.attention_norm)
-            watch((norm or attention).register_forward_pre_hook(read(name), with_kwargs=True))
+            if _one_norm(module):
+                # The branches part behind the norm, where each block is given its own.
+                watch(norm.register_forward_pre_hook(look(name, f"m{number}")))
+                for place, block in ((name, attention), (f"m{number}", layer.mlp)):
+                    hook = read_behind(place, norm)
+                    watch(block.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                begin = norm or attention
+                watch(begin.register_forward_pre_hook(read(name), with_kwargs=True))
+                begin = getattr(layer, anatomy.ffn_norm or anatomy.ffn)
+                watch(begin.register_forward_pre_hook(read(f"m{number}"), with_kwargs=True))
             for projection, rows in _rows(module, anatomy):
                 place = getattr(attention, projection)
                 watch(place.register_forward_hook(project(name, norm, rows)))
@@ -296,8 +333,6 @@ def _run(module, sequence, removed=None, other=None, entered=None, written=None)
                 post = getattr(layer, anatomy.attention_post_norm)
                 watch(post.register_forward_hook(write(name)))
 
-            begin = getattr(layer, anatomy.ffn_norm or anatomy.ffn)
-            watch(begin.register_forward_pre_hook(read(f"m{number}"), with_kwargs=True))
             end = getattr(layer, anatomy.ffn_post_norm or anatomy.ffn)
             watch(end.register_forward_hook(write(f"m{number}")))
         final = attrgetter(anatomy.final_norm)(module)
@@ -353,8 +388,12 @@ def _anatomy(module):
     return ANATOMIES[module.config.model_type]
 
 
+def _one_norm(module):
+    return _anatomy(module).one_norm
+
+
 def _is_parallel(module):
-    return getattr(module.config, "use_parallel_residual", False)
+    return _one_norm(module) or getattr(module.config, "use_parallel_residual", False)
 
 
 def _output_projection(anatomy, layer):

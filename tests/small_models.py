@@ -54,6 +54,9 @@ MODELS = {
     "gpt_neox-sequential": _WIDE | {"model_type": "gpt_neox", "use_parallel_residual": False},
     "phi3": _GROUPED
     | {"model_type": "phi3", "original_max_position_embeddings": 128, "sliding_window": 4},
+    "phi": _WIDE | {"model_type": "phi", "partial_rotary_factor": 0.5},
+    "cohere": _GROUPED | {"model_type": "cohere", "logit_scale": 0.4},
+    "cohere2": _GROUPED_12 | _ALTERNATING | {"model_type": "cohere2", "logit_scale": 0.4},
     "olmo2": _GROUPED | {"model_type": "olmo2"},
     "granite": _GROUPED
     | {

@@ -68,7 +68,8 @@ def own_loss(module, sequence):
 
 
 def final_norm(module):
-    name = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm"}.get(module.config.model_type, "norm")
+    names = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm", "phi": "final_layernorm"}
+    name = names.get(module.config.model_type, "norm")
     return getattr(module.base_model, name)
 
 
@@ -84,6 +85,9 @@ def branch(module, target):
             "a": (layer.input_layernorm, layer.attention),
             "m": (layer.post_attention_layernorm, layer.mlp),
         }
+    elif kind in ("phi", "cohere", "cohere2"):
+        norm = layer.input_layernorm
+        found = {"a": (norm, layer.self_attn), "m": (norm, layer.mlp)}
     elif kind == "olmo2":
         found = {"a": (torch.nn.Identity(), layer.self_attn), "m": (torch.nn.Identity(), layer.mlp)}
     elif kind.startswith("gemma"):
@@ -306,7 +310,8 @@ def test_a_final_norm_that_reads_nothing(name):
     """Behind it only its own bias is left: without one, every token is as likely."""
     module = model(name)
     removed = {"logits": dict.fromkeys(blocks(edges(module)["logits"]), 1.0)}
-    bias = getattr(final_norm(module), "bias", torch.zeros(32, dtype=torch.float64))
+    bias = getattr(final_norm(module), "bias", None)
+    bias = torch.zeros(32, dtype=torch.float64) if bias is None else bias
     likely = module.lm_head(bias).log_softmax(0)
     truth = -float(likely[list(SEQUENCE.answer)].mean())
     assert math.isclose(loss_without(module, SEQUENCE, removed), truth, abs_tol=1e-9)

@@ -55,6 +55,9 @@ class Options:
     corrupted: Sequence[TokenSequence] | None = None
     """A text beside each sequence, as long as it, whose activations an ablation leaves."""
 
+    check: bool = True
+    """Whether to compare what branches read with what the graph says."""
+
 
 def eap(
     model: Model, sequences: Sequence[TokenSequence], graph: Graph, options: Options
@@ -104,6 +107,7 @@ def _gradients(
         options.baseline,
         options.memory,
         options.target,
+        options.check,
     )
 
 

@@ -21,6 +21,7 @@ import torch
 from probe.attribution._batching import Batching, BatchSize
 from probe.attribution._edges import Edge, EdgeScores, checked_edges
 from probe.attribution._methods import Method, Options, edge_effects, make_batch, method_named
+from probe.attribution._row_checks import check_row
 from probe.attribution._sequences import (
     MAX_NEW_TOKENS,
     Given,
@@ -29,7 +30,7 @@ from probe.attribution._sequences import (
     corrupted_beside,
 )
 from probe.errors import ProbeError, check_count
-from probe.models import GUIDE, Graph, Model, as_model
+from probe.models import Graph, Model, as_model
 from probe.tracing import (
     LOSS,
     EdgeBatch,
@@ -44,9 +45,6 @@ from probe.vocabulary import Ablation, Granularity
 
 LARGEST_GAP = 0.05
 """A share of what an integral should give that is more than a matter of a few points."""
-
-# A relative distance from what the model itself computes that is no rounding any more.
-_LARGEST_ERROR = {torch.bfloat16: 3e-2, torch.float16: 3e-2}
 
 
 def attribute(
@@ -112,11 +110,16 @@ def attribute(
     baseline = ablation_means(model, sequences, graph, ablation, batch_size)
     rows = steps + (steps > 1 or texts is not None)
     batching = Batching(model, graph, batch_size if way.passes else 1, rows, way.may_recompute)
+    unchecked = [True]  # until one batch has been
 
     def score(indices: list[int], memory: MemoryMode) -> EdgeBatch:
         references = target.references(indices)
         beside = None if texts is None else [texts[i] for i in indices]
         options = Options(ig_steps, baseline, batch_size, memory, target, references, beside)
+        if unchecked:
+            unchecked.clear()
+        else:
+            options = replace(options, check=False)
         return way.score(model, [sequences[i] for i in indices], graph, options)
 
     # A batch is fetched once the next one is on its way, so that a GPU never waits for Python.
@@ -183,7 +186,7 @@ class _Collected:
                 f"{self.model.reference}; try another dtype (bfloat16 or float32 instead of "
                 "float16), or check the weights"
             )
-        _check_sums(self.model, batch)
+        check_row(self.model, self.edges.graph, batch)
         self.edges.scores[indices] = part.scores
         self.edges.losses[indices] = part.losses
         self.edges.entropies[indices] = part.entropies
@@ -342,18 +345,3 @@ def ablation_means(
     lengths = [sequence.length for sequence in sequences]
     parts = Batching(model, graph, batch_size, recompute=False).run(lengths, sums)
     return torch.stack([part for _, part in parts]).sum(0) / sum(lengths)
-
-
-def _check_sums(model: Model, batch: EdgeBatch) -> None:
-    """Refuse a model whose row of the architecture table does not describe it."""
-    largest = _LARGEST_ERROR.get(model.dtype, 1e-3)
-    for error, what in (
-        (float(batch.residual_error), "the sources do not sum to the residual stream"),
-        (float(batch.logits_error), "the logits are not the model's own"),
-    ):
-        if not error <= largest:
-            raise ProbeError(
-                f"{model.reference}: {what} (relative error {error:.1e}; rounding is at most "
-                f"{largest:g}): the row {model.config.model_type!r} of the architecture table is "
-                f"wrong for this checkpoint; see {GUIDE}"
-            )

@@ -82,15 +82,34 @@ class Architecture:
     logits_divisor: str | None = None
     """The key of the config by which logits are divided."""
 
+    logits_multiplier: str | None = None
+    """The key of the config by which logits are multiplied."""
+
     logits_cap: str | None = None
     """The key of the config that says to what size logits are squashed."""
 
     residual_scale: str | None = None
     """The key of the config by which every output is multiplied before it is added."""
 
-    parallel: str | None = None
-    """The key of the config that says whether a layer's FFN reads what its attention reads,
-    and not the attention's output too."""
+    parallel: str | bool = False
+    """Whether a layer's FFN reads what its attention reads, and not the attention's output too;
+    or the key of the config that says so."""
+
+    shared_norm: bool = False
+    """Whether attention and FFN of a layer read what one norm gives, the attention's; so they are
+    parallel. `ffn_norm` then counts for nothing."""
+
+    def __post_init__(self) -> None:
+        """Refuse one norm for two branches, unless the row says that they share it.
+
+        Raises:
+            ProbeError: It does not say so.
+        """
+        if self.ffn_norm and self.ffn_norm == self.attention_norm and not self.shared_norm:
+            raise ProbeError(
+                f"a row names one norm, {self.ffn_norm}, for attention and FFN: if both read what "
+                f"it gives, say shared_norm=True; see {GUIDE}"
+            )
 
 
 _LLAMA = Architecture()
@@ -104,6 +123,8 @@ _GEMMA2 = replace(
     norm_offset=1.0,
     logits_cap="final_logit_softcapping",
 )
+
+_COHERE = replace(_LLAMA, shared_norm=True, centred_norms=True, logits_multiplier="logit_scale")
 
 _ROWS: dict[str, Architecture] = {
     "llama": _LLAMA,
@@ -146,6 +167,17 @@ _ROWS: dict[str, Architecture] = {
         layout="concatenated",
         ffn_activation="mlp.activation_fn",
     ),
+    "phi": replace(
+        _LLAMA,
+        final_norm="model.final_layernorm",
+        attention_projection="self_attn.dense",
+        shared_norm=True,
+        ffn_activation="mlp.activation_fn",
+        ffn_product=None,
+        centred_norms=True,
+    ),
+    "cohere": _COHERE,
+    "cohere2": _COHERE,
     "olmo2": replace(
         _LLAMA,
         attention_norm=None,

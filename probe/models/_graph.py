@@ -13,6 +13,7 @@ edge included, and `Graph.mask` says which entries are.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
@@ -54,6 +55,7 @@ class Graph:
         heads: Heads | None = None,
         bias: bool = False,
         parallel: bool = False,
+        blocks: Sequence[str] | None = None,
     ) -> "Graph":
         """Lay out the graph of a model; `Model.graph` does it for a loaded one.
 
@@ -63,6 +65,7 @@ class Graph:
             heads: Its heads; needed for `head`.
             bias: Whether its output has a bias, which belongs to no head.
             parallel: Whether attention and FFN of a layer read the same.
+            blocks: Which blocks each layer has: `am`, `a` or `m`; both if not given.
 
         Raises:
             ProbeError: The granularity is not known.
@@ -73,8 +76,10 @@ class Graph:
         sources = ["input"]
         targets = []
         for layer in range(n_layers):
-            attention = f"a{layer}"
-            if granularity == "head":
+            attention, here = f"a{layer}", "am" if blocks is None else blocks[layer]
+            if "a" not in here:
+                pass
+            elif granularity == "head":
                 if heads is None:
                     raise ProbeError("granularity 'head' needs the number of heads")
                 sources += [f"{attention}.h{head}" for head in range(heads.query)]
@@ -86,8 +91,8 @@ class Graph:
                 sources.append(attention)
                 split = granularity == "qkv"
                 targets += [f"{attention}.{branch}" for branch in "qkv"] if split else [attention]
-            sources.append(f"m{layer}")
-            targets.append(f"m{layer}")
+            sources += [f"m{layer}"] * ("m" in here)
+            targets += [f"m{layer}"] * ("m" in here)
         return cls(n_layers, granularity, tuple(sources), (*targets, "logits"), parallel)
 
     @cached_property
@@ -96,6 +101,34 @@ class Graph:
         written = torch.tensor([Node.parse(name).time for name in self.sources])
         read = torch.tensor([self._read_time(Node.parse(name)) for name in self.targets])
         return written[:, None] < read[None, :]
+
+    @cached_property
+    def layers(self) -> list[tuple[range, range, range, range]]:
+        """Of each layer the indices of its attention's sources and targets, then of its FFN's.
+
+        Those of a block that a layer does not have are none.
+        """
+        found: dict[tuple[str, int], list[int]] = {}
+        for nodes, side in ((self.sources, "source"), (self.targets, "target")):
+            for index, name in enumerate(nodes):
+                node = Node.parse(name)
+                found.setdefault((f"{node.kind} {side}", node.layer), []).append(index)
+
+        def indices(what: str, layer: int) -> range:
+            own = found.get((what, layer), [])
+            return range(own[0], own[-1] + 1) if own else range(0)
+
+        kinds = ("attention source", "attention target", "ffn source", "ffn target")
+        return [
+            tuple(indices(kind, layer) for kind in kinds)  # type: ignore[misc]
+            for layer in range(self.n_layers)
+        ]
+
+    @cached_property
+    def reaches(self) -> list[int]:
+        """How many sources have written before any block, and behind each: 1, ..., all."""
+        blocks = [part for parts in self.layers for part in (parts[0], parts[2])]
+        return [1, *(part.stop for part in blocks if part)]
 
     def layer(self, name: str) -> int:
         """A node's layer; the input counts as -1, the logits as the one behind the last."""

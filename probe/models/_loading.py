@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from probe.checkpoints import fetch_checkpoint
 from probe.errors import ProbeError, reason
-from probe.models._architectures import Architecture, Heads, architecture_of
+from probe.models._architectures import GUIDE, Architecture, Heads, architecture_of
 from probe.models._graph import Graph
 from probe.vocabulary import DType, Granularity
 
@@ -117,6 +117,21 @@ class Model:
         width = getattr(self.config, "head_dim", None) or self.d_model // query
         return Heads(query, int(key_value), int(width))
 
+    def part(self, layer: int, path: str) -> "torch.nn.Module":
+        """A module of a decoder layer, by its path there.
+
+        Raises:
+            ProbeError: The layer does not have it.
+        """
+        inside: torch.nn.Module = attrgetter(self.architecture.layers)(self.network._module)[layer]
+        try:
+            return inside.get_submodule(path)
+        except AttributeError as error:
+            raise ProbeError(
+                f"{self.reference}: the row {self.config.model_type!r} of the architecture table "
+                f"names {path!r}, which layer {layer} does not have; see {GUIDE}"
+            ) from error
+
     def graph(self, granularity: Granularity) -> Graph:
         """Its residual graph.
 
@@ -130,9 +145,12 @@ class Model:
                 f"{self.reference}: {self.config.model_type} norms the sum of an attention's heads "
                 "before adding it, so a head has no output of its own; use granularity qkv"
             )
-        layer = attrgetter(row.layers)(self.network._module)[0]
-        bias = getattr(attrgetter(row.attention_projection)(layer), "bias", None) is not None
-        parallel = bool(row.parallel and getattr(self.config, row.parallel))
+        bias = False
+        if granularity == "head":
+            bias = getattr(self.part(0, row.attention_projection), "bias", None) is not None
+        key = row.parallel
+        parallel = bool(getattr(self.config, key)) if isinstance(key, str) else key
+        parallel = parallel or row.shared_norm
         return Graph.build(self.n_layers, granularity, self.heads, bias, parallel)
 
 

@@ -8,7 +8,7 @@ the scores of an attention's heads are added up first, which is the score of the
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -109,7 +109,12 @@ def _whole_attentions(edges: EdgeScores) -> tuple[Array, Graph]:
     graph = edges.graph
     rows = columns = None
     if graph.granularity == "head":
-        coarse = Graph.build(graph.n_layers, "qkv", parallel=graph.parallel)
+        coarse = replace(
+            graph,
+            granularity="qkv",
+            sources=tuple(dict.fromkeys(Node.parse(name).of_heads for name in graph.sources)),
+            targets=tuple(dict.fromkeys(Node.parse(name).of_heads for name in graph.targets)),
+        )
         rows = _wholes(graph.sources, coarse.sources)
         columns = _wholes(graph.targets, coarse.targets)
         graph = coarse

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
+    from probe.tracing._branch_checks import BranchChecks
     from probe.tracing._edge_product import EdgeProduct
     from probe.tracing._hooks import Hooks
     from probe.tracing._norm_vjp import NormVjp, Vjp
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
         save_for_backward: Callable[..., None]
         saved_tensors: tuple[torch.Tensor, ...]
-        weight: torch.Tensor | None
+        norm: torch.nn.Module | None
         norm_vjp: NormVjp
         back: Back
 
@@ -51,13 +52,13 @@ class Branch(torch.autograd.Function):
         value: torch.Tensor,
         normed: torch.Tensor,
         count: int,
-        weight: torch.Tensor | None,
+        norm: torch.nn.Module | None,
         norm_vjp: NormVjp,
         back: Back,
     ) -> tuple[torch.Tensor, ...]:
         """Give `count` views of `normed`, all [sequence, position, d_model]."""
         context.save_for_backward(value)
-        context.weight, context.norm_vjp, context.back = weight, norm_vjp, back
+        context.norm, context.norm_vjp, context.back = norm, norm_vjp, back
         return tuple(normed.view_as(normed) for _ in range(count))
 
     @staticmethod
@@ -65,9 +66,9 @@ class Branch(torch.autograd.Function):
         """Give the gradient at `value`, [sequence, position, d_model]."""
         (value,) = context.saved_tensors
         vjp: Vjp = same
-        if context.weight is not None:
+        if context.norm is not None:
             # A model may lie on several devices.
-            vjp = context.norm_vjp.at(value.to(gradients[0].device), context.weight)
+            vjp = context.norm_vjp.through(value.to(gradients[0].device), context.norm)
         gradient = context.back(vjp, gradients).to(value.device)
         return gradient, None, None, None, None, None
 
@@ -92,7 +93,12 @@ class Branches:
     """Its output."""
 
     def __init__(
-        self, wiring: Wiring, hooks: Hooks, norm_vjp: NormVjp, product: EdgeProduct
+        self,
+        wiring: Wiring,
+        hooks: Hooks,
+        norm_vjp: NormVjp,
+        product: EdgeProduct,
+        checks: BranchChecks | None = None,
     ) -> None:
         """Say where they are, and who wants their gradients.
 
@@ -101,8 +107,10 @@ class Branches:
             hooks: Where to hang hooks.
             norm_vjp: The model's norms.
             product: Takes the gradient of each branch before its norm.
+            checks: Compares what they read with what the graph says.
         """
         self.wiring, self.hooks, self.norm_vjp, self.product = wiring, hooks, norm_vjp, product
+        self.checks = checks
         self._parts: dict[int, torch.Tensor] = {}
         self._stream: torch.Tensor | None = None
 
@@ -113,9 +121,27 @@ class Branches:
             layer: The layer's number.
             modules: Its modules, from `_layers`.
         """
-        wiring, first = self.wiring, self.wiring.first_target(layer)
-        last = wiring.first_target(layer + 1) - 1
-        back = partial(self._receive, first)
+        wiring = self.wiring
+        _, attention, _, ffn = wiring.layers[layer]
+        if attention:
+            self._watch_attention(attention.start, ffn.start, modules)
+        if ffn and not modules.shared_norm:
+            back = partial(self._receive, ffn.start)
+            self.read(modules.ffn_norm, modules.ffn, back, [], [ffn.start])
+        if self.checks:
+            self._check_given(modules, attention, ffn)
+        for norm in modules.other_norms:
+            self.read(norm, norm, first_alone)
+
+    def _watch_attention(self, first: int, ffn: int, modules: SimpleNamespace) -> None:
+        """Watch an attention, and an FFN that reads the same norm.
+
+        Args:
+            first: The attention's first target.
+            ffn: The FFN's target.
+            modules: The layer's modules.
+        """
+        wiring, back = self.wiring, partial(self._receive, first)
         if wiring.columns and not wiring.at_inputs:
             back = partial(self._join_parts, first, len(wiring.columns))
             for number, projection in enumerate(modules.projections):
@@ -126,10 +152,10 @@ class Branches:
                 ]
                 self._read_columns(projection, parts)
         parting = modules.projections if wiring.at_inputs else []
-        self.read(modules.attention_norm, modules.attention, back, parting)
-        self.read(modules.ffn_norm, modules.ffn, partial(self._receive, last))
-        for norm in modules.other_norms:
-            self.read(norm, norm, first_alone)
+        targets = [first]
+        if modules.shared_norm:
+            parting, targets = [*(parting or [modules.attention]), modules.ffn], [first, ffn]
+        self.read(modules.attention_norm, modules.attention, back, parting, targets)
 
     def watch_ends(
         self, first: SimpleNamespace, last: SimpleNamespace, norm: SimpleNamespace | None
@@ -143,7 +169,8 @@ class Branches:
         """
         self.hooks.at_input(first, self._begin)
         self.hooks.at_input(last, lambda value: setattr(self, "end", value))
-        self.read(norm, last, partial(self._receive, self.wiring.n_targets - 1))
+        target = self.wiring.n_targets - 1
+        self.read(norm, last, partial(self._receive, target), [], [target])
         self.hooks.at_output(last, lambda output, *_: setattr(self, "hidden", output))
 
     def backward(self, slopes: torch.Tensor) -> None:
@@ -157,7 +184,9 @@ class Branches:
         stream = self._stream
         assert stream is not None
         del self.hidden, self.end
-        torch.autograd.grad([edge], stream, slopes)
+        (gradient,) = torch.autograd.grad([edge], stream, slopes)
+        if self.checks:
+            self.checks.see_stream(gradient)
         self._stream = None
 
     def _begin(self, value: torch.Tensor) -> torch.Tensor:
@@ -172,6 +201,7 @@ class Branches:
         module: SimpleNamespace,
         back: Back,
         projections: Sequence[SimpleNamespace] = (),
+        targets: Sequence[int] = (),
     ) -> None:
         """Let branches read a norm's output, or where there is none what a module is given.
 
@@ -180,8 +210,10 @@ class Branches:
             module: The module behind it.
             back: Takes the branches' gradients, and how they get before the norm.
             projections: Where the branches part; one branch where they are none.
+            targets: The first target of each block that reads here; none for a norm in between.
         """
         hooks, norm_vjp, count = self.hooks, self.norm_vjp, max(1, len(projections))
+        module_of_norm = None if norm is None else norm._module
         kept: dict[int | str, torch.Tensor] = {}  # what waits from one hook to the next
 
         def before(value: torch.Tensor) -> torch.Tensor:
@@ -189,9 +221,10 @@ class Branches:
             return value.detach()
 
         def after(normed: torch.Tensor, *_: object) -> torch.Tensor:
-            weight = None if norm is None else norm._module.weight
             value = kept.pop("value")
-            first, *others = Branch.apply(value, normed, count, weight, norm_vjp, back)
+            if self.checks:
+                self._check(self.checks, targets, value, normed, norm)
+            first, *others = Branch.apply(value, normed, count, module_of_norm, norm_vjp, back)
             kept.update(enumerate(others))
             return first
 
@@ -202,6 +235,37 @@ class Branches:
             hooks.at_output(norm, after)
         for number, projection in enumerate(projections[1:]):
             hooks.at_input(projection, lambda _, number=number: kept.pop(number))
+
+    def _check(
+        self,
+        checks: BranchChecks,
+        targets: Sequence[int],
+        value: torch.Tensor,
+        normed: torch.Tensor,
+        norm: SimpleNamespace | None,
+    ) -> None:
+        """Let what is read here be compared with what should be."""
+        for target in targets:
+            checks.see(target, value, self.product.removed(value))
+            checks.see_norm(target, value, normed, norm, self.norm_vjp)
+        if not targets:
+            checks.see_norm(None, value, normed, norm, self.norm_vjp)
+
+    def _check_given(self, modules: SimpleNamespace, attention: range, ffn: range) -> None:
+        """Let what blocks and projections behind a norm are given be compared with it."""
+        checks, hooks = self.checks, self.hooks
+        assert checks is not None
+        readers = []
+        if modules.attention_norm:  # otherwise the block is the reader itself
+            readers.append((attention, modules.attention))
+        if modules.ffn_norm or (modules.shared_norm and modules.attention_norm):
+            readers.append((ffn, modules.ffn))
+        if self.wiring.columns:
+            readers += [(attention, projection) for projection in modules.projections]
+        for target, module in ((part.start, module) for part, module in readers if part):
+            # Hooks run in the order in which they were hung: this one would see the view that
+            # takes an input's place, were it not hung before.
+            hooks.at_input(module, partial(checks.see_given, target), first=True)
 
     def _read_columns(
         self, projection: SimpleNamespace, parts: list[tuple[int, torch.Tensor]]
@@ -223,19 +287,27 @@ class Branches:
 
         self.hooks.at_output(projection, split)
 
-    def _receive(self, first: int, vjp: Vjp, gradients: Gradients) -> torch.Tensor:
+    def _receive(
+        self, first: int, vjp: Vjp, gradients: Gradients, total: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Take the gradients of targets from `first` on to before their norm; give their sum."""
-        total = None
         for target, gradient in enumerate(gradients, first):
             gradient = vjp(gradient)
             total = gradient if total is None else total + gradient
-            self.product.take(target, gradient)
+            self._take(target, gradient)
         assert total is not None
         return total
+
+    def _take(self, target: int, gradient: torch.Tensor) -> None:
+        """Take the gradient of one target before its norm."""
+        if self.checks:
+            self.checks.see_gradient(gradient)
+        self.product.take(target, gradient)
 
     def _join_parts(self, first: int, count: int, vjp: Vjp, gradients: Gradients) -> torch.Tensor:
         """Take gradients that came as parts to before their norm, and the whole one too."""
         for target in range(first, first + count):
             if target in self._parts:
-                self.product.take(target, vjp(self._parts.pop(target)))
-        return vjp(gradients[0])
+                self._take(target, vjp(self._parts.pop(target)))
+        # Behind a norm that they share the FFN's comes with it.
+        return self._receive(first + count, vjp, gradients[1:], vjp(gradients[0]))

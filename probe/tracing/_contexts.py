@@ -33,6 +33,7 @@ from nnsight.tracing.util import push
 
 from probe.models import Graph, Model
 from probe.remote import Deployment
+from probe.tracing._branch_checks import BranchChecks
 from probe.tracing._branches import Branches
 from probe.tracing._edge_ablation import EdgeAblation
 from probe.tracing._edge_pass import EdgePass
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, StoppingCriteriaList
 
 SENT = (
-    *(Hooks, Writes, Branches, NormVjp, EdgeProduct, EdgePass, EdgeAblation, Readout),
+    *(Hooks, Writes, Branches, BranchChecks, NormVjp, EdgeProduct, EdgePass, EdgeAblation, Readout),
     *(follow_rules, loss),
 )
 """What travels to a server with a trace, by its source: the modules that these are in."""
@@ -131,6 +132,13 @@ class EdgeBatch(NamedTuple):
     """[]: how far the logits that the loss is computed from are from the model's own, relative to
     those, at the last position of the longest sequence."""
 
+    reading_errors: torch.Tensor
+    """[reading, 2 + reach]: how far what branches read is from what the graph says; empty where
+    nobody looked. See `_branch_checks`."""
+
+    gradient_error: torch.Tensor
+    """[]: how far the gradients of all branches are from that of the stream."""
+
 
 class MemoryMode(NamedTuple):
     """What a batch does to need less memory."""
@@ -156,6 +164,7 @@ def edge_scores(
     baseline: torch.Tensor | None = None,
     memory: MemoryMode = FASTEST,
     target: Target = LOSS,
+    check: bool = True,
 ) -> EdgeBatch:
     """Score every edge: -<G, O - B>, accumulated in float32 (float64 for a float64 model).
 
@@ -180,6 +189,7 @@ def edge_scores(
             corrupted texts it is what the source writes there, position by position.
         memory: What to do for the sake of memory.
         target: L.
+        check: Whether to compare what branches read with what the graph says that they read.
     """
     network = model.network
     away, exact, layers = model.deployment is not None, exact_dtype(model), layers_of(model)
@@ -194,7 +204,7 @@ def edge_scores(
     scored = [part.to(model.device, non_blocking=True) for part in scored]
     checked = _checked_positions(batch).to(model.device, non_blocking=True)
     reference = None if batch.reference is None else batch.reference[batch.labels != -100]
-    edge_pass = _edge_pass(model, batch, graph, path, relp, baseline, memory, target)
+    edge_pass = _edge_pass(model, batch, graph, path, relp, baseline, memory, target, check)
     hooks, readout = edge_pass.hooks, edge_pass.readout
 
     with _recomputing(model, memory.recompute), _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
@@ -211,13 +221,16 @@ def edge_scores(
             residual_error = nnsight.save(bring(away, edge_pass.residual_error))
             error = (own - readout.compared.to(own)).norm() / own.norm()
             logits_error = nnsight.save(bring(away, error))
+            reading_errors = nnsight.save(bring(away, edge_pass.reading_errors))
+            gradient_error = nnsight.save(bring(away, edge_pass.gradient_error))
             # The last rows hold the inputs as they are, and the first ones where a path begins.
             values = nnsight.save(bring(away, readout.values[-n_sequences:]))
             ablated_values = nnsight.save(bring(away, readout.values[:n_silent]))
             losses = nnsight.save(bring(away, readout.losses[-n_sequences:]))
             entropies = nnsight.save(bring(away, readout.entropies[-n_sequences:]))
     return EdgeBatch(
-        scores, values, ablated_values, losses, entropies, residual_error, logits_error
+        *(scores, values, ablated_values, losses, entropies),
+        *(residual_error, logits_error, reading_errors, gradient_error),
     )
 
 
@@ -230,13 +243,14 @@ def _edge_pass(
     baseline: torch.Tensor | None,
     memory: MemoryMode,
     target: Target,
+    check: bool,
 ) -> EdgePass:
     """What a pass that scores a batch consists of; the arguments are those of `edge_scores`."""
     hooks, wiring, n_sequences = Hooks(), wiring_of(model, graph), len(batch.input_ids)
     _, n_silent = _blocks(batch, len(path.points))
     product = EdgeProduct(
         graph.mask,
-        model.n_layers,
+        [min(part.start for part in parts[1::2] if part) for parts in graph.layers],
         n_sequences,
         path.points,
         path.weights,
@@ -244,7 +258,12 @@ def _edge_pass(
         corrupted=batch.corrupted is not None,
         on_host=memory.sources_on_host,
     )
-    branches = Branches(wiring, hooks, norm_vjp_of(model, constant_rate=relp), product)
+    checks = None
+    if check:
+        checked = _checked_positions(batch)
+        checks = BranchChecks(wiring.readings(), graph.reaches, slice(-n_sequences, None), checked)
+    norm_vjp = norm_vjp_of(model, constant_rate=relp)
+    branches = Branches(wiring, hooks, norm_vjp, product, checks)
     readout = readout_of(model, target, n_sequences, n_silent)
     return EdgePass(hooks, Writes(wiring), branches, product, readout, relp)
 

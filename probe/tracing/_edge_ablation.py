@@ -62,13 +62,13 @@ class EdgeAblation:
         writes = Writes(self.wiring, wanted=set(self._source_of.values()))
         writes.watch_input(hooks, layers[0].module, self._outputs.__setitem__)
         for number, layer in enumerate(layers):
-            first = self.wiring.first_target(number)
-            last = self.wiring.first_target(number + 1) - 1
-            if self.wiring.columns:
-                self._cut_columns(hooks, number, layer, first)
-            else:
-                self._cut(hooks, layer.attention_norm or layer.attention, first)
-            self._cut(hooks, layer.ffn_norm or layer.ffn, last)
+            _, attention, _, ffn = self.wiring.layers[number]
+            if attention and self.wiring.columns:
+                self._cut_columns(hooks, number, layer, attention.start)
+            elif attention:
+                self._cut_block(hooks, number, layer, layer.attention, attention.start)
+            if ffn:
+                self._cut_block(hooks, number, layer, layer.ffn, ffn.start)
             writes.watch(hooks, number, layer, self._outputs.__setitem__)
         self._cut(hooks, final_norm, self.wiring.n_targets - 1)
 
@@ -84,6 +84,32 @@ class EdgeAblation:
             return changed
 
         hooks.at_input(reader, change)
+
+    def _cut_block(
+        self,
+        hooks: Hooks,
+        number: int,
+        layer: SimpleNamespace,
+        block: SimpleNamespace,
+        target: int,
+    ) -> None:
+        """Remove edges into an attention, or an FFN."""
+        norm = layer.attention_norm if block is layer.attention else layer.ffn_norm
+        rows = self._rows_of.get(target)
+        if not layer.shared_norm:
+            self._cut(hooks, norm or block, target)
+        elif rows:
+            # Only this block is to see the change, behind the norm that both read.
+            norm = layer.attention_norm
+            hooks.at_input(norm or layer.attention, partial(self._streams.__setitem__, number))
+
+            def change(normed: torch.Tensor) -> torch.Tensor:
+                changed = self._without(self._streams[number], rows)
+                normed = normed.clone()
+                normed[rows] = norm._module.forward(changed) if norm else changed
+                return normed
+
+            hooks.at_input(block, change)
 
     def _cut_columns(self, hooks: Hooks, number: int, layer: SimpleNamespace, first: int) -> None:
         """Remove edges into branches that are columns of projections."""

@@ -39,6 +39,12 @@ class EdgePass:
     residual_error: torch.Tensor
     """[]: how far the sources' sum is from the end of the stream."""
 
+    reading_errors: torch.Tensor
+    """What the checks of the branches found, see `_branch_checks`; empty where there are none."""
+
+    gradient_error: torch.Tensor
+    """[]: how far the branches' gradients are from the stream's; 0 where nobody looked."""
+
     def __init__(
         self,
         hooks: Hooks,
@@ -90,6 +96,11 @@ class EdgePass:
             checked: Where the sources' sum is compared, int64 [sequence, checked].
         """
         self.residual_error = self.product.residual_error(self.branches.end.detach(), checked)
+        checks = self.branches.checks
+        self.reading_errors = self.residual_error.new_zeros(0, 0)
+        self.gradient_error = self.residual_error.new_zeros(())
+        if checks:
+            self.reading_errors = self.product.reading_errors(checks)
         hidden = self.branches.hidden.detach()
         scored = [part.to(hidden.device, non_blocking=True) for part in scored]
         weight = lm_head.weight.detach()
@@ -97,4 +108,6 @@ class EdgePass:
         # From here on nobody needs the hidden states themselves.
         del hidden
         self.branches.backward(self.readout.slopes)
+        if checks:
+            self.gradient_error = checks.gradient_error
         return self.product.close()

@@ -6,14 +6,20 @@ and no gradient waits for the end.
 
 It travels with a trace to a server; see `_hooks`.
 
-    >>> product = EdgeProduct(graph.mask, n_layers=32, n_sequences=8, points=one, weights=one)
+    >>> product = EdgeProduct(graph.mask, layers=[0, 4], n_sequences=8, points=one, weights=one)
     >>> stream = product.open(embedded)          # then write and take, as they come
     >>> scores = product.close()                 # [sequence, source, target]
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from probe.tracing._branch_checks import BranchChecks
 
 # Float32 copies, where a product needs them, stay small beside the activations.
 SLICE_BYTES = 64 * 2**20
@@ -29,7 +35,7 @@ class EdgeProduct:
     def __init__(
         self,
         mask: torch.Tensor,
-        n_layers: int,
+        layers: Sequence[int],
         n_sequences: int,
         points: torch.Tensor,
         weights: torch.Tensor,
@@ -42,7 +48,7 @@ class EdgeProduct:
 
         Args:
             mask: Where edges are, bool [source, target].
-            n_layers: How many layers the graph is of.
+            layers: The first target of each layer of the graph.
             n_sequences: How many of the rows hold sequences as they are: the last ones.
             points: Of the way from B to the embedding, [step]; the last one is 1.
             weights: What the gradient at each counts, [step].
@@ -58,8 +64,10 @@ class EdgeProduct:
         self.n_sources, self.n_targets = mask.shape
         # Sources are in the order in which they write: a target reads so many of them.
         self._reaches: list[int] = mask.sum(0).tolist()
-        # Gradients of a group of layers are multiplied at once, from the last group to the first.
-        self._group = (self.n_targets - 1) // n_layers * -(-n_layers // GRADIENT_GROUPS)
+        # Gradients of a group of layers are multiplied at once, from the last group to the first;
+        # the final norm's comes alone.
+        size = -(-len(layers) // GRADIENT_GROUPS)
+        self._starts = [*sorted({0, *list(layers)[::-1][size - 1 :: size]}), self.n_targets - 1]
         # Those of the targets from start to stop are awaited.
         self._start = self._stop = self.n_targets
         self._waiting: dict[int, torch.Tensor] = {}
@@ -111,7 +119,7 @@ class EdgeProduct:
         between = base + points * (last - base)  # [step - 1, sequence, position, d_model]
         return torch.cat([base, between.flatten(0, 1), last])
 
-    def _removed(self, output: torch.Tensor) -> torch.Tensor:
+    def removed(self, output: torch.Tensor) -> torch.Tensor:
         """Of an output what an ablation takes away, but for a mean: [sequence, position, d]."""
         kept = output[-self.n_sequences :]
         return kept - output[: self.n_sequences] if self.corrupted else kept
@@ -125,7 +133,7 @@ class EdgeProduct:
         """
         if source in self._unwritten:
             self._unwritten.remove(source)
-            self._outputs[source].copy_(self._removed(output.detach()), non_blocking=True)
+            self._outputs[source].copy_(self.removed(output.detach()), non_blocking=True)
 
     def take(self, target: int, gradient: torch.Tensor) -> None:
         """Take the gradient of a branch.
@@ -153,8 +161,12 @@ class EdgeProduct:
         rows = torch.arange(self.n_sequences, device=checked.device)[:, None]
         total = self._outputs[:, rows, checked].sum(0, dtype=self._scores.dtype).to(end.device)
         at = rows.to(end.device), checked.to(end.device)
-        truth = self._removed(end)[at].to(total.dtype)
+        truth = self.removed(end)[at].to(total.dtype)
         return (total - truth).norm() / end[-self.n_sequences :][at].to(total.dtype).norm()
+
+    def reading_errors(self, checks: BranchChecks) -> torch.Tensor:
+        """How far readings are from sums of the outputs; see `BranchChecks.errors`."""
+        return checks.errors(self._outputs)
 
     def close(self) -> torch.Tensor:
         """Give the scores, [sequence, source, target], and let everything else go."""
@@ -171,8 +183,7 @@ class EdgeProduct:
         Then those of the next group are awaited.
         """
         start, stop = self._start, self._stop
-        size = 1 if start == self.n_targets else self._group  # the final norm comes alone
-        self._start, self._stop = max(0, start - size), start
+        self._start, self._stop = (self._starts.pop() if self._starts else 0), start
         if not self._waiting:
             return
         targets = range(start, stop)

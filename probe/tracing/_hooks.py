@@ -35,8 +35,11 @@ class Hooks:
         """Start with none."""
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def at_input(self, module: SimpleNamespace, change: Change) -> None:
-        """Let a function see what a module is given: `change(value)`."""
+    def at_input(self, module: SimpleNamespace, change: Change, first: bool = False) -> None:
+        """Let a function see what a module is given: `change(value)`.
+
+        It goes behind those that hang there already, or before them if `first`.
+        """
 
         def hook(
             _: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
@@ -48,7 +51,8 @@ class Hooks:
                 return (changed, *args[1:]), kwargs
             return args, {**kwargs, next(iter(kwargs)): changed}
 
-        self._handles.append(module._module.register_forward_pre_hook(hook, with_kwargs=True))
+        handle = module._module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
+        self._handles.append(handle)
 
     def at_output(self, module: SimpleNamespace, change: Change) -> None:
         """Let a function see a module's output, and its arguments: `change(output, *args)`."""

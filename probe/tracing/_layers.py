@@ -19,10 +19,9 @@ from probe.tracing._wiring import Wiring
 def wiring_of(model: Model, graph: Graph) -> Wiring:
     """How the nodes of a model's graph lie in its layers."""
     row, key = model.architecture, model.architecture.residual_scale
-    n_sources, n_targets = graph.mask.shape
     return Wiring(
-        model.n_layers,
-        (n_sources, n_targets),
+        len(graph.targets),
+        graph.layers,
         (model.heads.query, model.heads.width),
         branch_columns_of(model, graph),
         by_head=graph.granularity == "head",
@@ -42,6 +41,7 @@ def readout_of(model: Model, target: Target, n_sequences: int, n_silent: int) ->
     """How a model makes logits, and what of them is differentiated; see `Readout`."""
     row, config = model.architecture, model.config
     divisor = float(getattr(config, row.logits_divisor)) if row.logits_divisor else 1.0
+    times = float(getattr(config, row.logits_multiplier)) if row.logits_multiplier else 1.0
     cap = getattr(config, row.logits_cap) if row.logits_cap else None
     return Readout(
         int(config.vocab_size),
@@ -50,6 +50,7 @@ def readout_of(model: Model, target: Target, n_sequences: int, n_silent: int) ->
         n_sequences,
         n_silent,
         divisor,
+        times,
         cap,
     )
 
@@ -67,37 +68,45 @@ def exact_dtype(model: Model) -> torch.dtype:
 
 def layers_of(model: Model) -> list[SimpleNamespace]:
     """The modules of each decoder layer, by the names of the architecture's row."""
-    row = model.architecture
+    row, layers = model.architecture, attrgetter(model.architecture.layers)(model.network)
+    numbers = range(model.n_layers)
 
-    def module(layer: object, path: str | None) -> object:
-        return path and there(attrgetter(path)(layer))
+    def module(number: int, path: str | None) -> object:
+        if path is None:
+            return None
+        try:
+            return there(attrgetter(path)(layers[number]))
+        except AttributeError:
+            model.part(number, path)  # one line that says what is missing
+            raise
 
-    def experts(layer: object) -> object:
+    def experts(number: int) -> object:
         # Some layers of a mixture may be dense.
-        inside = dict(layer._module.named_modules())  # type: ignore[attr-defined]
-        return module(layer, row.experts) if row.experts in inside else None
+        inside = dict(layers[number]._module.named_modules())
+        return module(number, row.experts) if row.experts in inside else None
 
     norms = [*row.head_norms]
     norms += [row.attention_output] if row.attention_output != row.attention else []
     norms += [row.ffn_output] if row.ffn_output != row.ffn else []
     return [
         SimpleNamespace(
-            module=layer,
-            attention_norm=module(layer, row.attention_norm),
-            attention=module(layer, row.attention),
-            projections=[module(layer, path) for path in row.projections],
-            other_norms=[norm for path in norms if (norm := module(layer, path))],
-            attention_projection=module(layer, row.attention_projection),
-            attention_output=module(layer, row.attention_output),
-            ffn_norm=module(layer, row.ffn_norm),
-            ffn=module(layer, row.ffn),
-            activation=None if mixed else module(layer, row.ffn_activation),
-            product=None if mixed else module(layer, row.ffn_product),
+            module=layers[number],
+            attention_norm=module(number, row.attention_norm),
+            attention=module(number, row.attention),
+            projections=[module(number, path) for path in row.projections],
+            other_norms=[norm for path in norms if (norm := module(number, path))],
+            attention_projection=module(number, row.attention_projection),
+            attention_output=module(number, row.attention_output),
+            shared_norm=row.shared_norm,
+            ffn_norm=None if row.shared_norm else module(number, row.ffn_norm),
+            ffn=module(number, row.ffn),
+            activation=None if mixed else module(number, row.ffn_activation),
+            product=None if mixed else module(number, row.ffn_product),
             experts=mixed,
-            ffn_output=module(layer, row.ffn_output),
+            ffn_output=module(number, row.ffn_output),
         )
-        for layer in attrgetter(row.layers)(model.network)
-        for mixed in (experts(layer),)
+        for number in numbers
+        for mixed in (experts(number),)
     ]
 
 

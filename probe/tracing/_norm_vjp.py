@@ -39,7 +39,35 @@ class NormVjp:
         self.centred, self.offset, self.epsilon = centred, offset, epsilon
         self.constant_rate = constant_rate
 
-    def at(self, value: torch.Tensor, weight: torch.Tensor) -> Vjp:
+    def through(self, value: torch.Tensor, norm: torch.nn.Module) -> Vjp:
+        """The product of one norm at one input; see `at`."""
+        return self.at(value, getattr(norm, "weight", None), self._epsilon(norm))
+
+    def output(self, value: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
+        """What a norm should give by the formula whose gradient is taken, [..., d_model]."""
+        if self.centred:
+            value = value - value.mean(-1, keepdim=True)
+        rate = (value.square().mean(-1, keepdim=True) + self._epsilon(norm)).rsqrt()
+        output = value * rate * self._gain(getattr(norm, "weight", None), value)
+        bias = getattr(norm, "bias", None)
+        return output if bias is None else output + bias.to(value.device, value.dtype)
+
+    def _epsilon(self, norm: torch.nn.Module) -> float:
+        """What a norm adds to the mean square."""
+        for name in ("variance_epsilon", "eps", "epsilon"):
+            if isinstance(getattr(norm, name, None), float | int):
+                return float(getattr(norm, name))
+        return self.epsilon
+
+    def _gain(self, weight: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+        """By what a norm multiplies: [d_model]."""
+        if weight is None:
+            return value.new_ones(value.shape[-1])
+        return weight.to(value.device, value.dtype) + self.offset
+
+    def at(
+        self, value: torch.Tensor, weight: torch.Tensor | None, epsilon: float | None = None
+    ) -> Vjp:
         """The product at one input.
 
         What does not depend on the gradient is computed once for the query, key and value that
@@ -47,23 +75,25 @@ class NormVjp:
 
         Args:
             value: What the norm reads, [..., d_model].
-            weight: Its weight, [d_model].
+            weight: Its weight, [d_model]; None where it has none.
+            epsilon: What it adds to the mean square; the model's if not given.
         """
         width, exact = value.shape[-1], torch.promote_types(value.dtype, torch.float32)
         centred, constant_rate = self.centred, self.constant_rate
+        epsilon = self.epsilon if epsilon is None else epsilon
         # Looked up here: it cannot be sent.
         native = getattr(torch.ops.aten, "_fused_rms_norm_backward", None)
-        plain = not (centred or self.offset or constant_rate)
+        plain = weight is not None and not (centred or self.offset or constant_rate)
         if native is not None and plain and value.device.type == "cuda":
             # torch's own kernels read and write each gradient once; they are for CUDA alone.
-            _, rate = torch.ops.aten._fused_rms_norm(value, [width], weight, self.epsilon)
+            _, rate = torch.ops.aten._fused_rms_norm(value, [width], weight, epsilon)
             wanted = [True, False]
             return lambda gradient: native(gradient, value, [width], rate, weight, wanted)[0]
         wide = value.to(exact)
         if centred:
             wide = wide - wide.mean(-1, keepdim=True)
-        rate = (wide.square().mean(-1, keepdim=True) + self.epsilon).rsqrt()  # [..., 1]
-        gain = weight.to(exact) + self.offset  # [d_model]
+        rate = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()  # [..., 1]
+        gain = self._gain(weight, wide)
         straight, along = rate * gain, wide * gain  # [..., d_model]
         shrink = rate**3 / -width
 

@@ -153,6 +153,7 @@ class Readout:
         n_sequences: int,
         n_silent: int = 0,
         divisor: float = 1.0,
+        multiplier: float = 1.0,
         cap: float | None = None,
     ) -> None:
         """Say how the model makes logits, and what of them is differentiated.
@@ -164,9 +165,11 @@ class Readout:
             n_sequences: How many of the rows hold sequences as they are: the last ones.
             n_silent: How many of the rows have a value but no slope: the first ones.
             divisor: By what it divides logits.
+            multiplier: By what it multiplies them.
             cap: To what size it squashes them.
         """
         self.exact, self.objective, self.divisor, self.cap = exact, objective, divisor, cap
+        self.multiplier = multiplier
         self.n_sequences, self.n_silent = n_sequences, n_silent
         self._rows = max(1, LOGITS_BYTES // (4 * vocabulary))
 
@@ -223,6 +226,8 @@ class Readout:
                 values, slope = self.objective.slope(divided, label, picked)
                 self.values.index_add_(0, at[0], values * share)
             slope *= share[:, None] / (self.divisor * self.objective.temperature)
+            if self.multiplier != 1:
+                slope *= self.multiplier
             if self.cap is not None:
                 slope *= 1 - (logits.to(self.exact) / self.cap).square()
             slope = slope.to(logits.dtype).to(weight.device)
@@ -250,6 +255,8 @@ class Readout:
         """What the unembedding gives, as the model's own logits."""
         if self.divisor != 1:
             logits = logits / self.divisor
+        if self.multiplier != 1:
+            logits = logits * self.multiplier
         if self.cap is not None:
             logits = torch.tanh(logits / self.cap) * self.cap
         return logits

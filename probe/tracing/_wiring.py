@@ -24,14 +24,12 @@ if TYPE_CHECKING:
 class Wiring:
     """How the nodes of a graph lie in a model's layers, as plain numbers."""
 
-    n_layers: int
-    """How many decoder layers there are."""
-
-    n_sources: int
-    """How many sources; the first is the input, and each layer has as many of the others."""
-
     n_targets: int
-    """How many targets; the last are the logits, and each layer has as many of the others."""
+    """How many targets; the last are the logits."""
+
+    layers: list[tuple[range, range, range, range]]
+    """Of each layer the indices of its attention's sources and targets, then of its FFN's; those
+    of a block that it does not have are none."""
 
     by_head: bool
     """Whether each head is a source of its own."""
@@ -58,8 +56,8 @@ class Wiring:
 
     def __init__(
         self,
-        n_layers: int,
-        shape: tuple[int, int],
+        n_targets: int,
+        layers: list[tuple[range, range, range, range]],
         heads: tuple[int, int],
         columns: list[tuple[int, torch.Tensor]],
         *,
@@ -68,21 +66,17 @@ class Wiring:
         transposed: bool,
         at_inputs: bool,
     ) -> None:
-        """Keep what is given; `shape` is (sources, targets), `heads` (number, width)."""
-        self.n_layers = n_layers
-        self.n_sources, self.n_targets = shape
+        """Keep what is given; `heads` is (number, width)."""
+        self.n_targets, self.layers = n_targets, layers
         self.n_heads, self.head_width = heads
         self.columns = columns
         self.by_head, self.at_inputs = by_head, at_inputs
         self.scale, self.transposed = scale, transposed
 
-    def first_source(self, layer: int) -> int:
-        """The index of a layer's first source."""
-        return 1 + layer * ((self.n_sources - 1) // self.n_layers)
-
-    def first_target(self, layer: int) -> int:
-        """The index of a layer's first target."""
-        return layer * ((self.n_targets - 1) // self.n_layers)
+    def readings(self) -> list[int]:
+        """The first target of each block, and that of the final norm."""
+        blocks = [part for _, attention, _, ffn in self.layers for part in (attention, ffn)]
+        return [*(part.start for part in blocks if part), self.n_targets - 1]
 
     def weight(self, projection: SimpleNamespace) -> torch.Tensor:
         """A projection's weight as [input, output]."""
@@ -128,18 +122,14 @@ class Writes:
             modules: Its modules, from `_layers`.
             write: Takes the index and [sequence, position, d_model], or its sum, [d_model].
         """
-        first, last = self.wiring.first_source(layer), self.wiring.first_source(layer + 1) - 1
-        if self.wiring.by_head:
-            projection = modules.attention_projection
+        attention, _, ffn, _ = self.wiring.layers[layer]
+        if attention and self.wiring.by_head:
+            projection, first = modules.attention_projection, attention.start
             hooks.at_input(projection, lambda mixed: self._heads(projection, mixed, first, write))
-        elif self._wants(first):
-            hooks.at_output(
-                modules.attention_output, lambda output, *_: write(first, self._scaled(output))
-            )
-        if self._wants(last):
-            hooks.at_output(
-                modules.ffn_output, lambda output, *_: write(last, self._scaled(output))
-            )
+        elif attention:
+            self._watch_block(hooks, modules.attention_output, attention.start, write)
+        if ffn:
+            self._watch_block(hooks, modules.ffn_output, ffn.start, write)
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """A write as it is wanted: [sequence, position, d], or summed over positions: [d]."""
@@ -151,6 +141,12 @@ class Writes:
 
     def _wants(self, source: int) -> bool:
         return self.wanted is None or source in self.wanted
+
+    def _watch_block(
+        self, hooks: Hooks, module: SimpleNamespace, source: int, write: Write
+    ) -> None:
+        if self._wants(source):
+            hooks.at_output(module, lambda output, *_: write(source, self._scaled(output)))
 
     def _scaled(self, output: torch.Tensor) -> torch.Tensor:
         output, scale = self.total(output), self.wiring.scale

@@ -1,0 +1,102 @@
+"""Whether a row of the architecture table describes the model that it was used for.
+
+A wrong row gives scores that look like any others, so what comes with a batch is compared with
+what the model itself did: the sources' sum, the logits, and, in the first batch, what every branch
+reads (`probe.tracing`).
+
+    >>> check_row(model, graph, batch)           # raises, or all is well
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from probe.errors import ProbeError
+from probe.models import GUIDE, Graph, Model, Node
+from probe.tracing import EdgeBatch
+
+# A relative distance from what the model itself computes that is no rounding any more.
+_LARGEST = {torch.bfloat16: 3e-2, torch.float16: 3e-2}
+# Gradients of many branches, each rounded, are added up in the model's precision.
+_LARGEST_OF_GRADIENTS = {torch.bfloat16: 0.1, torch.float16: 0.1}
+_LARGEST_ELSE = 1e-3
+
+CLEARLY = 0.5
+"""Where another sum is nearer to what a branch reads than this share, it is that one."""
+
+
+def check_row(model: Model, graph: Graph, batch: EdgeBatch) -> None:
+    """Refuse a model whose row of the architecture table does not describe it.
+
+    Raises:
+        ProbeError: It does not; the message says which branch reads what.
+    """
+    largest = _LARGEST.get(model.dtype, _LARGEST_ELSE)
+    most = _LARGEST_OF_GRADIENTS.get(model.dtype, _LARGEST_ELSE)
+    for fault, error, limit in (
+        *_sum_faults(batch, largest),
+        *_reading_faults(graph, batch.reading_errors.cpu(), largest),
+        (
+            "something beside the branches that the row names reads the residual stream: their "
+            "gradients are not all of its gradient",
+            float(batch.gradient_error),
+            most,
+        ),
+    ):
+        if not error <= limit:
+            raise ProbeError(
+                f"{model.reference}: {fault} (relative error {error:.1e}; rounding is at most "
+                f"{limit:g}): the row {model.config.model_type!r} of the architecture table is "
+                f"wrong for this checkpoint; see {GUIDE}"
+            )
+
+
+def _sum_faults(batch: EdgeBatch, largest: float) -> Iterator[tuple[str, float, float]]:
+    """What every batch is asked: what it would be called, the error, and the largest allowed."""
+    error = float(batch.residual_error)
+    yield "the sources do not sum to the residual stream", error, largest
+    yield "the logits are not the model's own", float(batch.logits_error), largest
+
+
+def _reading_faults(
+    graph: Graph, errors: torch.Tensor, largest: float
+) -> Iterator[tuple[str, float, float]]:
+    """The same of what branches read; `errors` as in `EdgeBatch`."""
+    if not errors.numel():
+        return
+    reach_of = dict(zip(graph.targets, graph.mask.sum(0).tolist(), strict=True))
+    reaches = graph.reaches
+    readers: dict[str, int] = {}
+    for target, reach in reach_of.items():
+        readers.setdefault(Node.parse(target).block, reach)
+    for (reader, reach), (given, formula, *sums) in zip(
+        readers.items(), errors.tolist()[:-1], strict=True
+    ):
+        said = sums[reaches.index(reach)]
+        best = min(range(len(sums)), key=sums.__getitem__)
+        # However small what is left out may be, a sum that fits far better is what it reads.
+        wrong = not said <= largest or sums[best] < CLEARLY * said
+        if said == torch.inf:
+            yield f"nothing was seen to read where the row says that {reader} reads", said, 0.0
+        elif wrong and sums[best] <= largest:
+            yield (
+                f"{reader} reads what is in the residual stream behind "
+                f"{graph.sources[reaches[best] - 1]}, and not, as the row says, behind "
+                f"{graph.sources[reach - 1]}",
+                said,
+                min(largest, sums[best]),
+            )
+        yield f"what {reader} reads is no sum of sources before it", said, largest
+        yield f"the norm of {reader} computes another formula than the row says", formula, largest
+        yield (
+            f"{reader}, or a projection in it, is given something else than what the norm gives "
+            "that the row names for it",
+            given,
+            largest,
+        )
+    *_, (_, formula, *_) = errors.tolist()
+    yield (
+        "a norm inside or behind a block computes another formula than the row says",
+        (formula),
+        largest,
+    )
