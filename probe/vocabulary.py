@@ -38,6 +38,9 @@ BINS = 100
 RESAMPLES = 1000
 """How many times edges are drawn for an interval of faithfulness."""
 
+CUT_OFF_SHARE = 0.1
+"""A run and its report say so where more answers than this did not end."""
+
 FLIPS = 20_000
 """Random sign flips behind a p-value, at the least."""
 

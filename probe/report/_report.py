@@ -22,6 +22,7 @@ from probe.notebook import html_table
 from probe.recipe import Pair, Recipe, recipe_from
 from probe.report._extras import ExtraTable as ExtraTable
 from probe.report._extras import extra_tables
+from probe.solutions import cut_off
 from probe.stats import (
     CONTROLS,
     Accuracy,
@@ -222,14 +223,18 @@ def _accuracy(
     names = model_names(recipe)
     files = (folder.solutions_file(names[asked], benchmark) for asked in pair.asked())
     before, after = (
-        {solution.id: solution.correct for solution in folder.read_solutions(file)[0]}
-        for file in files
+        {solution.id: solution for solution in folder.read_solutions(file)[0]} for file in files
     )
     if not before or before.keys() != after.keys():
         return None
-    sides = [[side[name] for name in before] for side in (before, after)]
+    sides = [[side[name].correct for name in before] for side in (before, after)]
     groups = [clusters.get(name) for name in before]
-    return make_accuracy(pair.name, benchmark, *sides, clusters=groups, flips=flips)
+    first, second = (
+        cut_off(side.values(), pair.max_new_tokens) if asked.given is None else 0
+        for asked, side in zip(pair.asked(), (before, after), strict=True)
+    )
+    row = make_accuracy(pair.name, benchmark, *sides, clusters=groups, flips=flips)
+    return replace(row, cut_off=(first, second))
 
 
 def _beside_published(row: Judged, recipe: Recipe) -> Judged:

@@ -14,6 +14,7 @@ from probe.metrics import METRICS, TOKEN_METRICS, metric_named
 from probe.recipe import Pair, PublishedChange
 from probe.report._report import Report
 from probe.stats import LARGE_SHARE, LEVEL, SMALLEST, Accuracy, Cell, Influence
+from probe.vocabulary import CUT_OFF_SHARE
 
 MAIN = "activation_intensity"
 """The metric that the sentence on controls is about."""
@@ -250,6 +251,7 @@ def caveats(report: Report) -> list[str]:
             "published: what was printed elsewhere for the row above. ✓: ours moved in the same "
             "direction; ✗: it did not."
         )
+    lines += _cut_off_lines(report)
     if report.missing:
         lines.append(f"Not in this report ({len(report.missing)}): " + "; ".join(report.missing))
     return lines
@@ -300,6 +302,20 @@ def _influence_lines(report: Report) -> list[str]:
                 f"{whose}: {'; '.join(found)}."
             )
     return lines
+
+
+def _cut_off_lines(report: Report) -> list[str]:
+    """Where many answers did not end: what is graded is then the limit, not the model."""
+    limits = {pair.name: pair.max_new_tokens for pair in report.recipe.pairs}
+    return [
+        f"Of {row.questions} answers of {row.pair} on {row.benchmark}, {before} before and {after} "
+        f"after did not end within {limits[row.pair]} tokens, and were graded as they stood: raise "
+        "max_new_tokens, or see with `probe doctor` whether the end tokens and the chat template "
+        "are those that the model was trained with."
+        for row in report.accuracy
+        for before, after in (row.cut_off,)
+        if max(before, after) > CUT_OFF_SHARE * row.questions
+    ]
 
 
 def _left_out_lines(report: Report) -> list[str]:

@@ -19,8 +19,9 @@ from probe.problems import Problem
 from probe.recipe import Asked
 from probe.run._parallel import Event, OnEvent
 from probe.run._session import Run, Setup
-from probe.solutions import GivenAnswer, Solution, imported, solve
+from probe.solutions import GivenAnswer, Solution, cut_off, imported, solve
 from probe.store import RunFolder, model_names
+from probe.vocabulary import CUT_OFF_SHARE
 
 
 def solve_all(
@@ -104,6 +105,15 @@ def solve_with(
                     on_event(Event(len(batch), speed=speed))
             folder.write_solutions(file, [done[problem.id] for problem in questions])
         solutions[benchmark] = [done[problem.id] for problem in questions]
+        count = 0 if asked.given else cut_off(solutions[benchmark], asked.max_new_tokens)
+        if count > CUT_OFF_SHARE * len(questions):
+            on_event(
+                Event(
+                    text=f"{name} on {benchmark}: {count} of {len(questions)} answers did not end "
+                    f"within {asked.max_new_tokens} tokens and are graded as they stand; raise "
+                    "max_new_tokens, or see `probe doctor` for end tokens and template"
+                )
+            )
     del model
     gc.collect()
     return solutions

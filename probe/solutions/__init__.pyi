@@ -8,6 +8,7 @@ from ._imported import match as match
 from ._selection import Selection as Selection
 from ._selection import Solution as Solution
 from ._selection import select as select
+from ._solutions import cut_off as cut_off
 from ._solutions import encode_prompts as encode_prompts
 from ._solutions import graded as graded
 from ._solutions import in_threads as in_threads

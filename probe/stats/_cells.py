@@ -162,6 +162,10 @@ class Accuracy:
     significant: bool | None = None
     """Whether p_holm is below 0.05."""
 
+    cut_off: tuple[int, int] = (0, 0)
+    """How many answers of the model before and of the one after are as long as `max_new_tokens`
+    lets them be: they did not end. Answers made elsewhere are not counted."""
+
     published: Change | None = None
     """What was printed elsewhere, where the recipe says."""
 

@@ -19,6 +19,7 @@ import probe
 from probe.errors import ProbeError
 from probe.metrics import METRICS, TOKEN_METRICS
 from probe.report import build_report
+from probe.report._wording import caveats
 from probe.run import cut
 from probe.store import RunFolder
 
@@ -443,3 +444,20 @@ def test_a_file_of_no_run_is_no_damaged_run(copy, tmp_path):
     for place in (tmp_path / "report.json", copy / "no-such-file.json"):
         with pytest.raises(ProbeError, match=r"is not a run folder: it has no run\.json"):
             build_report(place)
+
+
+def test_answers_that_do_not_end_are_told(tmp_path):
+    """In the run, in the report, and as a number; a few are no news."""
+    keys = {f"pairs.{i}.max_new_tokens": 26 for i in (0, 1)}
+    keys |= {"solutions.questions": 40, "selection.alpha": "[0.1]", "attribution.control": "none"}
+    report, told = run_recorded(keys, tmp_path / "run")
+    assert "tiny-math--sft on tiny-math: 28 of 40 answers did not end within 26 tokens" in told
+    assert [row.cut_off for row in report.accuracy] == [(28, 28), (28, 28)]
+    (line,) = (line for line in caveats(report) if "answers of sft-grpo on tiny-math" in line)
+    assert line.startswith("Of 40 answers of sft-grpo on tiny-math, 28 before and 28 after did not")
+    for row in report.accuracy:
+        files = tmp_path / "run" / "solutions"
+        before = (files / "tiny-math--sft.tiny-math.jsonl").read_text().splitlines()
+        assert sum(len(json.loads(text)["answer"]) >= 26 for text in before) == row.cut_off[0]
+    few = replace(report.accuracy[0], cut_off=(4, 4))
+    assert not any("did not end" in line for line in caveats(replace(report, accuracy=(few,))))
