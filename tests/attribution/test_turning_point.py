@@ -91,7 +91,7 @@ def test_answers_that_pass_the_turning_point(tmp_path, name, changes):
     prompts = [SHORT.prompt, LONG.prompt, LONG.prompt[:31], LONG.prompt[:33], LONG.prompt[:20]]
     limits = [50, 20, 20, 20, 9]
     found = {
-        answer.index: answer.tokens
+        answer.place: answer.tokens
         for finished in generate(model, prompts, limits)
         for answer in finished
     }
