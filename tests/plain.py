@@ -35,6 +35,8 @@ class Anatomy:
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     attention: str = "self_attn"
+    mixer: str | None = None
+    """What some layers have instead: no query, key and value, and no heads."""
     attention_norm: str | None = "input_layernorm"
     attention_post_norm: str | None = None
     ffn: str = "mlp"
@@ -47,12 +49,24 @@ class Anatomy:
     output_projection: str = "o_proj"
     one_norm: bool = False
     """Whether the FFN reads what the attention's norm gives, and has none of its own."""
+    gated: bool = False
+    """Whether a head's query is followed by its gate."""
+    latent: bool = False
+    """Whether keys and values come from one narrow vector (MLA); a head then has no key."""
+    one_block: bool = False
+    """Whether a layer is an attention or an FFN."""
 
 
 _LLAMA = Anatomy()
 _GEMMA = Anatomy(
     attention_post_norm="post_attention_layernorm",
     ffn_norm="pre_feedforward_layernorm",
+    ffn_post_norm="post_feedforward_layernorm",
+)
+_POST_NORMED = Anatomy(
+    attention_norm=None,
+    attention_post_norm="post_attention_layernorm",
+    ffn_norm=None,
     ffn_post_norm="post_feedforward_layernorm",
 )
 
@@ -70,12 +84,7 @@ ANATOMIES = {
     "cohere2": Anatomy(one_norm=True),
     "phi": Anatomy(final_norm="model.final_layernorm", output_projection="dense", one_norm=True),
     "phi3": Anatomy(projections=("qkv_proj",)),
-    "olmo2": Anatomy(
-        attention_norm=None,
-        attention_post_norm="post_attention_layernorm",
-        ffn_norm=None,
-        ffn_post_norm="post_feedforward_layernorm",
-    ),
+    "olmo2": _POST_NORMED,
     "gpt2": Anatomy(
         layers="transformer.h",
         final_norm="transformer.ln_f",
@@ -84,6 +93,51 @@ ANATOMIES = {
         ffn_norm="ln_2",
         projections=("c_attn",),
         output_projection="c_proj",
+    ),
+    **dict.fromkeys(
+        (
+            *("smollm3", "seed_oss", "cwm", "helium", "arcee", "ernie4_5", "gemma", "ministral"),
+            *("ministral3", "nemotron", "starcoder2", "stablelm", "olmo", "olmoe", "qwen2_moe"),
+            *("phimoe", "gpt_oss", "minimax_m2", "hunyuan_v1_dense", "hunyuan_v1_moe", "dots1"),
+            *("ernie4_5_moe", "glm", "glm4_moe"),
+        ),
+        _LLAMA,
+    ),
+    "apertus": Anatomy(attention_norm="attention_layernorm", ffn_norm="feedforward_layernorm"),
+    "glm4": Anatomy(
+        attention_post_norm="post_self_attn_layernorm", ffn_post_norm="post_mlp_layernorm"
+    ),
+    **dict.fromkeys(("olmo3", "exaone4", "flex_olmo"), _POST_NORMED),
+    "granitemoe": Anatomy(ffn="block_sparse_moe"),
+    "llama4_text": Anatomy(ffn="feed_forward"),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), Anatomy(latent=True)),
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+        Anatomy(mixer="linear_attn", gated=True),
+    ),
+    "lfm2": Anatomy(
+        final_norm="model.embedding_norm",
+        mixer="conv",
+        attention_norm="operator_norm",
+        ffn="feed_forward",
+        ffn_norm="ffn_norm",
+        output_projection="out_proj",
+    ),
+    "nemotron_h": Anatomy(
+        final_norm="model.norm_f",
+        attention="mixer",
+        attention_norm="norm",
+        ffn="mixer",
+        ffn_norm="norm",
+        one_block=True,
+    ),
+    "gptj": Anatomy(
+        layers="transformer.h",
+        final_norm="transformer.ln_f",
+        attention="attn",
+        attention_norm="ln_1",
+        output_projection="out_proj",
+        one_norm=True,
     ),
     "gpt_neox": Anatomy(
         layers="gpt_neox.layers",
@@ -171,25 +225,29 @@ def edges(module):
     anatomy = _anatomy(module)
     blocks, parts, found = ["input"], [], {}
     for number, layer in enumerate(attrgetter(anatomy.layers)(module)):
-        attention = f"a{number}"
-        for name in (
-            attention,
-            *(f"{attention}.{part}" for part in "qkv"),
-            *(f"{attention}.{part}.h{head}" for part in "qkv" for head in range(sizes[part])),
-        ):
+        attention, kind = f"a{number}", _kind(anatomy, layer)
+        targets = [attention] if "a" in kind else []
+        if "q" in kind:
+            targets += [f"{attention}.{part}" for part in "qkv"]
+        if "h" in kind:
+            targets += [
+                f"{attention}.{part}.h{head}" for part in "qkv" for head in range(sizes[part])
+            ]
+        for name in targets:
             found[name] = blocks + parts
         own = []
-        if anatomy.attention_post_norm is None:
+        if "h" in kind and anatomy.attention_post_norm is None:
             own = [f"{attention}.h{head}" for head in range(sizes["q"])]
             if _output_projection(anatomy, layer).bias is not None:
                 own.append(f"{attention}.bias")
         if _is_parallel(module):
             found[f"m{number}"] = blocks + parts
-        blocks = [*blocks, attention]
+        blocks = [*blocks, attention] if "a" in kind else blocks
         parts = parts + own
-        if not _is_parallel(module):
-            found[f"m{number}"] = blocks + parts
-        blocks = [*blocks, f"m{number}"]
+        if "m" in kind:
+            if not _is_parallel(module):
+                found[f"m{number}"] = blocks + parts
+            blocks = [*blocks, f"m{number}"]
     return found | {"logits": blocks + parts}
 
 
@@ -257,7 +315,9 @@ def _run(module, sequence, removed=None, other=None, entered=None, written=None)
 
     def write(name):
         def hook(_, __, output):
-            outputs[name] = multiplier * (output[0] if isinstance(output, tuple) else output)
+            output = output[0] if isinstance(output, tuple) else output
+            # Some mixtures give the tokens of all sequences one after the other.
+            outputs[name] = multiplier * (output[None] if output.ndim == 2 else output)
 
         return hook
 
@@ -276,10 +336,10 @@ def _run(module, sequence, removed=None, other=None, entered=None, written=None)
 
         return hook
 
-    def project(name, norm, rows):
+    def project(name, norm, compute, rows):
         """Compute again, from the changed stream, the slices of a projection that see it."""
 
-        def hook(projection, _, output):
+        def hook(_, __, output):
             for part, heads in rows.items():
                 for head, places in enumerate(heads):
                     own = [f"{name}.{part}", f"{name}.{part}.h{head}"]
@@ -287,7 +347,8 @@ def _run(module, sequence, removed=None, other=None, entered=None, written=None)
                         continue
                     stream = seen[name] - taken(name, *own)
                     # .forward, since a call would run the hooks again
-                    changed = projection.forward(stream if norm is None else norm.forward(stream))
+                    changed = compute(stream if norm is None else norm.forward(stream))
+                    changed = changed.view(output.shape)
                     output = output.index_copy(-1, places, changed[..., places])
             return output
 
@@ -308,9 +369,10 @@ def _run(module, sequence, removed=None, other=None, entered=None, written=None)
         layers = attrgetter(anatomy.layers)(module)
         watch(layers[0].register_forward_pre_hook(enter))
         for number, layer in enumerate(layers):
-            name = f"a{number}"
-            attention = getattr(layer, anatomy.attention)
-            norm = anatomy.attention_norm and getattr(layer, anatomy.attention_norm)
+            name, kind = f"a{number}", _kind(anatomy, layer)
+            attention, norm = _attention(anatomy, layer), None
+            if "a" in kind:
+                norm = anatomy.attention_norm and getattr(layer, anatomy.attention_norm)
             if _one_norm(module):
                 # The branches part behind the norm, where each block is given its own.
                 watch(norm.register_forward_pre_hook(look(name, f"m{number}")))
@@ -318,23 +380,24 @@ def _run(module, sequence, removed=None, other=None, entered=None, written=None)
                     hook = read_behind(place, norm)
                     watch(block.register_forward_pre_hook(hook, with_kwargs=True))
             else:
-                begin = norm or attention
-                watch(begin.register_forward_pre_hook(read(name), with_kwargs=True))
-                begin = getattr(layer, anatomy.ffn_norm or anatomy.ffn)
-                watch(begin.register_forward_pre_hook(read(f"m{number}"), with_kwargs=True))
-            for projection, rows in _rows(module, anatomy):
-                place = getattr(attention, projection)
-                watch(place.register_forward_hook(project(name, norm, rows)))
-            if anatomy.attention_post_norm is None:
+                begins = {name: norm or attention} if "a" in kind else {}
+                if "m" in kind:
+                    begins[f"m{number}"] = getattr(layer, anatomy.ffn_norm or anatomy.ffn)
+                for place, begin in begins.items():
+                    watch(begin.register_forward_pre_hook(read(place), with_kwargs=True))
+            for place, compute, rows in _rows(module, anatomy, attention) if "q" in kind else ():
+                watch(place.register_forward_hook(project(name, norm, compute, rows)))
+            if "a" in kind and anatomy.attention_post_norm is None:
                 watch(attention.register_forward_hook(write(name)))
-                last = _output_projection(anatomy, layer)
-                watch(last.register_forward_pre_hook(write_heads(name, _sizes(module)["head"])))
-            else:
+                if "h" in kind:
+                    last = _output_projection(anatomy, layer)
+                    watch(last.register_forward_pre_hook(write_heads(name, _sizes(module)["head"])))
+            elif "a" in kind:
                 post = getattr(layer, anatomy.attention_post_norm)
                 watch(post.register_forward_hook(write(name)))
-
-            end = getattr(layer, anatomy.ffn_post_norm or anatomy.ffn)
-            watch(end.register_forward_hook(write(f"m{number}")))
+            if "m" in kind:
+                end = getattr(layer, anatomy.ffn_post_norm or anatomy.ffn)
+                watch(end.register_forward_hook(write(f"m{number}")))
         final = attrgetter(anatomy.final_norm)(module)
         watch(final.register_forward_pre_hook(read("logits"), with_kwargs=True))
 
@@ -357,21 +420,57 @@ def _value(run, sequence, value=None):
     return (value or torch.nn.functional.cross_entropy)(scored, answer).mean()
 
 
-def _rows(module, anatomy):
-    """Which rows of which projection make each head: [(projection, {part: [rows of a head]})]."""
+def _rows(module, anatomy, attention):
+    """Which rows of which projection make each head.
+
+    A list of (projection, how it is computed from what the attention is given, {part: [rows of a
+    head]}).
+    """
     sizes = _sizes(module)
     size = sizes["head"]
+    if anatomy.latent:
+        return _latent_rows(attention, sizes["q"])
+    places = [getattr(attention, name) for name in anatomy.projections]
     if anatomy.interleaved:
         blocks = torch.arange(3 * sizes["q"] * size).view(sizes["q"], 3, size)
-        return [(anatomy.projections[0], {part: blocks[:, i] for i, part in enumerate("qkv")})]
+        rows = {part: blocks[:, i] for i, part in enumerate("qkv")}
+        return [(places[0], places[0].forward, rows)]
     widths = [sizes[part] * size for part in "qkv"]
-    if len(anatomy.projections) == 1:
+    if len(places) == 1:
         spans = torch.arange(sum(widths)).split(widths)
         rows = {part: span.split(size) for part, span in zip("qkv", spans, strict=True)}
-        return [(anatomy.projections[0], rows)]
+        return [(places[0], places[0].forward, rows)]
+    found = []
+    for place, part, width in zip(places, "qkv", widths, strict=True):
+        wide = 2 if anatomy.gated and part == "q" else 1
+        rows = {part: torch.arange(wide * width).split(wide * size)}
+        found.append((place, place.forward, rows))
+    return found
+
+
+def _latent_rows(attention, heads):
+    """The same where keys and values are made of one narrow vector; a part is one head."""
+    rank, rotated = attention.kv_lora_rank, attention.qk_rope_head_dim
+    key, value = attention.qk_nope_head_dim, attention.v_head_dim
+    narrow, wide = attention.kv_a_proj_with_mqa, attention.kv_b_proj
+
+    def query(given):
+        if attention.q_lora_rank is None:
+            return attention.q_proj.forward(given)
+        return attention.q_b_proj.forward(
+            attention.q_a_layernorm.forward(attention.q_a_proj.forward(given))
+        )
+
+    def expand(given):
+        return wide.forward(attention.kv_a_layernorm.forward(narrow.forward(given)[..., :rank]))
+
+    last = attention.q_proj if attention.q_lora_rank is None else attention.q_b_proj
+    columns = torch.arange(heads * (key + value)).view(heads, key + value)
+    both = {"k": [columns[:, :key].flatten()], "v": [columns[:, key:].flatten()]}
     return [
-        (projection, {part: torch.arange(width).split(size)})
-        for projection, part, width in zip(anatomy.projections, "qkv", widths, strict=True)
+        (last, query, {"q": [torch.arange(last.out_features)]}),
+        (narrow, narrow.forward, {"k": [torch.arange(rank, rank + rotated)]}),
+        (wide, expand, both),
     ]
 
 
@@ -388,8 +487,24 @@ def _anatomy(module):
     return ANATOMIES[module.config.model_type]
 
 
+def _kind(anatomy, layer):
+    """What a layer has: `a` attention or what stands there, `q` its parts, `h` heads, `m` FFN."""
+    if anatomy.one_block:
+        name = type(layer.mixer).__name__
+        return "aqh" if name.endswith("Attention") else "a" if "Mamba" in name else "m"
+    if anatomy.mixer and hasattr(layer, anatomy.mixer):
+        return "am"
+    return "aqm" if anatomy.latent else "aqhm"
+
+
+def _attention(anatomy, layer):
+    instead = anatomy.mixer and getattr(layer, anatomy.mixer, None)
+    return instead or getattr(layer, anatomy.attention)
+
+
 def _one_norm(module):
-    return _anatomy(module).one_norm
+    kind, config = module.config.model_type, module.config
+    return _anatomy(module).one_norm or (kind == "stablelm" and config.use_parallel_residual)
 
 
 def _is_parallel(module):

@@ -149,6 +149,9 @@ class Method:
     may_recompute: bool = True
     """Whether activations may be dropped and computed again in the backward pass."""
 
+    rules: bool = False
+    """Whether it follows rules of its own inside blocks, which not every architecture has."""
+
     kernels: tuple[str, ...] = ("eager", "liger")
     """What it runs with; see `probe.models`."""
 
@@ -160,7 +163,7 @@ class Method:
 _ROWS: dict[str, Method] = {
     "eap": Method(eap),
     "eap-ig": Method(eap_ig, passes=pass_a_step),
-    "relp": Method(relp, may_recompute=False, kernels=("eager",)),
+    "relp": Method(relp, may_recompute=False, rules=True, kernels=("eager",)),
     "exact": Method(exact, passes=None),
 }
 

@@ -94,7 +94,8 @@ def _reading_faults(
             given,
             largest,
         )
-    *_, (_, formula, *_) = errors.tolist()
+    *_, (given, formula, *_) = errors.tolist()
+    yield "keys and values are not made of the vector that the row says", given, largest
     yield (
         "a norm inside or behind a block computes another formula than the row says",
         (formula),

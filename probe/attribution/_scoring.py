@@ -99,7 +99,7 @@ def attribute(
     way, target = method_named(method), Target.of(target)
     check_count("ig_steps", ig_steps)
     model = as_model(model)
-    _check_kernels(model, method, way)
+    _check_method(model, method, way)
     graph = model.graph(granularity)
     sequences = as_sequences(model, sequences, answer, max_new_tokens)
     texts = _corrupted(model, corrupted, sequences, ablation)
@@ -225,8 +225,14 @@ def _corrupted(
     return corrupted_beside(model, given, sequences)
 
 
-def _check_kernels(model: Model, name: str, way: Method) -> None:
-    """Check that a method runs with a model's kernels."""
+def _check_method(model: Model, name: str, way: Method) -> None:
+    """Check that a method runs with a model's kernels, and with its blocks."""
+    mixers = [here.attention for here in model.blocks if here.attention and not here.splits]
+    if way.rules and (mixers or not model.architecture.relp):
+        what = mixers[0] if mixers else "blocks"
+        raise ProbeError(
+            f"{name} has no rules for the {what} of {model.config.model_type}; use another method"
+        )
     if model.kernels not in way.kernels:
         raise ProbeError(
             f"{name} needs what fused kernels leave out; load the model with "

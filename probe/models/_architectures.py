@@ -39,12 +39,16 @@ class Architecture:
     projections: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     """The query, key and value projections, or the one projection that holds all three."""
 
-    layout: Literal["split", "concatenated", "interleaved"] = "split"
+    layout: Literal["split", "concatenated", "interleaved", "latent"] = "split"
     """Where query, key and value lie: in modules of their own; behind one another in one output;
-    or head by head in one output."""
+    head by head in one output; or, with `latent`, keys and values are made of one narrow vector
+    (MLA, DeepSeek-V2, arXiv 2405.04434): `projections` are then where the query begins (of several
+    the first that is there), the one to that vector and the keys' rotated part, and the one from
+    it to the rest of the keys and to the values."""
 
     head_norms: tuple[str, ...] = ()
-    """Norms of query and key inside the attention."""
+    """Norms inside the attention, where there are such: of query and key, or of what they are
+    made of."""
 
     attention_projection: str = "self_attn.o_proj"
     """The output projection of the attention; its input holds the heads side by side."""
@@ -95,9 +99,31 @@ class Architecture:
     """Whether a layer's FFN reads what its attention reads, and not the attention's output too;
     or the key of the config that says so."""
 
-    shared_norm: bool = False
-    """Whether attention and FFN of a layer read what one norm gives, the attention's; so they are
-    parallel. `ffn_norm` then counts for nothing."""
+    shared_norm: str | bool = False
+    """Whether attention and FFN of a layer read what one norm gives, the attention's, and so are
+    parallel; or the key of the config that says so. `ffn_norm` then counts for nothing."""
+
+    other_mixers: tuple[str, ...] = ()
+    """What stands in the attention's place in some layers: linear attention, a convolution, a state
+    space. It is one source and one target, and has no query, key and value."""
+
+    single_block: str | None = None
+    """The key of the config that lists, where a layer is an attention or an FFN and never both,
+    which one each layer is."""
+
+    query_gate: bool = False
+    """Whether the query projection gives, behind each head's query, a gate for that head's output;
+    it counts as a part of the query."""
+
+    key_value_latent: tuple[str, str] | None = None
+    """For the layout `latent`: the norm of what keys and values are made of, and the key of the
+    config that says how wide that is."""
+
+    shared_expert: str | None = None
+    """Of a mixture the expert that every token has; it holds activation and product like an FFN."""
+
+    relp: bool = True
+    """Whether the rules of relevance patching are known for its blocks."""
 
     def __post_init__(self) -> None:
         """Refuse one norm for two branches, unless the row says that they share it.
@@ -105,7 +131,8 @@ class Architecture:
         Raises:
             ProbeError: It does not say so.
         """
-        if self.ffn_norm and self.ffn_norm == self.attention_norm and not self.shared_norm:
+        said = self.shared_norm or self.single_block
+        if self.ffn_norm and self.ffn_norm == self.attention_norm and not said:
             raise ProbeError(
                 f"a row names one norm, {self.ffn_norm}, for attention and FFN: if both read what "
                 f"it gives, say shared_norm=True; see {GUIDE}"
@@ -125,6 +152,39 @@ _GEMMA2 = replace(
 )
 
 _COHERE = replace(_LLAMA, shared_norm=True, centred_norms=True, logits_multiplier="logit_scale")
+
+_NORMED = replace(_LLAMA, head_norms=_QK_NORMS)
+_POST_NORMED = replace(
+    _NORMED,
+    attention_norm=None,
+    attention_output="post_attention_layernorm",
+    ffn_norm=None,
+    ffn_output="post_feedforward_layernorm",
+)
+_UP_DOWN = replace(_LLAMA, ffn_product=None, centred_norms=True)
+_FUSED_FFN = replace(_LLAMA, ffn_activation="mlp.activation_fn")
+_SHARED_MOE = replace(_MOE, head_norms=_QK_NORMS, shared_expert="mlp.shared_experts")
+_LATENT = replace(
+    _MOE,
+    projections=(
+        *("self_attn.q_proj", "self_attn.q_a_proj"),
+        *("self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj"),
+    ),
+    layout="latent",
+    head_norms=("self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"),
+    key_value_latent=("self_attn.kv_a_layernorm", "kv_lora_rank"),
+    shared_expert="mlp.shared_experts",
+)
+_GATED_DELTA = replace(
+    _LLAMA,
+    head_norms=_QK_NORMS,
+    norm_offset=1.0,
+    other_mixers=("linear_attn",),
+    query_gate=True,
+)
+_GATED_DELTA_MOE = replace(
+    _GATED_DELTA, experts="mlp.experts", shared_expert="mlp.shared_expert", relp=False
+)
 
 _ROWS: dict[str, Architecture] = {
     "llama": _LLAMA,
@@ -178,13 +238,114 @@ _ROWS: dict[str, Architecture] = {
     ),
     "cohere": _COHERE,
     "cohere2": _COHERE,
-    "olmo2": replace(
+    "olmo": replace(_LLAMA, centred_norms=True),
+    "olmo2": _POST_NORMED,
+    "olmo3": _POST_NORMED,
+    "olmoe": replace(_MOE, head_norms=_QK_NORMS),
+    "flex_olmo": replace(_POST_NORMED, experts="mlp.experts"),
+    "exaone4": _POST_NORMED,
+    "smollm3": _LLAMA,
+    "gemma": replace(_LLAMA, norm_offset=1.0),
+    "ministral": _LLAMA,
+    "ministral3": _LLAMA,
+    "seed_oss": _LLAMA,
+    "cwm": _LLAMA,
+    "helium": _LLAMA,
+    "arcee": replace(_LLAMA, ffn_product=None),
+    "apertus": replace(
+        _NORMED,
+        attention_norm="attention_layernorm",
+        ffn_norm="feedforward_layernorm",
+        ffn_product=None,
+    ),
+    "nemotron": replace(_UP_DOWN, norm_offset=1.0),
+    "starcoder2": replace(_UP_DOWN, ffn_activation="mlp.act"),
+    "stablelm": replace(_LLAMA, centred_norms=True, shared_norm="use_parallel_residual"),
+    "glm": _FUSED_FFN,
+    "glm4": replace(
+        _FUSED_FFN,
+        attention_output="post_self_attn_layernorm",
+        ffn_output="post_mlp_layernorm",
+    ),
+    "glm4_moe": _SHARED_MOE,
+    "glm4_moe_lite": _LATENT,
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "dots1": _SHARED_MOE,
+    "minimax_m2": replace(_MOE, head_norms=_QK_NORMS),
+    "qwen2_moe": replace(_MOE, shared_expert="mlp.shared_expert", relp=False),
+    "phimoe": replace(_MOE, centred_norms=True),
+    "ernie4_5": _LLAMA,
+    "ernie4_5_moe": replace(_MOE, shared_expert="mlp.shared_experts"),
+    "hunyuan_v1_dense": replace(
+        _LLAMA, head_norms=("self_attn.query_layernorm", "self_attn.key_layernorm")
+    ),
+    "hunyuan_v1_moe": replace(
+        _MOE,
+        head_norms=("self_attn.query_layernorm", "self_attn.key_layernorm"),
+        shared_expert="mlp.shared_mlp",
+    ),
+    "granitemoe": replace(
         _LLAMA,
-        attention_norm=None,
-        head_norms=_QK_NORMS,
-        attention_output="post_attention_layernorm",
-        ffn_norm=None,
-        ffn_output="post_feedforward_layernorm",
+        ffn="block_sparse_moe",
+        experts="block_sparse_moe.experts",
+        ffn_output="block_sparse_moe",
+        residual_scale="residual_multiplier",
+        logits_divisor="logits_scaling",
+    ),
+    "gpt_oss": replace(_MOE, relp=False),
+    "llama4_text": replace(
+        _LLAMA,
+        ffn="feed_forward",
+        ffn_activation="feed_forward.activation_fn",
+        ffn_product="feed_forward.down_proj",
+        experts="feed_forward.experts",
+        ffn_output="feed_forward",
+        relp=False,
+    ),
+    "qwen3_next": _GATED_DELTA_MOE,
+    "qwen3_5_text": replace(_GATED_DELTA, relp=False),
+    "qwen3_5_moe_text": _GATED_DELTA_MOE,
+    "lfm2": replace(
+        _LLAMA,
+        final_norm="model.embedding_norm",
+        attention_norm="operator_norm",
+        projections=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        head_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+        attention_projection="self_attn.out_proj",
+        ffn_norm="ffn_norm",
+        ffn="feed_forward",
+        ffn_output="feed_forward",
+        other_mixers=("conv",),
+        relp=False,
+    ),
+    "nemotron_h": replace(
+        _LLAMA,
+        final_norm="model.norm_f",
+        attention_norm="norm",
+        attention="mixer",
+        projections=("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),
+        attention_projection="mixer.o_proj",
+        attention_output="mixer",
+        ffn_norm="norm",
+        ffn="mixer",
+        experts="mixer.experts",
+        ffn_output="mixer",
+        single_block="layers_block_type",
+        relp=False,
+    ),
+    "gptj": Architecture(
+        layers="transformer.h",
+        final_norm="transformer.ln_f",
+        attention_norm="ln_1",
+        attention="attn",
+        projections=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+        attention_projection="attn.out_proj",
+        attention_output="attn",
+        ffn_activation="mlp.act",
+        ffn_product=None,
+        centred_norms=True,
+        shared_norm=True,
     ),
     "granite": replace(
         _LLAMA, residual_scale="residual_multiplier", logits_divisor="logits_scaling"
@@ -225,7 +386,7 @@ def architecture_of(model_type: str) -> Architecture:
 
 
 def projection_columns(
-    layout: str, heads: Heads, branch: int, head: int | None
+    layout: str, heads: Heads, branch: int, head: int | None, gates: int = 1
 ) -> tuple[int, list[int]]:
     """Where one branch of an attention lies: which projection, and which columns of its output.
 
@@ -234,15 +395,17 @@ def projection_columns(
         heads: The model's heads.
         branch: 0 for query, 1 for key, 2 for value.
         head: One head of the branch, or None for all of them.
+        gates: How many times as wide a query is as a head.
     """
     counts = (heads.query, heads.key_value, heads.key_value)
     chosen = range(counts[branch]) if head is None else (head,)
     if layout == "split":
-        starts = [number * heads.width for number in chosen]
-    elif layout == "concatenated":
+        wide = heads.width * (gates if branch == 0 else 1)
+        return branch, [number * wide + offset for number in chosen for offset in range(wide)]
+    if layout == "concatenated":
         before = sum(counts[:branch])
         starts = [(before + number) * heads.width for number in chosen]
     else:
         starts = [(3 * number + branch) * heads.width for number in chosen]
     columns = [start + offset for start in starts for offset in range(heads.width)]
-    return (branch if layout == "split" else 0), columns
+    return 0, columns

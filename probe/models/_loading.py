@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from probe.checkpoints import fetch_checkpoint
 from probe.errors import ProbeError, reason
 from probe.models._architectures import GUIDE, Architecture, Heads, architecture_of
+from probe.models._blocks import Blocks, blocks_of, single_block
 from probe.models._graph import Graph
 from probe.vocabulary import DType, Granularity
 
@@ -139,7 +141,9 @@ class Model:
             ProbeError: An unknown granularity, or heads of an attention whose output is normed:
                 then it is no sum over heads.
         """
-        row = self.architecture
+        row, blocks = self.architecture, self.blocks
+        if granularity != "block":
+            self._check_attentions(granularity)
         if granularity == "head" and row.attention_output != row.attention:
             raise ProbeError(
                 f"{self.reference}: {self.config.model_type} norms the sum of an attention's heads "
@@ -147,11 +151,44 @@ class Model:
             )
         bias = False
         if granularity == "head":
-            bias = getattr(self.part(0, row.attention_projection), "bias", None) is not None
-        key = row.parallel
-        parallel = bool(getattr(self.config, key)) if isinstance(key, str) else key
-        parallel = parallel or row.shared_norm
-        return Graph.build(self.n_layers, granularity, self.heads, bias, parallel)
+            layer = next(number for number, here in enumerate(blocks) if here.attention)
+            bias = getattr(self.part(layer, row.attention_projection), "bias", None) is not None
+        parallel = self.says(row.parallel) or self.shares_norm
+        names = ["a" * bool(here.attention) + "m" * here.ffn for here in blocks]
+        return Graph.build(self.n_layers, granularity, self.heads, bias, parallel, names)
+
+    def _check_attentions(self, granularity: Granularity) -> None:
+        """Refuse query, key and value, or heads, where an attention has none."""
+        for layer, here in enumerate(self.blocks):
+            if here.attention and not here.splits:
+                raise ProbeError(
+                    f"{self.reference}: {here.attention} of layer {layer} "
+                    f"({self.config.model_type}) is no attention and has no query, key and value; "
+                    "use granularity block"
+                )
+        if granularity == "head" and self.architecture.layout == "latent":
+            raise ProbeError(
+                f"{self.reference}: the keys of {self.config.model_type} share their rotated part "
+                "over all heads, so a key has no head of its own; use granularity qkv"
+            )
+
+    def says(self, value: str | bool) -> bool:
+        """A field of the row that is a truth value, or the key of the config that has it."""
+        return bool(getattr(self.config, value)) if isinstance(value, str) else value
+
+    @property
+    def shares_norm(self) -> bool:
+        """Whether attention and FFN of a layer read what one norm gives."""
+        return self.says(self.architecture.shared_norm)
+
+    @cached_property
+    def blocks(self) -> tuple[Blocks, ...]:
+        """What each layer has."""
+        row, key = self.architecture, self.architecture.single_block
+        if key:
+            return tuple(single_block(row, kind) for kind in getattr(self.config, key))
+        layers = attrgetter(row.layers)(self.network._module)
+        return tuple(blocks_of(row, layer) for layer in layers)
 
 
 def read_config(reference: str) -> "PretrainedConfig":

@@ -117,6 +117,12 @@ class BranchChecks:
         else:
             reading.given.append(_distance(self._picked(value[self.rows]), reading.normed))
 
+    def see_same(self, found: torch.Tensor, truth: torch.Tensor) -> None:
+        """See two ways to compute the same, each [row, ..., d]."""
+        if not self._done:
+            parts = (_first(part[self.rows]) for part in (found, truth))
+            self.others.given.append(_distance(*parts))
+
     def see_gradient(self, gradient: torch.Tensor) -> None:
         """See the gradient of one branch, [sequence, position, d_model]."""
         found = self._picked(gradient[self.rows])

@@ -147,7 +147,8 @@ class Branches:
             for number, projection in enumerate(modules.projections):
                 parts = [
                     (target, columns.nonzero()[:, 0])
-                    for target, (of, columns) in enumerate(wiring.columns, first)
+                    for target, columns_of in enumerate(wiring.columns, first)
+                    for of, columns in columns_of
                     if of == number
                 ]
                 self._read_columns(projection, parts)
@@ -155,7 +156,8 @@ class Branches:
         targets = [first]
         if modules.shared_norm:
             parting, targets = [*(parting or [modules.attention]), modules.ffn], [first, ffn]
-        self.read(modules.attention_norm, modules.attention, back, parting, targets)
+        latent = modules if modules.latent and parting else None
+        self.read(modules.attention_norm, modules.attention, back, parting, targets, latent)
 
     def watch_ends(
         self, first: SimpleNamespace, last: SimpleNamespace, norm: SimpleNamespace | None
@@ -202,6 +204,7 @@ class Branches:
         back: Back,
         projections: Sequence[SimpleNamespace] = (),
         targets: Sequence[int] = (),
+        latent: SimpleNamespace | None = None,
     ) -> None:
         """Let branches read a norm's output, or where there is none what a module is given.
 
@@ -211,6 +214,7 @@ class Branches:
             back: Takes the branches' gradients, and how they get before the norm.
             projections: Where the branches part; one branch where they are none.
             targets: The first target of each block that reads here; none for a norm in between.
+            latent: The layer's modules, where the third projection reads what the second gives.
         """
         hooks, norm_vjp, count = self.hooks, self.norm_vjp, max(1, len(projections))
         module_of_norm = None if norm is None else norm._module
@@ -226,7 +230,7 @@ class Branches:
                 self._check(self.checks, targets, value, normed, norm)
             first, *others = Branch.apply(value, normed, count, module_of_norm, norm_vjp, back)
             kept.update(enumerate(others))
-            return first
+            return first.clone() if self.wiring.clips and not targets else first
 
         if norm is None:
             hooks.at_input(module, lambda value: after(before(value)))
@@ -234,7 +238,32 @@ class Branches:
             hooks.at_input(norm, before)
             hooks.at_output(norm, after)
         for number, projection in enumerate(projections[1:]):
-            hooks.at_input(projection, lambda _, number=number: kept.pop(number))
+            if latent and number == 1:
+                self._read_latent(latent, lambda: kept.pop(1))
+            else:
+                hooks.at_input(projection, lambda _, number=number: kept.pop(number))
+
+    def _read_latent(self, modules: SimpleNamespace, view: Callable[[], torch.Tensor]) -> None:
+        """Let values be made of a view of their own; keys are made of the one of the projection.
+
+        Args:
+            modules: The layer's modules.
+            view: Gives the values' view of what the attention is given.
+        """
+        ((_, values),) = self.wiring.columns[2]
+        latent, last = modules.latent, modules.projections[2]
+
+        def split(output: torch.Tensor, *_: object) -> torch.Tensor:
+            narrow = modules.projections[1]._module.forward(view())[..., : latent.width]
+            norm = latent.norm._module
+            normed = norm.forward(narrow.detach())
+            (normed,) = Branch.apply(narrow, normed, 1, norm, self.norm_vjp, first_alone)
+            changed = last._module.forward(normed).view(output.shape)
+            if self.checks:
+                self.checks.see_same(changed, output)
+            return torch.where(values.to(output.device), changed, output)
+
+        self.hooks.at_output(last, split)
 
     def _check(
         self,
@@ -261,7 +290,8 @@ class Branches:
         if modules.ffn_norm or (modules.shared_norm and modules.attention_norm):
             readers.append((ffn, modules.ffn))
         if self.wiring.columns:
-            readers += [(attention, projection) for projection in modules.projections]
+            projections = modules.projections[: 2 if modules.latent else None]
+            readers += [(attention, projection) for projection in projections]
         for target, module in ((part.start, module) for part, module in readers if part):
             # Hooks run in the order in which they were hung: this one would see the view that
             # takes an input's place, were it not hung before.
@@ -281,7 +311,8 @@ class Branches:
                 waiting[target] = gradient.index_select(-1, chosen) @ weight[chosen]
 
         def split(output: torch.Tensor, *_: object) -> torch.Tensor:
-            output = output.view_as(output)
+            # What is changed in place must be no view: a view would forget the hook.
+            output = output.clone() if self.wiring.clips else output.view_as(output)
             output.register_hook(take)
             return output
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from probe.tracing._wiring import Writes
+from probe.tracing._wiring import Writes, project
 
 if TYPE_CHECKING:
     from probe.tracing._hooks import Hooks
@@ -114,8 +114,8 @@ class EdgeAblation:
     def _cut_columns(self, hooks: Hooks, number: int, layer: SimpleNamespace, first: int) -> None:
         """Remove edges into branches that are columns of projections."""
         todo: dict[int, list[tuple[list[int], torch.Tensor]]] = {}
-        for target, (projection, columns) in enumerate(self.wiring.columns, first):
-            if target in self._rows_of:
+        for target, places in enumerate(self.wiring.columns, first):
+            for projection, columns in places if target in self._rows_of else ():
                 todo.setdefault(projection, []).append((self._rows_of[target], columns))
         if not todo:
             return
@@ -123,7 +123,7 @@ class EdgeAblation:
         hooks.at_input(reader, partial(self._streams.__setitem__, number))
 
         def change(
-            projection: SimpleNamespace,
+            projection: int,
             parts: list[tuple[list[int], torch.Tensor]],
             output: torch.Tensor,
             *_: object,
@@ -131,17 +131,16 @@ class EdgeAblation:
             output = output.clone()  # [row, position, column]
             for rows, columns in parts:
                 changed = self._without(self._streams[number], rows)
-                # By .forward: a call would run the hooks again.
                 if layer.attention_norm:
                     changed = layer.attention_norm._module.forward(changed)
-                changed = projection._module.forward(changed)
+                changed = project(layer, projection, changed)
                 here = columns.to(output.device)
-                output[rows] = torch.where(here, changed, output[rows])
+                before = output[rows]
+                output[rows] = torch.where(here, changed.view(before.shape), before)
             return output
 
         for projection, parts in todo.items():
-            module = layer.projections[projection]
-            hooks.at_output(module, partial(change, module, parts))
+            hooks.at_output(layer.projections[projection], partial(change, projection, parts))
 
     def _without(self, stream: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """What a branch reads in these rows, without the source that each row removes."""

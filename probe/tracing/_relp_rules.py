@@ -35,11 +35,16 @@ def follow_rules(hooks: Hooks, modules: SimpleNamespace) -> None:
         modules: The layer's modules, from `_layers`.
     """
     if modules.experts is None:
-        hooks.at_output(modules.activation, identity_rule)
+        if modules.activation:
+            hooks.at_output(modules.activation, identity_rule)
         if modules.product:
             hooks.at_input(modules.product, half_rule)
         return
     experts = modules.experts._module
+    if modules.shared_expert:
+        shared = modules.shared_expert._module
+        hooks.at_output(SimpleNamespace(_module=shared.act_fn), identity_rule)
+        hooks.at_input(SimpleNamespace(_module=shared.down_proj), half_rule)
 
     def mix(
         _: torch.Tensor, tokens: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor

@@ -46,31 +46,35 @@ class Wiring:
     transposed: bool
     """Whether weights are [input, output], as in GPT-2's Conv1D."""
 
+    clips: bool
+    """Whether projections' outputs are clipped in place."""
+
     at_inputs: bool
     """Whether query, key and value part at the inputs of projections of their own; otherwise, and
     head by head, they part at columns of the projections' outputs."""
 
-    columns: list[tuple[int, torch.Tensor]]
-    """For each branch of an attention its projection and, as bool [column], its columns; empty
-    where an attention is one branch."""
+    columns: list[list[tuple[int, torch.Tensor]]]
+    """For each branch of an attention its projections and, as bool [column], the columns of each;
+    empty where an attention is one branch."""
 
     def __init__(
         self,
         n_targets: int,
         layers: list[tuple[range, range, range, range]],
         heads: tuple[int, int],
-        columns: list[tuple[int, torch.Tensor]],
+        columns: list[list[tuple[int, torch.Tensor]]],
         *,
         by_head: bool,
         scale: float,
         transposed: bool,
         at_inputs: bool,
+        clips: bool = False,
     ) -> None:
         """Keep what is given; `heads` is (number, width)."""
         self.n_targets, self.layers = n_targets, layers
         self.n_heads, self.head_width = heads
         self.columns = columns
-        self.by_head, self.at_inputs = by_head, at_inputs
+        self.by_head, self.at_inputs, self.clips = by_head, at_inputs, clips
         self.scale, self.transposed = scale, transposed
 
     def readings(self) -> list[int]:
@@ -82,6 +86,27 @@ class Wiring:
         """A projection's weight as [input, output]."""
         weight: torch.Tensor = projection._module.weight
         return weight if self.transposed else weight.T
+
+
+def in_rows(output: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+    """A block's output as [row, position, d_model]; some mixtures give one row of all tokens."""
+    return output.view(given[0].shape) if output.ndim == 2 and given else output
+
+
+def project(modules: SimpleNamespace, number: int, normed: torch.Tensor) -> torch.Tensor:
+    """What a projection of an attention gives for what the attention is given, without hooks.
+
+    Args:
+        modules: The layer's modules, from `_layers`.
+        number: Which projection.
+        normed: [..., d_model].
+    """
+    # By .forward: a call would run the hooks.
+    if modules.latent and number == 2:
+        narrow = project(modules, 1, normed)[..., : modules.latent.width]
+        normed = modules.latent.norm._module.forward(narrow)
+    projected: torch.Tensor = modules.projections[number]._module.forward(normed)
+    return projected
 
 
 class Writes:
@@ -146,7 +171,10 @@ class Writes:
         self, hooks: Hooks, module: SimpleNamespace, source: int, write: Write
     ) -> None:
         if self._wants(source):
-            hooks.at_output(module, lambda output, *_: write(source, self._scaled(output)))
+            hooks.at_output(
+                module,
+                lambda output, *given: write(source, self._scaled(in_rows(output, *given))),
+            )
 
     def _scaled(self, output: torch.Tensor) -> torch.Tensor:
         output, scale = self.total(output), self.wiring.scale

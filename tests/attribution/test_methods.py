@@ -157,20 +157,34 @@ def hold_denominators(module):
         elif kind.endswith("MLP"):
             name = next(n for n in ("act_fn", "act", "activation_fn") if hasattr(child, n))
             setattr(child, name, Line(getattr(child, name)))
-            if hasattr(child, "down_proj"):
+            if hasattr(child, "gate_proj") or hasattr(child, "gate_up_proj"):
                 child.down_proj.register_forward_pre_hook(lambda _, x: HalfGradient.apply(x[0]))
     return module
 
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi3", "olmo2", "mixtral"],
+    [
+        *(
+            "llama",
+            "qwen3",
+            "gemma2",
+            "gemma3_text",
+            "gpt2",
+            "gpt_neox",
+            "phi3",
+            "olmo2",
+            "mixtral",
+        ),
+        *("phi", "arcee", "apertus", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "deepseek_v3"),
+        *("olmoe", "granitemoe", "minimax_m2", "stablelm-parallel"),
+    ],
 )
 def test_relevance_patching_is_autograd_by_its_rules(tmp_path, name):
     folder = save_small_model(tmp_path / "m", name)
     model = probe.load_model(str(folder))
     plain = probe.load_model(str(folder)).network._module
-    if name == "mixtral":
+    if model.architecture.experts:
         plain.set_experts_implementation("eager")
     hold_denominators(plain)
     edges = probe.attribute(model, SEQUENCES, method="relp")

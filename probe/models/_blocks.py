@@ -1,0 +1,74 @@
+"""Which blocks a decoder layer has, by its row of the architecture table.
+
+>>> single_block(ARCHITECTURES["nemotron_h"], "mlp")
+Blocks(attention=None, splits=False, ffn=True)
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from probe.errors import ProbeError
+from probe.models._architectures import GUIDE, Architecture
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Blocks(NamedTuple):
+    """The blocks of one layer."""
+
+    attention: str | None
+    """The path of its attention, or of what stands in its place; None where it has none."""
+
+    splits: bool
+    """Whether that has query, key and value."""
+
+    ffn: bool
+    """Whether it has an FFN."""
+
+
+_SINGLE = {
+    **dict.fromkeys(("full_attention", "attention"), "attention"),
+    **dict.fromkeys(("linear_attention", "mamba"), "mixer"),
+    **dict.fromkeys(("mlp", "moe"), "ffn"),
+}
+"""What configs call a layer's only block, and what it is."""
+
+
+def single_block(row: Architecture, kind: str) -> Blocks:
+    """The block of a layer that has one, by what the config calls it.
+
+    Raises:
+        ProbeError: It calls it something that is not known.
+    """
+    what = _SINGLE.get(kind)
+    if what is None:
+        raise ProbeError(f"{row.single_block} in config.json has {kind!r}, which is not known here")
+    if what == "ffn":
+        return Blocks(None, False, True)
+    return Blocks(row.attention, what == "attention", False)
+
+
+def blocks_of(row: Architecture, layer: "torch.nn.Module") -> Blocks:
+    """The blocks of a layer, by the modules that it has.
+
+    Raises:
+        ProbeError: It has none of the attentions that the row names.
+    """
+    if not row.other_mixers:
+        return Blocks(row.attention, True, True)
+    for path in (row.attention, *row.other_mixers):
+        if has(layer, path):
+            return Blocks(path, path == row.attention, True)
+    names = ", ".join((row.attention, *row.other_mixers))
+    raise ProbeError(
+        f"a layer has none of the attentions that its row names ({names}); see {GUIDE}"
+    )
+
+
+def has(layer: "torch.nn.Module", path: str) -> bool:
+    """Whether a layer has a module."""
+    try:
+        layer.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
