@@ -260,6 +260,29 @@ MODELS = {
 """The settings of each model's config; a name may add to its `model_type` after a hyphen."""
 
 
+MIXERS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "nemotron_h")
+"""Some of their layers have no query, key and value."""
+
+WITHOUT_RULES = (
+    *("qwen2_moe", "gpt_oss", "llama4_text", "qwen3_next-attention", "nemotron_h-attention"),
+    *MIXERS,
+)
+"""Blocks for which relevance patching has no rules."""
+
+STRUCTURES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox"),
+    *("gpt_neox-sequential", "phi", "cohere2", "phi3", "olmo2", "granite", "mixtral", "qwen3_moe"),
+    *("qwen3_moe-dense", "stablelm-parallel", "gpt_oss", "llama4_text"),
+    *("deepseek_v3", "qwen3_next", "qwen3_next-attention", "nemotron_h"),
+)
+"""No two of these are alike; the others differ from one of them in names or inside blocks."""
+
+
+def finest(name):
+    """The finest granularity that does not depend on heads."""
+    return "block" if name in MIXERS else "qkv"
+
+
 def small_model(name, seed=0, **changes):
     """Build one model of `MODELS`, some settings changed, ready for inference."""
     settings = MODELS[name] | changes

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from plain import edge_losses, edge_slopes, edges, last_stream, node_outputs
-from small_models import MODELS, save_small_model
+from small_models import MIXERS, MODELS, STRUCTURES, WITHOUT_RULES, finest, save_small_model
 
 import probe
 from probe.attribution import METHODS, Edge, exact_effects
@@ -10,19 +10,7 @@ from probe.errors import ProbeError
 from probe.models import ARCHITECTURES
 
 POST_NORMED = ("gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4", "flex_olmo", "glm4")
-MIXERS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "nemotron_h")
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
-WITHOUT_RULES = (
-    *("qwen2_moe", "gpt_oss", "llama4_text", "qwen3_next-attention", "nemotron_h-attention"),
-    *MIXERS,
-)
-STRUCTURES = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox"),
-    *("gpt_neox-sequential", "phi", "cohere2", "phi3", "olmo2", "granite", "mixtral", "qwen3_moe"),
-    *("qwen3_moe-dense", "stablelm-parallel", "gpt_oss", "llama4_text"),
-    *("deepseek_v3", "qwen3_next", "qwen3_next-attention", "nemotron_h"),
-)
-"""No two of these are alike; the others differ from one of them in names or inside blocks."""
 SEQUENCES = [
     probe.Sequence([5, 61, 33, 7, 90, 12], [44, 8, 71, 29, 55]),
     probe.Sequence([17, 3, 25], [80, 66, 9, 42]),
@@ -68,10 +56,6 @@ def graph_of(model, name, granularity):
                 model.graph(granularity)
             pytest.skip(f"refused: it {reason}")
     return model.graph(granularity)
-
-
-def finest(name):
-    return "block" if name in MIXERS else "qkv"
 
 
 def some_edges(graph, count, seed=0):
