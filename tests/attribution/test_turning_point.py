@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import MODELS, save_small_model
+from small_models import MODELS, finest, save_small_model
 
 import probe
 from probe.models import end_tokens
@@ -56,9 +56,9 @@ def loaded(folder, name, changes):
 def test_a_short_sequence_scores_alike_beside_a_long_one(tmp_path, name, changes):
     model = loaded(tmp_path / "m", name, changes)
     for method in ("eap", "eap-ig"):
-        both = probe.attribute(model, [SHORT, LONG], method)
+        both = probe.attribute(model, [SHORT, LONG], method, finest(name))
         for index, sequence in enumerate((SHORT, LONG)):
-            alone = probe.attribute(model, [sequence], method)
+            alone = probe.attribute(model, [sequence], method, finest(name))
             error = (both.scores[index] - alone.scores[0]).abs().max()
             assert error <= 1e-4 * alone.scores.abs().max()
             assert both.losses[index] == pytest.approx(float(alone.losses[0]), rel=1e-5)
