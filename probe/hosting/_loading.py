@@ -129,14 +129,19 @@ def read_server(host: Host, patience: float = 5.0) -> Server:
         environment = cast(dict[str, object], host.ask("/env", patience))
         status = cast(dict[str, object], host.ask("/status", patience))
         packages = cast(dict[str, str], environment["packages"])
+        versions = {name: packages[name] for name in PACKAGES if name in packages}
+        if not all(isinstance(found, str) for found in versions.values()):
+            raise TypeError("a version that is no text")
         deployments = cast(dict[str, dict[str, object]], status["deployments"])
         python = str(environment["python_version"]).split()[0]
         models = [_hosted(table) for table in deployments.values() if _is_up(table)]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (
+        *(KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError),
+    ) as error:
         raise ProbeError(f"{host.url} answers, but not as an NDIF server does") from error
     return Server(
         python,
-        {name: packages[name] for name in PACKAGES if name in packages},
+        versions,
         tuple({model.key: model for model in models}.values()),
     )
 

@@ -14,15 +14,25 @@ header and nowhere else.
 
 import itertools
 import json
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from probe.errors import ProbeError
+from probe.remote._limits import (
+    ANSWER_BYTES,
+    RESULT_BYTES,
+    Counted,
+    TooLargeError,
+    body,
+    deadline,
+)
 from probe.remote._wire import (
     GO_ON,
     IncompleteError,
@@ -32,17 +42,21 @@ from probe.remote._wire import (
     read_response,
     read_saved,
     refusal,
+    too_large,
 )
 from probe.vocabulary import JOBS, TIMEOUT
 
 if TYPE_CHECKING:
     import torch
     from nnsight.schema.response import ResponseModel
+    from websocket import WebSocket
 
 
 # Seconds for a server to take a connection, and to answer a plain question.
 _CONNECT, _ANSWER = 10.0, 60.0
 _LONGEST_PAUSE = 30.0
+# How many letters of a refusal are repeated.
+_WORDS = 2_000
 
 T = TypeVar("T")
 
@@ -203,28 +217,52 @@ class Host:
         files: dict[str, tuple[str, bytes, str]] | None = None,
         headers: dict[str, str] | None = None,
     ) -> object:
+        """What it answers: plain data, or for a whole address instead of a path the bytes there.
+
+        Only what goes to the server itself carries the key; no redirection is followed.
+        """
         import httpx
 
+        own = path.startswith("/")
+        patience = min(_ANSWER, self.timeout) if own and files is None else self.timeout
+        timeout = httpx.Timeout(min(_ANSWER, self.timeout), connect=_CONNECT)
+        sent = {"accept-encoding": "identity"}
+        sent |= self._headers() | (headers or {}) if own else {}
+        most = ANSWER_BYTES if own else RESULT_BYTES
+        with httpx.Client(timeout=timeout) as client, deadline(patience, client.close) as passed:
+            try:
+                with client.stream(
+                    method,
+                    self.url + path if own else path,
+                    data=data,
+                    files=files,
+                    headers=sent,
+                ) as answer:
+                    content = body(answer, most)
+            except TooLargeError as error:
+                raise too_large(self.url, error) from None
+            except httpx.TimeoutException:
+                raise PassingError("no answer") from None
+            except (httpx.HTTPError, httpx.InvalidURL, RuntimeError, OSError) as error:
+                # A client that the deadline closed raises whatever it was about to use.
+                if passed.is_set():
+                    raise PassingError("no answer") from None
+                if isinstance(error, RuntimeError):
+                    raise
+                raise PassingError(self.clean(connection_reason(error))) from None
+        if answer.is_success and not own:
+            return content
         try:
-            answer = httpx.request(
-                method,
-                path if path.startswith("http") else self.url + path,
-                data=data,
-                files=files,
-                headers=self._headers() | (headers or {}) if path.startswith("/") else None,
-                timeout=httpx.Timeout(min(_ANSWER, self.timeout), connect=_CONNECT),
-            )
-        except httpx.TimeoutException:
-            raise PassingError("no answer") from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise PassingError(self.clean(connection_reason(error))) from None
-        if answer.is_success:
-            return answer.json() if path.startswith("/") else answer.content
-        try:
-            detail = answer.json()["detail"]
-        except (ValueError, KeyError, TypeError):
+            found = json.loads(content)
+            if answer.is_success:
+                return found
+            detail = found["detail"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if answer.is_success:
+                raise ProbeError(f"{self.url} answers, but not as an NDIF server does") from None
             detail = answer.reason_phrase
-        raise refusal(self.url, self.key, answer.status_code, self.clean(str(detail)))
+        words = self.clean(str(detail))[:_WORDS]
+        raise refusal(self.url, self.key, answer.status_code, words)
 
     def _attempt(
         self, model_key: str, env: dict[str, object], blob: bytes
@@ -234,32 +272,40 @@ class Host:
         from nnsight.schema.request import RequestModel
 
         state = self._move(None, "queued")
+        wire = websocket.WebSocket()
         try:
-            socket = websocket.create_connection(
+            connect = partial(
+                wire.connect,
                 "ws" + self.url.removeprefix("http") + "/subscribe",
-                timeout=_CONNECT,
+                timeout=min(_CONNECT, self.timeout),
                 header=self._headers(),
+                redirect_limit=0,
             )
+            _in_time(wire, min(_ANSWER, self.timeout), connect)
             try:
-                socket.settimeout(min(_ANSWER, self.timeout))
-                session = json.loads(socket.recv())["session_id"]
+                assert wire.sock
+                counted = Counted(wire.sock, RESULT_BYTES)
+                wire.sock = cast(socket.socket, counted)
+                opening = _message(wire, counted, min(_ANSWER, self.timeout))
+                session = json.loads(opening)["session_id"]
                 request = RequestModel(
                     model_key=model_key, session_id=session, compress=True, env=env
                 )
                 self._post(request, blob)
-                socket.settimeout(self.timeout)
                 while True:
-                    response = read_response(socket.recv())
+                    response = read_response(_message(wire, counted, self.timeout))
                     if response.status == "RUNNING":
                         state = self._move(state, "running")
                     elif response.status == "ERROR":
-                        raise failure(self.url, self.clean(response.description))
+                        raise failure(self.url, self.clean(response.description or ""))
                     elif response.status == "COMPLETED":
                         saved = self._saved(response)
                         state = self._move(state, "done")
                         return saved
             finally:
-                socket.close()
+                wire.close()
+        except TooLargeError as error:
+            raise too_large(self.url, error) from None
         except websocket.WebSocketTimeoutException:
             raise PassingError(f"no sign of life from a job for {self.timeout:.0f} s") from None
         except websocket.WebSocketConnectionClosedException:
@@ -268,7 +314,7 @@ class Host:
             raise refusal(self.url, self.key, error.status_code, "no websocket") from None
         except (websocket.WebSocketException, OSError) as error:
             raise PassingError(self.clean(connection_reason(error))) from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ProbeError(f"{self.url} answers, but not as an NDIF server does") from None
         finally:
             if state != "done":
@@ -296,9 +342,10 @@ class Host:
     def _saved(self, response: "ResponseModel") -> "dict[str, torch.Tensor]":
         """What a finished job saved: on the response itself, or behind a link."""
         data = response.data
-        if isinstance(data, str):
+        if isinstance(data, str) and data.startswith(("http://", "https://")):
             data = self._request("GET", data)
-        assert isinstance(data, bytes)
+        if not isinstance(data, bytes):
+            raise ValueError("neither a result nor a link to one")
         with self.lock:
             self.received += len(data)
             self.seconds_there += (response.meta or {}).get("runtime") or 0
@@ -312,6 +359,32 @@ class Host:
         for watcher in tuple(self._watchers):
             watcher(self.states)
         return new
+
+
+def _message(wire: "WebSocket", counted: Counted, seconds: float) -> str | bytes:
+    """The next message, whole, in so many seconds and no larger than it may be."""
+    wire.settimeout(seconds)
+    counted.renew()
+    return _in_time(wire, seconds, wire.recv)
+
+
+def _in_time(wire: "WebSocket", seconds: float, call: Callable[[], T]) -> T:
+    """What a call returns that reads from a websocket, if it does so in time."""
+    import websocket
+
+    def hang_up() -> None:
+        if wire.sock:
+            # It may be closed by now.
+            with suppress(OSError):
+                wire.sock.shutdown(socket.SHUT_RDWR)
+
+    with deadline(seconds, hang_up) as passed:
+        try:
+            return call()
+        except (websocket.WebSocketException, OSError):
+            if passed.is_set():
+                raise websocket.WebSocketTimeoutException("not whole in time") from None
+            raise
 
 
 @dataclass(frozen=True)

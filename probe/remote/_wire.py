@@ -10,21 +10,24 @@ refusals and failures become one clear line each: a `ProbeError` where a user ca
 
 import io
 import pickle
-import zipfile
 from typing import TYPE_CHECKING
 
 from probe.errors import ProbeError, reason
+from probe.remote._limits import TooLargeError, archive, check_tensors, unpack
 from probe.vocabulary import KEY_VARIABLE
 
 if TYPE_CHECKING:
     import torch
     from nnsight.schema.response import ResponseModel
 
+# How many letters of a server's words are repeated.
+_WORDS = 20_000
+
 GO_ON = "; nothing is lost, the same command goes on from here"
 
 
-class IncompleteError(Exception):
-    """A request that lacks something."""
+class IncompleteError(ProbeError):
+    """A server says that a request lacks something."""
 
 
 class PassingError(Exception):
@@ -45,7 +48,7 @@ def refusal(url: str, key: str, status: int, detail: str) -> Exception:
             return ProbeError(f"{url} asks for a key; set {KEY_VARIABLE}")
         return ProbeError(f"{url} does not take the key in {KEY_VARIABLE}")
     if status == 422:
-        return IncompleteError(detail)
+        return IncompleteError(f"{url} refuses (422): {detail}")
     if status >= 500 or status in (408, 429):
         return PassingError(f"it answers {status} ({detail})")
     if status == 404:
@@ -79,7 +82,7 @@ def failure(url: str, text: str) -> Exception:
             f"store; {smaller}{GO_ON}"
         )
     if "Traceback" in text:
-        return RuntimeError(f"{url}: a job failed there:\n{text}")
+        return RuntimeError(f"{url}: a job failed there:\n{text[-_WORDS:]}")
     return ProbeError(f"{url}: {last}")
 
 
@@ -91,24 +94,37 @@ def read_saved(url: str, data: bytes) -> "dict[str, torch.Tensor]":
         data: Compressed; below that, a file of torch.
 
     Raises:
-        ProbeError: It holds more than plain tensors.
+        ProbeError: It holds more than plain tensors, or more of them than it may.
     """
     import torch
-    import zstandard
 
     try:
-        plain = zstandard.ZstdDecompressor().decompress(data)
-    except zstandard.ZstdError as error:
+        plain = unpack(data)
+        archive(plain).close()
+    except TooLargeError as error:
+        raise too_large(url, error) from None
+    except Exception as error:  # damaged archives raise nearly anything
         raise ProbeError(f"{url} sends a result that cannot be unpacked: {reason(error)}") from None
     try:
         saved: dict[str, torch.Tensor] = torch.load(
             io.BytesIO(plain), map_location="cpu", weights_only=True
         )
+        check_tensors(saved)
+    except TooLargeError as error:
+        raise too_large(url, error) from None
     except pickle.UnpicklingError:
         raise ProbeError(f"{url} sends more than plain tensors; it is not read") from None
     except Exception as error:  # bytes that are no pickle raise nearly anything
         raise ProbeError(f"{url} sends no tensors: {reason(error)}") from error
     return saved
+
+
+def too_large(url: str, error: TooLargeError) -> ProbeError:
+    """The complaint about a server that sends more than it may."""
+    return ProbeError(
+        f"{url} sends {error}; if it is yours to trust, take smaller batches "
+        "(solutions.batch_size, attribution.batch_size)"
+    )
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -129,10 +145,12 @@ def read_response(message: str | bytes) -> "ResponseModel":
     if isinstance(message, str):
         return ResponseModel.model_validate_json(message)
     try:
-        with zipfile.ZipFile(io.BytesIO(message)) as archive:
-            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-            table = _PlainUnpickler(io.BytesIO(archive.read(name))).load()
+        with archive(message) as file:
+            name = next(name for name in file.namelist() if name.endswith("data.pkl"))
+            table = _PlainUnpickler(io.BytesIO(file.read(name))).load()
         return ResponseModel(**table)
+    except TooLargeError:
+        raise
     except Exception as error:  # bytes that are no pickle raise nearly anything
         raise ValueError("not a response") from error
 
