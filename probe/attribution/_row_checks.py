@@ -13,7 +13,7 @@ import torch
 
 from probe.errors import ProbeError
 from probe.models import GUIDE, Graph, Model, Node
-from probe.tracing import EdgeBatch
+from probe.tracing import EdgeBatch, role_faults
 
 # A relative distance from what the model itself computes that is no rounding any more.
 _LARGEST = {torch.bfloat16: 3e-2, torch.float16: 3e-2}
@@ -49,6 +49,20 @@ def check_row(model: Model, graph: Graph, batch: EdgeBatch) -> None:
                 f"{limit:g}): the row {model.config.model_type!r} of the architecture table is "
                 f"wrong for this checkpoint; see {GUIDE}"
             )
+
+
+def check_roles(model: Model, graph: Graph) -> None:
+    """Refuse a row that takes a query, a key, a value or a head for another.
+
+    Raises:
+        ProbeError: It does.
+    """
+    faults = role_faults(model, graph)
+    if faults:
+        raise ProbeError(
+            f"{model.reference}: {faults[0]}: the row {model.config.model_type!r} of the "
+            f"architecture table says wrong where query, key and value lie; see {GUIDE}"
+        )
 
 
 def _sum_faults(batch: EdgeBatch, largest: float) -> Iterator[tuple[str, float, float]]:

@@ -21,7 +21,7 @@ import torch
 from probe.attribution._batching import Batching, BatchSize
 from probe.attribution._edges import Edge, EdgeScores, checked_edges
 from probe.attribution._methods import Method, Options, edge_effects, make_batch, method_named
-from probe.attribution._row_checks import check_row
+from probe.attribution._row_checks import check_roles, check_row
 from probe.attribution._sequences import (
     MAX_NEW_TOKENS,
     Given,
@@ -101,6 +101,7 @@ def attribute(
     model = as_model(model)
     _check_method(model, method, way)
     graph = model.graph(granularity)
+    check_roles(model, graph)
     sequences = as_sequences(model, sequences, answer, max_new_tokens)
     texts = _corrupted(model, corrupted, sequences, ablation)
     _check_target(model, target, sequences, way, ig_steps)

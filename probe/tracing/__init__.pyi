@@ -18,6 +18,7 @@ from ._integration import Path as Path
 from ._integration import radau as radau
 from ._layers import exact_dtype as exact_dtype
 from ._norm_vjp import NormVjp as NormVjp
+from ._roles import role_faults as role_faults
 from ._targets import TARGETS as TARGETS
 from ._targets import Target as Target
 from ._targets import TargetFunction as TargetFunction

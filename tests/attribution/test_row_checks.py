@@ -16,6 +16,11 @@ SEQUENCES = [
 ]
 _LLAMA = ARCHITECTURES["llama"]
 
+
+def _named(*parts):
+    return tuple(f"self_attn.{part}_proj" for part in parts)
+
+
 WRONG = {
     "a parallel layer as a sequential one": (
         "gpt_neox",
@@ -58,7 +63,7 @@ WRONG = {
     "a projection that reads something else": (
         "llama",
         {"projections": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj")},
-        "a0, or a projection in it, is given something else",
+        "the projection of a0.v is 32 wide, not 16",
     ),
     "a module that is not there": (
         "llama",
@@ -68,12 +73,33 @@ WRONG = {
 }
 
 
+EXCHANGED = {
+    "query and key": ("llama", {"projections": _named("k", "q", "v")}),
+    "key and value": ("llama", {"projections": _named("q", "v", "k")}),
+    "query and value": ("qwen3", {"projections": _named("v", "k", "q")}),
+    "head by head, not behind one another": ("gpt_neox", {"layout": "concatenated"}),
+    "behind one another, not head by head": ("gpt2", {"layout": "interleaved"}),
+}
+
+
+@pytest.mark.parametrize("case", EXCHANGED)
+@pytest.mark.parametrize("granularity", ["qkv", "head"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_branches_under_each_others_names_are_refused(load, case, granularity, dtype):
+    name, changes = EXCHANGED[case]
+    # As many keys as queries: otherwise their widths would tell.
+    model = load(name, dtype=dtype, same_heads=name in ("llama", "qwen3"), **changes)
+    with pytest.raises(ProbeError, match="no query does|as in a value|other heads than its own"):
+        probe.attribute(model, SEQUENCES, granularity=granularity)
+
+
 @pytest.fixture
 def load(tmp_path, monkeypatch):
     """Load a small model under a changed row."""
 
-    def loaded(name, row=None, dtype="float32", **changes):
-        folder = save_small_model(tmp_path / name, name)
+    def loaded(name, row=None, dtype="float32", same_heads=False, **changes):
+        settings = {"num_key_value_heads": 4} if same_heads else {}
+        folder = save_small_model(tmp_path / name, name, **settings)
         kind = name.partition("-")[0]
         monkeypatch.setitem(ARCHITECTURES, kind, replace(row or ARCHITECTURES[kind], **changes))
         return probe.load_model(str(folder), dtype=dtype)
