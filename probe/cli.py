@@ -364,6 +364,32 @@ def doctor(before: str, after: str | None) -> None:
 
 
 @main.command()
+@click.argument("model")
+def check(model: str) -> None:
+    """Say whether a model's architecture is understood.
+
+    MODEL is a folder or a hub id. It is run on a few tokens, at every granularity and with every
+    method, and edges are held against finite differences. A folder without weights is enough: its
+    config is then built small, with random weights. If the architecture has no row, those of the
+    table are tried, and one that fits is printed. The exit code is 2 where nothing can be done.
+
+    \b
+    Examples:
+      probe check ./my-checkpoint
+      probe check ./folder-with-a-config
+    """
+    from probe.attribution import check as examine
+    from probe.attribution import check_lines
+    from probe.escaping import PlainConsole
+
+    found = examine(model)
+    for line in check_lines(found):
+        PlainConsole().print(line, soft_wrap=True)
+    if not found.sound:
+        sys.exit(2)
+
+
+@main.command()
 @click.argument("server", metavar="[URL]", default="ndif")
 def ndif(server: str) -> None:
     """Say whether an NDIF server can be used.

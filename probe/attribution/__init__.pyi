@@ -10,6 +10,9 @@ from ._methods import METHODS as METHODS
 from ._methods import Method as Method
 from ._methods import make_batch as make_batch
 from ._methods import method_named as method_named
+from ._model_check import ModelCheck as ModelCheck
+from ._model_check import check as check
+from ._model_check import check_lines as check_lines
 from ._scoring import ablation_means as ablation_means
 from ._scoring import attribute as attribute
 from ._scoring import exact_effects as exact_effects

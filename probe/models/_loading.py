@@ -233,6 +233,7 @@ def load_model(
     dtype: str = "float32",
     kernels: "Kernels" = "eager",
     threads: int | None = None,
+    architecture: Architecture | None = None,
 ) -> Model:
     """Load a causal language model, frozen and in evaluation mode.
 
@@ -246,6 +247,7 @@ def load_model(
         kernels: `eager`, as transformers has it; `liger`, fused kernels, which the method `relp`
             cannot use; or `auto` for these where they run.
         threads: CPU threads; by the model's size, as `threads_for` has it, if not given.
+        architecture: A row to use in place of that of the architecture table.
 
     Raises:
         ProbeError: The model cannot be found or read, its architecture is not in the table, or
@@ -264,7 +266,7 @@ def load_model(
     if more and any(part.type != "cuda" for part in (place, *more)):
         raise ProbeError(f"device {device!r}: only CUDA devices can share a model")
     config = read_config(reference)
-    architecture = architecture_of(config.model_type)
+    architecture = architecture or architecture_of(config.model_type)
     chosen = resolve_kernels(kernels, place, config.model_type)
     tokenizer = read_tokenizer(reference)
     # The fused kernel for experts knows no float64.

@@ -277,6 +277,7 @@ def ablated_values(
     target: Target = LOSS,
     wholes: Sequence[int] = (),
     beside: Sequence[int] = (),
+    strength: float = 1.0,
 ) -> torch.Tensor:
     """The target with one edge of each row removed: H <- H - (O - B) at that one branch (Eq. 8).
 
@@ -290,6 +291,7 @@ def ablated_values(
         wholes: For each row, which row is the same sequence with all edges.
         beside: For each row, which row is its corrupted text, whose outputs are B; empty where
             there is none.
+        strength: How much of O - B is removed.
 
     Returns:
         [row], on the CPU, in float32 (float64 for a float64 model).
@@ -300,7 +302,7 @@ def ablated_values(
     input_ids, labels, kept, columns = _inputs(model, batch)
     baseline = None if baseline is None else baseline.to(model.device, model.dtype)
     hooks, objective = Hooks(), objective_of(target)
-    ablation = EdgeAblation(wiring_of(model, graph), edges, baseline, beside)
+    ablation = EdgeAblation(wiring_of(model, graph), edges, baseline, beside, strength)
     reference = batch.reference
 
     with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement

@@ -31,6 +31,7 @@ class EdgeAblation:
         edges: Sequence[tuple[int, int] | None],
         baseline: torch.Tensor | None,
         beside: Sequence[int] = (),
+        strength: float = 1.0,
     ) -> None:
         """Say which edges.
 
@@ -39,7 +40,9 @@ class EdgeAblation:
             edges: For each row its edge, as indices (source, target), or None.
             baseline: B, what an ablation leaves of each source, [source, d_model]; zero for None.
             beside: For each row, the row whose outputs are B; empty where there is none.
+            strength: How much of O - B is removed.
         """
+        self.strength = strength
         self.wiring, self.baseline, self.beside = wiring, baseline, beside
         self._source_of = {row: edge[0] for row, edge in enumerate(edges) if edge}
         self._rows_of: dict[int, list[int]] = {}
@@ -153,4 +156,5 @@ class EdgeAblation:
             elif self.baseline is not None:
                 output = output - self.baseline[source].to(output.device)
             gone.append(output.to(stream.device))
-        return stream[rows] - torch.stack(gone)
+        removed = torch.stack(gone)
+        return stream[rows] - (removed if self.strength == 1 else removed * self.strength)
