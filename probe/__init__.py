@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from probe.attribution import attribute as attribute
     from probe.attribution import exact_effects as exact_effects
     from probe.attribution import matched_temperature as matched_temperature
+    from probe.causes import Outcomes as Outcomes
+    from probe.causes import answers_under as answers_under
+    from probe.causes import intervene as intervene
     from probe.errors import ProbeError as ProbeError
     from probe.hosting import load_hosted as load_hosted
     from probe.hosting import open_host as open_host
@@ -59,6 +62,9 @@ _MODULES = {
     "Method": "attribution",
     "attribute": "attribution",
     "exact_effects": "attribution",
+    "Outcomes": "causes",
+    "answers_under": "causes",
+    "intervene": "causes",
     "compare": "run",
     "Edge": "attribution",
     "EdgeScores": "attribution",

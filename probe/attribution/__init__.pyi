@@ -1,5 +1,6 @@
 from ._batching import ENOUGH_TOKENS as ENOUGH_TOKENS
 from ._batching import Batching as Batching
+from ._batching import BatchSize as BatchSize
 from ._batching import bytes_per_token as bytes_per_token
 from ._batching import layer_numbers as layer_numbers
 from ._edges import Edge as Edge
@@ -16,6 +17,7 @@ from ._model_check import check_lines as check_lines
 from ._scoring import ablation_means as ablation_means
 from ._scoring import attribute as attribute
 from ._scoring import exact_effects as exact_effects
+from ._sequences import Given as Given
 from ._sequences import TokenSequence as TokenSequence
 from ._sequences import as_sequences as as_sequences
 from ._states import compare_states as compare_states

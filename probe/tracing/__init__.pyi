@@ -1,9 +1,11 @@
 from ._contexts import FASTEST as FASTEST
 from ._contexts import LOSS as LOSS
 from ._contexts import Batch as Batch
+from ._contexts import ChangedBatch as ChangedBatch
 from ._contexts import EdgeBatch as EdgeBatch
 from ._contexts import MemoryMode as MemoryMode
 from ._contexts import ablated_values as ablated_values
+from ._contexts import changed_outcomes as changed_outcomes
 from ._contexts import describe as describe
 from ._contexts import edge_scores as edge_scores
 from ._contexts import generate_tokens as generate_tokens
@@ -11,6 +13,7 @@ from ._contexts import send_module as send_module
 from ._contexts import source_sums as source_sums
 from ._contexts import states as states
 from ._contexts import temperature_losses as temperature_losses
+from ._contexts import written_values as written_values
 from ._edge_product import GRADIENT_GROUPS as GRADIENT_GROUPS
 from ._integration import HERE as HERE
 from ._integration import RULE as RULE
@@ -19,6 +22,7 @@ from ._integration import radau as radau
 from ._layers import exact_dtype as exact_dtype
 from ._norm_vjp import NormVjp as NormVjp
 from ._roles import role_faults as role_faults
+from ._row_outcomes import OUTCOMES as OUTCOMES
 from ._targets import TARGETS as TARGETS
 from ._targets import Target as Target
 from ._targets import TargetFunction as TargetFunction

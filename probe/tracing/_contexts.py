@@ -12,7 +12,8 @@ One forward and one backward pass give all edges of a batch. Two rules keep that
   no function of its own: one would hold all that the body holds until Python collects garbage.
 
 `edge_scores` is behind the gradient methods, `ablated_values` behind the exact one, `source_sums`
-behind mean ablation; all are called through `probe.attribution`, which makes the batches. `states`
+behind mean ablation; all are called through `probe.attribution`, which makes the batches.
+`changed_outcomes` and `written_values` are behind the interventions of `probe.causes`. `states`
 is behind `probe.attribution`. Where a model's modules are is in `_layers`.
 """
 
@@ -35,7 +36,7 @@ from probe.models import Graph, Model
 from probe.remote import Deployment
 from probe.tracing._branch_checks import BranchChecks
 from probe.tracing._branches import Branches
-from probe.tracing._edge_ablation import EdgeAblation
+from probe.tracing._edge_changes import EdgeChanges
 from probe.tracing._edge_pass import EdgePass
 from probe.tracing._edge_product import EdgeProduct
 from probe.tracing._hooks import Hooks
@@ -52,6 +53,7 @@ from probe.tracing._layers import (
 from probe.tracing._norm_vjp import NormVjp
 from probe.tracing._readout import Readout, bring, losses_at, settle
 from probe.tracing._relp_rules import follow_rules
+from probe.tracing._row_outcomes import RowOutcomes
 from probe.tracing._targets import Target, loss
 from probe.tracing._wiring import Writes
 
@@ -59,8 +61,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, StoppingCriteriaList
 
 SENT = (
-    *(Hooks, Writes, Branches, BranchChecks, NormVjp, EdgeProduct, EdgePass, EdgeAblation, Readout),
-    *(follow_rules, loss),
+    *(Hooks, Writes, Branches, BranchChecks, NormVjp, EdgeProduct, EdgePass, EdgeChanges, Readout),
+    *(follow_rules, loss, RowOutcomes),
 )
 """What travels to a server with a trace, by its source: the modules that these are in."""
 
@@ -302,7 +304,12 @@ def ablated_values(
     input_ids, labels, kept, columns = _inputs(model, batch)
     baseline = None if baseline is None else baseline.to(model.device, model.dtype)
     hooks, objective = Hooks(), objective_of(target)
-    ablation = EdgeAblation(wiring_of(model, graph), edges, baseline, beside, strength)
+    changed = torch.zeros(len(edges), *graph.mask.shape, dtype=torch.bool)
+    for row, edge in enumerate(edges):
+        if edge:
+            changed[row, edge[0], edge[1]] = True
+    wiring, shares = wiring_of(model, graph), (1 - strength, strength)
+    changes = EdgeChanges(wiring, graph.mask, changed, *shares, baseline, beside)
     reference = batch.reference
 
     with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
@@ -311,7 +318,7 @@ def ablated_values(
         ):
             columns, labels = settle(away, network.device, columns, labels)
             try:
-                ablation.watch(hooks, layers, final_norm)
+                changes.watch(hooks, layers, final_norm)
                 # Here the model runs.
                 logits = network.output.logits
                 values = objective.means(logits, columns, labels, exact, reference, wholes)
@@ -319,6 +326,108 @@ def ablated_values(
                 hooks.remove()
             values = nnsight.save(values.detach().cpu())
     return values
+
+
+class ChangedBatch(NamedTuple):
+    """What comes out of sequences with some edges changed, on the CPU."""
+
+    values: torch.Tensor
+    """[outcome, row], in the order of `_row_outcomes.OUTCOMES`."""
+
+    choices: torch.Tensor
+    """int64 [row, scored]: the likeliest token at each scored position."""
+
+
+def changed_outcomes(
+    model: Model,
+    batch: Batch,
+    graph: Graph,
+    changed: torch.Tensor,
+    kept: float = 0.0,
+    given: float = 1.0,
+    values: Mapping[int, torch.Tensor] | torch.Tensor | None = None,
+) -> ChangedBatch:
+    """Run with edges that carry kept O + given B instead of O, and see what comes of it.
+
+    Args:
+        model: The model.
+        batch: The rows; or one sequence, which then stands in all rows. What they have in common
+            is computed once: rows begin at the first layer where they change something.
+        graph: The model's graph.
+        changed: The changed edges of each row, bool [row, source, target]; none in row 0, and the
+            layers of their first targets ascend where the batch is one sequence.
+        kept: The share of O, what the source writes in that very row.
+        given: The share of B.
+        values: B of each source, [source, d_model], or by its index, [1 or row, position,
+            d_model]; zero if not given.
+    """
+    network, layers = model.network, layers_of(model)
+    away, exact = model.deployment is not None, exact_dtype(model)
+    final_norm = attrgetter(model.architecture.final_norm)(network)
+    input_ids, labels, kept_positions, columns = _inputs(model, batch)
+    born = _births(graph, changed) if len(batch.input_ids) == 1 else []
+    hooks = Hooks()
+    changes = EdgeChanges(
+        wiring_of(model, graph), graph.mask, changed, kept, given, values, born=born
+    )
+    outcomes = RowOutcomes(len(changed), exact)
+
+    with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
+        with network.trace(
+            input_ids=input_ids, use_cache=False, logits_to_keep=kept_positions, backend=backend
+        ):
+            columns, labels = settle(away, network.device, columns, labels)
+            try:
+                changes.watch(hooks, layers, final_norm)
+                # Here the model runs.
+                outcomes.read(network.output.logits.detach(), columns, labels)
+            finally:
+                hooks.remove()
+            found = nnsight.save(outcomes.values.cpu())
+            choices = nnsight.save(outcomes.choices.cpu())
+    return ChangedBatch(found, choices)
+
+
+def _births(graph: Graph, changed: torch.Tensor) -> list[int]:
+    """How many rows there are from each layer on, and from the final norm on.
+
+    The last layers' rows and those that change nothing are there at the final norm.
+    """
+    layer = torch.tensor([graph.layer(target) for target in graph.targets])
+    never = torch.full_like(layer, graph.n_layers)
+    first = torch.where(changed.any(1), layer, never).amin(1)  # [row]
+    first[0] = 0
+    return [int((first <= number).sum()) for number in range(graph.n_layers + 1)]
+
+
+def written_values(
+    model: Model, batch: Batch, graph: Graph, wanted: Sequence[int]
+) -> dict[int, torch.Tensor]:
+    """What some sources write: [sequence, position, d_model] of each by its index.
+
+    It is the one place where activations leave a trace: they are on their way into another.
+    """
+    network, layers = model.network, layers_of(model)
+    away = model.deployment is not None
+    input_ids = batch.input_ids.to(model.device)
+    hooks, writes = Hooks(), Writes(wiring_of(model, graph), wanted=set(wanted))
+    found: dict[int, torch.Tensor] = {}
+
+    with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
+        with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=backend):
+            settle(away, network.device)
+            try:
+                writes.watch_input(hooks, layers[0].module, found.__setitem__)
+                for number, layer in enumerate(layers):
+                    writes.watch(hooks, number, layer, found.__setitem__)
+                # Here the model runs.
+                network.output.logits  # noqa: B018 - waits for it
+            finally:
+                hooks.remove()
+            values = nnsight.save(
+                torch.stack([bring(away, found[source]) for source in sorted(found)])
+            )
+    return dict(zip(sorted(set(wanted)), values, strict=True))
 
 
 def temperature_losses(model: Model, batch: Batch, temperatures: torch.Tensor) -> torch.Tensor:
