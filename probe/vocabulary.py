@@ -50,5 +50,8 @@ JOBS = 4
 TIMEOUT = 600
 """Seconds without a sign of life from a server after which a batch is sent once more."""
 
+HOSTED = "ndif"
+"""The address that stands for the hosted NDIF."""
+
 KEY_VARIABLE = "NDIF_API_KEY"
 """The environment variable that holds the key of a server."""

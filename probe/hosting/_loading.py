@@ -30,10 +30,7 @@ from probe.models import (
 )
 from probe.remote import Deployment, Host
 from probe.tracing import describe
-from probe.vocabulary import JOBS, KEY_VARIABLE, TIMEOUT
-
-HOSTED = "ndif"
-"""The address that stands for the hosted NDIF."""
+from probe.vocabulary import HOSTED, JOBS, KEY_VARIABLE, TIMEOUT
 
 PACKAGES = ("nnsight", "torch", "transformers")
 _WRAPPER = "nnsight.modeling.transformers.TransformersModel"

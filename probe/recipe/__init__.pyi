@@ -1,6 +1,7 @@
 from ._recipe import Published as Published
 from ._recipe import PublishedChange as PublishedChange
 from ._recipe import Recipe as Recipe
+from ._recipe import check_named_server as check_named_server
 from ._recipe import place_benchmarks as place_benchmarks
 from ._recipe import read_recipe as read_recipe
 from ._recipe import recipe_from as recipe_from

@@ -38,6 +38,7 @@ from probe.recipe._sections import Shape as Shape
 from probe.recipe._sections import SolutionFiles as SolutionFiles
 from probe.recipe._sections import SolutionOptions as SolutionOptions
 from probe.recipe._shipped import recipe_files as recipe_files
+from probe.vocabulary import HOSTED, KEY_VARIABLE
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -164,10 +165,32 @@ def read_recipe(
 
     Raises:
         ProbeError: No such recipe, not TOML, an unknown key or a bad value; the message names the
-            file, the key, what was expected and the nearest known key.
+            file, the key, what was expected and the nearest known key. Or the file names a server
+            that the overrides do not.
     """
     path, table = _read_table(recipe)
-    return recipe_from(_included(table, path), str(path), overrides)
+    found = recipe_from(_included(table, path), str(path), overrides)
+    if "compute.remote" not in (overrides or {}):
+        check_named_server(found, str(path))
+    return found
+
+
+def check_named_server(recipe: Recipe, where: str) -> None:
+    """Refuse a server that only a file names: work and key go to whom the user trusts.
+
+    Args:
+        recipe: A recipe from a file, without a server that was asked for beside it.
+        where: The file.
+
+    Raises:
+        ProbeError: It names a server other than the hosted one.
+    """
+    server = recipe.compute.remote
+    if server and server != HOSTED:
+        raise ProbeError(
+            f"{where}: compute.remote would send the questions, and the key in {KEY_VARIABLE}, to "
+            f"{server!r}; if you trust that server, ask for it: --remote {server}"
+        )
 
 
 def recipe_from(

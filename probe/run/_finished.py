@@ -12,7 +12,14 @@ from rich.console import Console
 from probe.checkpoints import fingerprint
 from probe.errors import ProbeError
 from probe.escaping import PlainConsole
-from probe.recipe import Recipe, read_recipe, recipe_files, recipe_from, recipe_table
+from probe.recipe import (
+    Recipe,
+    check_named_server,
+    read_recipe,
+    recipe_files,
+    recipe_from,
+    recipe_table,
+)
 from probe.report import build_report
 from probe.run._checks import check_methods
 from probe.run._choosing import read_sides
@@ -62,9 +69,11 @@ def run_faithfulness(
         is_recipe = False
         record = folder.read_record()
         recipe = recipe_from(record["recipe"], str(folder.record))
+        if remote is None:
+            check_named_server(recipe, str(folder.record))
     else:
         try:
-            recipe = read_recipe(run)
+            recipe = read_recipe(run, {} if remote is None else {"compute.remote": remote})
         except ProbeError as error:
             raise error if is_recipe else ProbeError(f"no run folder {run}, and {error}") from error
     names = (methods,) if isinstance(methods, str) else methods or ()

@@ -372,3 +372,33 @@ def test_any_value_anywhere_is_taken_or_refused_in_one_line(key, value):
     except ProbeError as error:
         assert str(error).startswith("here: ")
         assert "\n" not in str(error)
+
+
+SERVED = """
+name = "served"
+[compute]
+remote = "http://127.0.0.1:9"
+[[pairs]]
+name = "a"
+before = "probe:tiny-math/sft"
+after = "probe:tiny-math/grpo"
+prompt = "{question}"
+max_new_tokens = 64
+[[benchmarks]]
+name = "tiny-math"
+"""
+
+
+def test_a_server_that_only_a_file_names_is_asked_nothing(tmp_path):
+    """It would get the key; one's own word, on the command line or in a call, lets it."""
+    path = tmp_path / "served.toml"
+    path.write_text(SERVED)
+    message = "would send the questions, and the key .*--remote http://127.0.0.1:9$"
+    with pytest.raises(ProbeError, match=message):
+        read_recipe(path)
+    with pytest.raises(ProbeError, match=message):
+        read_recipe(path, {"compute.jobs": 2})
+    for server in ("http://127.0.0.1:9", "http://127.0.0.1:8", "ndif", ""):
+        assert read_recipe(path, {"compute.remote": server}).compute.remote == server
+    path.write_text(SERVED.replace("http://127.0.0.1:9", "ndif"))
+    assert read_recipe(path).compute.remote == "ndif"

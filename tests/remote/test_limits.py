@@ -3,24 +3,29 @@
 import io
 import json
 import resource
+import shutil
 import socket
 import struct
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 import zstandard
 from nnsight.schema.response import ResponseModel, Status
+from test_cli import call
 
 from probe.errors import ProbeError
 from probe.hosting import check_host, open_host
 from probe.hosting._loading import read_server
+from probe.recipe import recipe_files
 from probe.remote import Host
 from probe.remote import _limits as limits
 from probe.remote import _wire as wire
 
+OLD_RUN = Path(__file__).parents[1] / "data" / "old-run"
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 
 
@@ -302,3 +307,36 @@ def test_limits_by_themselves():
     with pytest.raises(limits.TooLargeError):
         limits.check_tensors({"a": [(torch.zeros(26),)]}, 100)
     assert isinstance(wire.too_large("u", limits.TooLargeError("much")), ProbeError)
+
+
+def test_a_file_cannot_take_the_key_somewhere(serve, tmp_path, monkeypatch):
+    """Neither a recipe nor the record of somebody's run; what the user says on the line can."""
+    seen = []
+
+    def thief(request):
+        seen.append(request)
+        yield answer("{}")
+
+    url = serve(thief)
+    monkeypatch.setenv("NDIF_API_KEY", "secret")
+    text = recipe_files()["tiny-math"].read_text()
+    assert "[compute]" in text
+    recipe = tmp_path / "stolen.toml"
+    recipe.write_text(text.replace("[compute]", f'[compute]\nremote = "{url}"'))
+    run = ("--output", str(tmp_path / "run"))
+    for more in ((), ("--dry-run",), ("--limit", "5")):
+        result = call("recipe", recipe, *run, *more)
+        assert result.exit_code == 2
+        assert f"ask for it: --remote {url}" in result.stderr
+    assert not (tmp_path / "run").exists()
+    shutil.copytree(OLD_RUN, tmp_path / "theirs")
+    record = json.loads((tmp_path / "theirs" / "run.json").read_text())
+    record["recipe"]["compute"]["remote"] = url
+    (tmp_path / "theirs" / "run.json").write_text(json.dumps(record))
+    result = call("faithfulness", tmp_path / "theirs")
+    assert result.exit_code == 2
+    assert f"ask for it: --remote {url}" in result.stderr
+    assert seen == []
+    result = call("recipe", recipe, *run, "--remote", url)
+    assert result.exit_code == 2  # it is no NDIF server
+    assert any(b"secret" in request for request in seen)
