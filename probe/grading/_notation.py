@@ -312,7 +312,8 @@ def quantity(text: str) -> Quantity:
     unit = ""
     if len(_DOLLAR.findall(text)) == 2 and (parts := _PAIRED.fullmatch(text)):
         text = f"{parts[1].strip()} {parts[2]}".strip()
-    if before := _BEFORE.match(text):
+    before = _BEFORE.match(text)
+    if before and not (before[2] == "$" and _enclose(text)):
         unit, text = _unit(before[2]), before[1] + text[before.end() :]
     elif _DOLLAR.match(text) and len(_DOLLAR.findall(text)) % 2:
         unit, text = "$", text[1:].strip()
@@ -325,6 +326,12 @@ def quantity(text: str) -> Quantity:
         if counted and not counted[0]:
             return Quantity(behind_it[1].strip(), counted[1] or unit)
     return Quantity(text.strip(), unit)
+
+
+def _enclose(text: str) -> bool:
+    """Whether a text's dollars enclose formulas: each second one is no price's."""
+    dollars = [found.end() for found in _DOLLAR.finditer(text)]
+    return len(dollars) % 2 == 0 and not any(text[end : end + 1].isdigit() for end in dollars[1::2])
 
 
 def _counted(words: str) -> tuple[str, str] | None:

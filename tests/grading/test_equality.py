@@ -92,6 +92,10 @@ SAME = [
     ("10", "10 \\text{ cm}^2"),
 ]
 DIFFERENT = [
+    # The first dollar opens a formula; it is no price.
+    (r"$\max$ at $-1$", r"$\max$ at $5$"),
+    (r"$\max$ at $-1, \min$ at 1", r"$\max$ at $n \pi$, min at $\pi / 2+n \pi$"),
+    (r"$3$ and $x$", r"$4$ and $x$"),
     ("\\frac{1}{2004!}", "\\frac{1}{2006!}"),
     ("2^{50}-1", "2^{50}"),
     ("20!", "20!-1"),
