@@ -25,6 +25,7 @@ from types import TracebackType
 
 from probe.grading._equality import same_answer
 from probe.grading._marks import exact_answer, extract_answer, last_boxed
+from probe.limits import end_after, limit_memory
 
 __all__ = ["Grader", "exact_answer", "extract_answer", "last_boxed", "same_answer"]
 
@@ -136,35 +137,18 @@ def _serve(seconds: float) -> None:
     # What it cannot parse is an answer that is wrong, not an event.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     same_answer("1", "1.0")  # imports and builds its grammar before the first time limit runs
-    _limit_memory()
+    limit_memory(MEMORY)
     print("ready", flush=True)
     for line in sys.stdin:
         gold, answer = json.loads(line)
         # Where the main process was killed, nobody else would end a comparison that hangs.
-        _alarm(math.ceil(2 * seconds) + 10)
+        end_after(math.ceil(2 * seconds) + 10)
         try:
             same = same_answer(gold, answer)
         except Exception:  # math-verify and sympy fail in every way on what is no formula
             same = False
-        _alarm(0)
+        end_after(0)
         print(json.dumps(same), flush=True)
-
-
-def _limit_memory() -> None:
-    """Let what needs more than `MEMORY` fail, where the system can do that."""
-    try:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (ImportError, ValueError, OSError):  # Windows has none, macOS and containers may refuse
-        return
-
-
-def _alarm(seconds: int) -> None:
-    """End this process after some seconds, wherever it is; 0 for never."""
-    if hasattr(signal, "alarm"):  # Windows has none
-        signal.alarm(seconds)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from probe.errors import ProbeError, reason
+from probe.models._templates import check_template
 from probe.recipe import CHAT
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ def _filled(tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]]) -
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
         raise ProbeError(no_template(name))
+    tokens = tuple(sorted((key, str(value)) for key, value in tokenizer.special_tokens_map.items()))
+    for template in _templates(tokenizer):
+        check_template(template, tokens, name)
     said = turns[-1]["content"].strip()
     parts: list[dict[str, object]]
     parts = [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns]
@@ -79,6 +83,13 @@ def _filled(tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]]) -
     raise ProbeError(
         f"{name}: the chat template refuses: {fault}; mend it, or give a prompt as text"
     )
+
+
+def _templates(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Its chat template; some have several by name."""
+    known = tokenizer.chat_template
+    found = known.values() if isinstance(known, dict) else [known]
+    return [template for template in found if isinstance(template, str)]
 
 
 def _without_what_follows(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
