@@ -81,8 +81,7 @@ FORMATS = (
     Foreign(
         ("*.gguf",),
         "GGUF files only",
-        "give the model that they were made from, or turn one into a folder by "
-        "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME) and save_pretrained",
+        "give one of them, as {folder}/NAME.gguf, or better the model that they were made from",
     ),
     Foreign(
         ("consolidated*.pth", "consolidated*.safetensors"),

@@ -1,9 +1,10 @@
 """Checkpoints: what a reference names, and where its files are.
 
-A reference is a folder, a Hugging Face id (`org/name`), or a model that ships with this package
-(`probe:tiny-math/sft`). A folder or id that holds a PEFT adapter instead of a whole model stands
-for its base with the adapter merged in. Files of the hub are fetched whole and once, before
-anything is computed; what is on this machine is used as it is, without asking the network.
+A reference is a folder, a Hugging Face id (`org/name`), a model that ships with this package
+(`probe:tiny-math/sft`), or a GGUF file (`folder/file.gguf`), which is dequantised (`_gguf`). A
+folder or id that holds a PEFT adapter instead of a whole model stands for its base with the adapter
+merged in. Files of the hub are fetched whole and once, before anything is computed; what is on this
+machine is used as it is, without asking the network.
 
     >>> find_checkpoint("probe:tiny-math/sft").folder.name
     'sft'
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from probe.checkpoints._foreign import missing_shards, no_model, no_weights
+from probe.checkpoints._gguf import gguf_folder, is_gguf
 from probe.errors import ProbeError, reason
 
 PACKAGE_DATA = Path(__file__).parent.parent / "data"
@@ -63,6 +65,8 @@ def local_folder(reference: str) -> Path | None:
             raise ProbeError(f"no model {reference!r} ships with probe; there are: {names}")
         return folder
     folder = Path(reference).expanduser()
+    if is_gguf(reference):
+        return gguf_folder(folder)
     if folder.is_dir():
         if not any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
             raise ProbeError(no_model(folder))

@@ -20,6 +20,8 @@ from probe.checkpoints import (
     fetch_checkpoint,
     find_not_finite,
     fingerprint,
+    gguf_remark,
+    is_gguf,
     read_headers,
     weight_files,
 )
@@ -215,6 +217,8 @@ def _facts(reference: str) -> ModelFacts:
         remarks = check_model(reference)
     except ProbeError as error:
         refusal = str(error)
+    if is_gguf(reference) and refusal is None:
+        remarks = (*remarks, gguf_remark(reference))
     checkpoint = _known(lambda: fetch_checkpoint(reference, weights=False))
     if checkpoint is None:
         return ModelFacts(reference, refusal)

@@ -24,7 +24,9 @@ from probe.attribution import ENOUGH_TOKENS, layer_numbers, method_named
 from probe.checkpoints import (
     adapter_base,
     find_checkpoint,
+    gguf_remark,
     hub_reachable,
+    is_gguf,
     unreachable,
     weight_files,
 )
@@ -326,6 +328,7 @@ def _work(recipe: Recipe) -> str:
 def _needs(plan: Plan) -> list[str]:
     """Memory and time, where sizes are known, and what they assume."""
     recipe, lines = plan.recipe, []
+    lines += [f"{gguf_remark(name)}." for name in recipe.models() if is_gguf(name)]
     shapes = {model.reference: model for model in plan.models}
     needs = []
     for pair in recipe.pairs:
