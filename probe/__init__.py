@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from probe.attribution import attribute as attribute
     from probe.attribution import exact_effects as exact_effects
     from probe.attribution import matched_temperature as matched_temperature
+    from probe.causes import Circuit as Circuit
     from probe.causes import Outcomes as Outcomes
     from probe.causes import answers_under as answers_under
+    from probe.causes import faithfulness_curves as faithfulness_curves
     from probe.causes import intervene as intervene
     from probe.errors import ProbeError as ProbeError
     from probe.hosting import load_hosted as load_hosted
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from probe.report import OpenRun as OpenRun
     from probe.report import open_run as open_run
     from probe.run import compare as compare
+    from probe.run import run_circuits as run_circuits
     from probe.run import run_faithfulness as run_faithfulness
     from probe.run import run_recipe as run_recipe
     from probe.solutions import Selection as Selection
@@ -62,9 +65,12 @@ _MODULES = {
     "Method": "attribution",
     "attribute": "attribution",
     "exact_effects": "attribution",
+    "Circuit": "causes",
+    "faithfulness_curves": "causes",
     "Outcomes": "causes",
     "answers_under": "causes",
     "intervene": "causes",
+    "run_circuits": "run",
     "compare": "run",
     "Edge": "attribution",
     "EdgeScores": "attribution",

@@ -339,6 +339,32 @@ def faithfulness(
 
 
 @main.command()
+@click.argument("run", metavar="RUN")
+@click.option("--methods", help="What ranks the edges [default: eap,eap-ig,relp,exact].")
+@click.option("--greedy", is_flag=True, help="Let circuits grow from the logits back.")
+@click.option(
+    "--questions", type=click.IntRange(4), default=100, help="Questions per model [default: 100]."
+)
+def circuit(run: str, methods: str | None, greedy: bool, questions: int) -> None:
+    """Measure how much of each model its strongest edges do alone.
+
+    Edges are ranked on half of the questions; on the other half circuits of growing size are kept
+    and all other edges removed, beside random circuits. Values and pictures go to RUN/circuits.
+
+    \b
+    Example:
+      probe circuit runs/tiny-math --methods eap,relp
+    """
+    from probe.escaping import PlainConsole
+    from probe.report import curves_table
+    from probe.run import run_circuits
+
+    names = methods and [name.strip() for name in methods.split(",")]
+    found = run_circuits(run, methods=names or None, greedy=greedy, questions=questions)
+    PlainConsole().print(curves_table(found))
+
+
+@main.command()
 @click.argument("before", metavar="MODEL")
 @click.argument("after", metavar="[MODEL]", required=False)
 def doctor(before: str, after: str | None) -> None:

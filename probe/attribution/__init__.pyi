@@ -5,6 +5,7 @@ from ._batching import bytes_per_token as bytes_per_token
 from ._batching import layer_numbers as layer_numbers
 from ._edges import Edge as Edge
 from ._edges import EdgeScores as EdgeScores
+from ._edges import ScoredEdge as ScoredEdge
 from ._edges import read_edges as read_edges
 from ._matrix import draw_matrix as draw_matrix
 from ._methods import METHODS as METHODS

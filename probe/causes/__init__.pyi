@@ -1,5 +1,10 @@
+from ._circuits import Circuit as Circuit
+from ._curves import Curve as Curve
+from ._curves import faithfulness_curves as faithfulness_curves
+from ._curves import sizes_of as sizes_of
 from ._edge_sets import as_sets as as_sets
 from ._greedy import answers_under as answers_under
 from ._interventions import Outcomes as Outcomes
 from ._interventions import intervene as intervene
 from ._plans import Do as Do
+from ._plans import Leaves as Leaves

@@ -1,6 +1,8 @@
 from ._circuit import STRONGER as STRONGER
 from ._circuit import WEAKER as WEAKER
 from ._circuit import draw_circuit as draw_circuit
+from ._curves import curves_table as curves_table
+from ._curves import draw_curves as draw_curves
 from ._extras import EXTRAS as EXTRAS
 from ._extras import Extra as Extra
 from ._extras import ExtraTable as ExtraTable

@@ -1,6 +1,7 @@
 from ._checks import check_here as check_here
 from ._checks import check_output as check_output
 from ._choosing import cut as cut
+from ._circuits import run_circuits as run_circuits
 from ._comparison import compare as compare
 from ._comparison import compare_recipe as compare_recipe
 from ._comparison import default_folder as default_folder

@@ -8,6 +8,7 @@
                                                  (SIDE: before, after; with the cross-text control
                                                  also before-on-after, after-on-before)
     faithfulness/MODEL.json, .png                exact effects of some edges, beside their scores
+    circuits/MODEL.json, .png                    how faithful its circuits are, by size
     extras/PAIR.BENCHMARK.on-SIDE.json           both models' states on the answers of one
     extras/PAIR.weights.json                     how far each matrix moved
     clusters.json                                which questions belong together
@@ -40,7 +41,7 @@ from probe.files import write_whole
 from probe.solutions import Selection, Solution
 
 SCHEMA = 1
-FOLDERS = ("solutions", "selection", "edges", "faithfulness", "extras")
+FOLDERS = ("solutions", "selection", "edges", "faithfulness", "extras", "circuits")
 PARTS = (*FOLDERS, "figures", "run.json", "clusters.json", "report.json")
 
 

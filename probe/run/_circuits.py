@@ -1,0 +1,190 @@
+"""Circuits of a finished run: which edges carry each model's answers, and how faithfully.
+
+>>> found = run_circuits("runs/tiny-math")
+>>> found["tiny-math--sft"][0].cpr
+0.93
+"""
+
+import gc
+import random
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from probe.attribution import EdgeScores, TokenSequence, attribute, method_named
+from probe.causes import Circuit, Curve, Leaves, faithfulness_curves, sizes_of
+from probe.checkpoints import fingerprint
+from probe.errors import ProbeError, check_count
+from probe.escaping import PlainConsole
+from probe.recipe import Recipe, recipe_from
+from probe.report import draw_curves
+from probe.run._choosing import Side, measured_on, read_sides
+from probe.run._session import recipe_host, running
+from probe.store import SCHEMA, RunFolder, first_names, run_path
+from probe.vocabulary import Granularity
+
+METHODS = ("eap", "eap-ig", "relp", "exact")
+
+
+def run_circuits(
+    run: str | Path,
+    *,
+    methods: str | Sequence[str] | None = None,
+    granularity: Granularity | None = None,
+    ablation: Leaves = "mean",
+    n_random: int = 10,
+    greedy: bool = False,
+    questions: int = 100,
+    edges: int = 20,
+    seed: int = 42,
+    console: Console | None = None,
+) -> dict[str, tuple[Curve, ...]]:
+    """Measure the circuits of every model of a run, into its folder.
+
+    Edges are ranked on one half of a model's questions, and its circuits are run on the other.
+
+    Args:
+        run: A run folder with solutions and selections.
+        methods: One or several names in `probe.attribution.METHODS`; `METHODS` of this module if
+            not given.
+        granularity: That of the edges; the recipe's if not given.
+        ablation: What is left of a removed output; see `intervene`.
+        n_random: How many random circuits of each size stand beside.
+        greedy: Whether circuits grow from the logits back.
+        questions: How many questions are used, both halves together, at most.
+        edges: How many of the strongest edges are kept in the file by name.
+        seed: Seed of the halves and of random circuits.
+        console: Where progress goes; standard error if not given.
+
+    Returns:
+        The curves of each model by its name in the run folder.
+
+    Raises:
+        ProbeError: No run folder, a run that has not got so far, an unknown method, a model that
+            has changed since the run.
+    """
+    names = (methods,) if isinstance(methods, str) else tuple(dict.fromkeys(methods or METHODS))
+    for name in names:
+        method_named(name)
+    for what, value in (("n_random", n_random), ("edges", edges), ("questions", questions)):
+        check_count(what, value)
+    folder, recipe, record = finished_run(run)
+    console = console or PlainConsole(stderr=True)
+    found: dict[str, tuple[Curve, ...]] = {}
+    sides, host = read_sides(recipe, folder), recipe_host(recipe, console)
+    folder.open()
+    with running(recipe, folder, record, host, console) as session:
+        total = 0
+        models = first_sides(recipe, sides)
+        bar = session.bar("circuits", 0)
+        for number, (name, side) in enumerate(models.items()):
+            model = session.load(side.model, session.devices[number % len(session.devices)])
+            ranked, held_out = halves(side.sequences[:questions], seed)
+            level = granularity or recipe.attribution.granularity
+            n_sizes = len(sizes_of(int(model.graph(level).mask.sum())))
+            total += len(held_out) * n_sizes * (2 * len(names) + n_random)
+            bar.resize(total)
+            scores = {
+                method: attribute(
+                    model,
+                    ranked,
+                    method,
+                    level,
+                    recipe.attribution.batch_size,
+                    ablation="zero" if ablation == "zero" else "mean",
+                    ig_steps=recipe.attribution.ig_steps,
+                )
+                for method in names
+            }
+            curves = faithfulness_curves(
+                model,
+                held_out,
+                scores,
+                ablation=ablation,
+                n_random=n_random,
+                greedy=greedy,
+                seed=seed,
+                progress=bar.advance,
+            )
+            rows = [asdict(curve) | _shown(scores[curve.method], edges) for curve in curves]
+            found[name] = curves
+            header = _header(side, ranked, held_out, ablation, n_random, greedy, seed)
+            folder.write_json(f"circuits/{name}.json", header | {"curves": rows})
+            draw_curves(folder.path / "circuits" / f"{name}.png", name, curves, len(held_out))
+            del model
+            gc.collect()
+    return found
+
+
+def _shown(scores: EdgeScores, edges: int) -> dict[str, object]:
+    """What the file says of the strongest edges."""
+    top = Circuit.top(scores, edges)
+    named = [edge._asdict() for edge in top.top_edges(edges)]
+    return {"top_edges": named, "pruned": len(top.pruned()), "nodes": top.nodes}
+
+
+def _header(
+    side: Side,
+    ranked: Sequence[TokenSequence],
+    held_out: Sequence[TokenSequence],
+    ablation: str,
+    n_random: int,
+    greedy: bool,
+    seed: int,
+) -> dict[str, object]:
+    return {
+        "schema": SCHEMA,
+        "model": side.model,
+        "cell": f"{side.comparison}.{side.side}",
+        "ranked_on": [sequence.id for sequence in ranked],
+        "measured_on": [sequence.id for sequence in held_out],
+        "ablation": ablation,
+        "n_random": n_random,
+        "greedy": greedy,
+        "seed": seed,
+    }
+
+
+def finished_run(run: str | Path) -> tuple[RunFolder, Recipe, dict[str, object]]:
+    """The folder of a run, its recipe and its record.
+
+    Raises:
+        ProbeError: It is none, or a model has changed since.
+    """
+    folder = RunFolder(run_path(run))
+    record = folder.read_record()
+    recipe = recipe_from(record["recipe"], str(folder.record))
+    if record["models"] != {model: fingerprint(model) for model in recipe.models()}:
+        raise ProbeError(
+            f"the weights of a model have changed since {folder.path} was made; start over: "
+            f"probe recipe ... --output {folder.path} --fresh"
+        )
+    return folder, recipe, record
+
+
+def first_sides(recipe: Recipe, sides: Sequence[Side]) -> dict[str, Side]:
+    """For each model, by its first name, the first comparison that it may be measured on."""
+    order = [comparison.name for comparison in measured_on(recipe)]
+    found = {}
+    for reference, name in first_names(recipe).items():
+        own = [s for s in sides if s.model == reference and s.comparison in order]
+        if own:
+            found[name] = min(own, key=lambda side: order.index(side.comparison))
+    return found
+
+
+def halves(
+    sequences: Sequence[TokenSequence], seed: int
+) -> tuple[list[TokenSequence], list[TokenSequence]]:
+    """Two halves of some questions, drawn by their ids.
+
+    Raises:
+        ProbeError: There are fewer than four.
+    """
+    if len(sequences) < 4:
+        raise ProbeError(f"{len(sequences)} questions cannot be halved; at least 4 are needed")
+    order = sorted(sequences, key=lambda sequence: sequence.id)
+    random.Random(seed).shuffle(order)
+    return order[: len(order) // 2], order[len(order) // 2 :]
