@@ -26,6 +26,7 @@ from probe.tracing import (
     Target,
     ablated_values,
     edge_scores,
+    from_zero,
     radau,
 )
 
@@ -72,10 +73,12 @@ def eap_ig(
     """EAP with the gradient integrated on the way from the ablated to the real embedding.
 
     Hanna et al. 2024 (arXiv 2403.17806), "EAP-IG inputs". The scores out of `input` sum to the
-    target with an ablated embedding, minus the target, as the steps become many. How near they
-    came is told with them.
+    target with an ablated embedding, minus the target, as the steps become many: hundreds, on the
+    way from zero. How near they came is told with them.
     """
-    return _gradients(model, sequences, graph, options, radau(options.ig_steps))
+    zero = options.baseline is None and options.corrupted is None
+    path = (from_zero if zero else radau)(options.ig_steps)
+    return _gradients(model, sequences, graph, options, path)
 
 
 def relp(

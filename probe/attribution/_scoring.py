@@ -205,7 +205,7 @@ class _Collected:
         if gap > LARGEST_GAP:
             warnings.warn(
                 f"{method}: {ig_steps} steps miss {gap:.0%} of what the integral should give; "
-                "take more ig_steps, or ablation mean, whose way is shorter",
+                "take more ig_steps (hundreds on the way from zero), or ablation mean",
                 stacklevel=3,
             )
 

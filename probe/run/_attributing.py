@@ -28,7 +28,7 @@ from probe.run._choosing import Side
 from probe.run._parallel import Event, OnEvent
 from probe.run._session import Run, Setup
 from probe.store import Damaged, RunFolder, edges_key, temperature_file
-from probe.tracing import RULE, Target
+from probe.tracing import Target, rule_of
 
 
 def attribute_all(run: Run, sides: Sequence[Side]) -> None:
@@ -122,7 +122,8 @@ def _settings(recipe: Recipe, side: Side, like: float | None) -> tuple[str, ...]
     """What edges depend on beside weights and texts."""
     options = recipe.attribution
     steps = method_named(options.method).steps(options.ig_steps)
-    points = str(steps) if steps == 1 else f"{steps} {RULE}"
+    rule = rule_of(steps, zero=options.ablation == "zero")
+    points = str(steps) if steps == 1 else f"{steps} {rule}"
     # Nothing of the loss at temperature 1: keys of old runs stay.
     target = Target(_what(recipe, side)).key if like is None else ("at loss", repr(like))
     settings = (options.method, options.granularity, options.ablation, points)

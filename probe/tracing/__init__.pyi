@@ -16,9 +16,11 @@ from ._contexts import temperature_losses as temperature_losses
 from ._contexts import written_values as written_values
 from ._edge_product import GRADIENT_GROUPS as GRADIENT_GROUPS
 from ._integration import HERE as HERE
-from ._integration import RULE as RULE
+from ._integration import MANY as MANY
 from ._integration import Path as Path
+from ._integration import from_zero as from_zero
 from ._integration import radau as radau
+from ._integration import rule_of as rule_of
 from ._layers import exact_dtype as exact_dtype
 from ._norm_vjp import NormVjp as NormVjp
 from ._roles import role_faults as role_faults

@@ -10,7 +10,7 @@ from test_methods import hold_denominators
 
 import probe
 from probe.attribution import exact_effects, matched_temperature, mean_losses
-from probe.tracing import TARGETS, Target, radau
+from probe.tracing import MANY, TARGETS, Target, from_zero, radau, rule_of
 
 SEQUENCES = [
     probe.TokenSequence([5, 61, 33, 7, 90, 12], [44, 8, 71]),
@@ -319,3 +319,35 @@ def test_some_edges_take_what_all_take(llama):
     edges = [probe.Edge(1, 0, 12), probe.Edge(0, 3, 10)]
     some = exact_effects(llama, SEQUENCES, edges, target="margin", corrupted=CORRUPTED)
     assert torch.allclose(some, torch.stack([whole.scores[edge] for edge in edges]), atol=1e-5)
+
+
+def test_an_integral_from_zero_closes_with_many_steps(tiny):
+    """The input's edges sum to the loss without an embedding, minus the loss."""
+    tokens = tiny.tokenizer("50-7-67-53=?50-7=43;")["input_ids"]
+    text = probe.TokenSequence(tokens[:12], tokens[12:])
+    network = tiny.network._module
+    embedded = network.get_input_embeddings()(torch.tensor([tokens[:-1]]))
+    with torch.no_grad():
+        nothing, whole = (
+            torch.nn.functional.cross_entropy(
+                network(inputs_embeds=factor * embedded).logits[0, 11:], torch.tensor(tokens[12:])
+            )
+            for factor in (0.0, 1.0)
+        )
+    wanted = float(nothing - whole)
+    assert wanted == pytest.approx(2.88, abs=0.005)
+    edges = probe.attribute(tiny, [text], "eap-ig", "block", ig_steps=500)
+    assert float(edges.scores[0, 0].sum()) == pytest.approx(wanted, rel=0.05)
+    assert float(edges.gaps) == pytest.approx(float(edges.scores[0, 0].sum()) - wanted, abs=1e-3)
+
+
+def test_few_points_of_a_way_from_zero_stay_where_the_input_has_a_size():
+    few, many = from_zero(MANY - 1), from_zero(MANY)
+    assert few is radau(MANY - 1)
+    assert rule_of(MANY - 1, zero=True) == rule_of(MANY, zero=False) == "radau"
+    assert rule_of(MANY, zero=True) == "radau-log"
+    assert float(many.points[0]) < 1e-11
+    assert float(many.points[-1]) == 1
+    for power in (0, 1, 3):  # integrals of t^power
+        found = (many.weights * many.points**power).sum()
+        assert float(found) == pytest.approx(1 / (power + 1), rel=1e-6)
