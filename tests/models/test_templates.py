@@ -56,6 +56,7 @@ def folder(tmp_path):
     return Path(shutil.copytree(SFT, tmp_path / "model"))
 
 
+@pytest.mark.slow
 def test_a_run_says_it_in_one_line(folder, tmp_path):
     (folder / "chat_template.jinja").write_text(LOOP)
     run = ("compare", folder, folder, "--benchmark", "tiny-math", "--prompt", "chat")
