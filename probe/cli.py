@@ -97,7 +97,10 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--method", help="eap, eap-ig, relp or exact."),
         click.option(
-            "--control", help="sharpness, loss-matched, margin, cross-text, random-text; or none."
+            "--control",
+            multiple=True,
+            callback=lambda _context, _option, names: ",".join(names) or None,
+            help="sharpness, loss-matched, margin, cross-text, random-text; or none.",
         ),
         click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1."),
         click.option("--dtype", help="float32, bfloat16, float16 or float64."),

@@ -181,6 +181,7 @@ def test_dry_run_of_a_recipe_whose_models_are_not_here(tmp_path):
         (["--method", "eapp"], "attribution.method is 'eapp'; known: eap"),
         (["--set", 'faithfulness.methods=["exct"]'], "faithfulness.methods is 'exct'"),
         (["--control", "cross-txt"], "attribution.control is 'cross-txt'"),
+        (["--control", "cross-txt", "--control", "margin"], "control is 'cross-txt'; known"),
         (["--kernels", "liger"], "kernels liger need"),
         (["--benchmark-path", "/no/file.jsonl"], "cannot read the benchmark"),
         (["--set", "pairs.0.prompt=chat"], "has no chat template"),

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from probe.errors import ProbeError, reason
+from probe.errors import ProbeError, install, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +51,7 @@ def gguf_folder(file: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     if find_spec("gguf") is None:
-        raise ProbeError(f"{file} is a GGUF file, which needs: pip install 'circuit-probe[gguf]'")
+        raise ProbeError(f"{file} is a GGUF file, which needs: {install('gguf')}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     try:
