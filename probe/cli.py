@@ -4,6 +4,7 @@
 heavy is imported before a command needs it, so that `--help` answers at once.
 """
 
+import errno
 import os
 import re
 import signal
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from probe.vocabulary import Grading
 
 
+_OF_THE_MACHINE = {
+    *(errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.EFBIG),
+}
+
+
 class Group(click.Group):
     """A group of commands that ends on errors as this project does."""
 
@@ -35,6 +42,15 @@ class Group(click.Group):
             from probe.escaping import one_line
 
             click.echo(f"probe: {one_line(str(error))}", err=True)
+            sys.exit(2)
+        except OSError as error:
+            # The machine's, not a bug of ours: a full disk, a name that is too long.
+            if error.errno not in _OF_THE_MACHINE:
+                raise
+            from probe.escaping import one_line
+
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"probe: {one_line(f'{where}{error.strerror}')}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
             click.echo("probe: stopped; the same command goes on from here", err=True)

@@ -303,3 +303,40 @@ def test_reports_of_two_runs_and_to_a_file(half_run, tmp_path):
     page = tmp_path / "report.html"
     assert call("report", half_run.path, "--format", "html", "--output", page).stdout == ""
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+LONG = "a" * 400
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("compare", LONG, "probe:tiny-math/sft", "--dry-run"),
+        ("compare", "a%b/c", "probe:tiny-math/sft", "--dry-run"),
+        ("compare", "probe:tiny-math/sft", "probe:tiny-math/grpo", "--benchmark", LONG),
+        ("recipe", "tiny-math", "--output", LONG, "--dry-run"),
+        ("recipe", "tiny-math", "--output", LONG),
+        ("recipe", "tiny-math", "--benchmark-path", LONG, "--dry-run"),
+        ("report", LONG),
+        ("faithfulness", LONG),
+        ("plot", LONG),
+        ("doctor", LONG),
+    ],
+)
+def test_names_that_no_system_takes(arguments):
+    result = call(*arguments)
+    assert result.exit_code == 2
+    said = (result.stderr or result.stdout).strip().splitlines()
+    assert "Traceback" not in result.stderr
+    assert re.search("too long|neither a folder here nor a hub id", said[-1])
+
+
+def test_a_question_that_a_tokenizer_cannot_take(tmp_path):
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"question": "what is ж?", "answer": "5"}\n')
+    result = call(
+        *("compare", "probe:tiny-math/sft", "probe:tiny-math/grpo", "--benchmark", questions),
+        *("--grading", "exact", "--prompt", "{question}", "--output", tmp_path / "run"),
+    )
+    assert result.exit_code == 2
+    assert "the tokenizer cannot take the text 'what is ж?'" in result.stderr

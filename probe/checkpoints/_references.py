@@ -73,6 +73,15 @@ def local_folder(reference: str) -> Path | None:
         return folder
     if reference.count("/") != 1 or reference.startswith((".", "~", "/")):
         raise ProbeError(f"model folder {reference!r} does not exist; give a folder or a hub id")
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(reference)
+    except HFValidationError as error:
+        raise ProbeError(
+            f"{reference!r} is neither a folder here nor a hub id: {reason(error)}"
+        ) from None
     return None
 
 

@@ -44,7 +44,14 @@ def encode_text(
     """
     if not chat:
         assert isinstance(text, str)
-        return _without_what_follows(tokenizer, text)
+        try:
+            return _without_what_follows(tokenizer, text)
+        except Exception as error:
+            # The tokenizers of Rust have no exception of their own; a vocabulary may lack a letter.
+            raise ProbeError(
+                f"{tokenizer.name_or_path}: the tokenizer cannot take the text {text[:60]!r}: "
+                f"{reason(error)}"
+            ) from error
     turns = [{"role": "user", "content": text}] if isinstance(text, str) else [*map(dict, text)]
     # A template writes special tokens itself.
     tokens: list[int] = tokenizer(_filled(tokenizer, turns), add_special_tokens=False)["input_ids"]

@@ -24,7 +24,7 @@ from probe.vocabulary import (
     Kernels,
 )
 
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 """A key that is not known is an error."""
 
 

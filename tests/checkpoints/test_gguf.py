@@ -70,7 +70,7 @@ def test_what_is_needed_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PROBE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("probe.checkpoints._gguf.find_spec", lambda _: None)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ProbeError, match=r"which needs: pip install 'circuit-probe\[gguf\]'"):
+    with pytest.raises(ProbeError, match=r'which needs: pip install -e "\.\[gguf\]"'):
         find_checkpoint(str(tmp_path / "m.gguf"))
 
 

@@ -402,3 +402,15 @@ def test_a_server_that_only_a_file_names_is_asked_nothing(tmp_path):
         assert read_recipe(path, {"compute.remote": server}).compute.remote == server
     path.write_text(SERVED.replace("http://127.0.0.1:9", "ndif"))
     assert read_recipe(path).compute.remote == "ndif"
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_a_published_value_is_a_number(tmp_path, number):
+    path = tmp_path / "odd.toml"
+    value = (
+        f'pair = "a"\nbenchmark = "tiny-math"\nmetric = "accuracy"\nbefore = {number}\nafter = 1\n'
+    )
+    text = SERVED.replace('[compute]\nremote = "http://127.0.0.1:9"\n', "")
+    path.write_text(f"{text}[[published]]\n{value}")
+    with pytest.raises(ProbeError, match=r"published\.0\.before"):
+        read_recipe(path)
