@@ -304,3 +304,14 @@ def save_small_model(folder, name, seed=0, **changes):
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(TOKENIZER / file, folder / file)
     return folder
+
+
+NOT_CONTINUOUS = (
+    *("gemma2", "gpt_oss", "nemotron", "stablelm", "deepseek", "glm4_moe_lite", "llama4"),
+)
+"""What the continuous engine of transformers does not run, by name or its beginning."""
+
+
+def runs_continuously(name):
+    """Whether the continuous engine of transformers runs a model; tests hold it to that."""
+    return name not in MIXERS and not name.startswith(NOT_CONTINUOUS)

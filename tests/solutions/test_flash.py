@@ -2,7 +2,7 @@ import random
 
 import pytest
 import torch
-from small_models import MODELS, save_small_model
+from small_models import MODELS, runs_continuously, save_small_model
 
 import probe
 from probe.solutions import _continuous as continuous
@@ -31,7 +31,7 @@ def one_by_one(query, key, value, ends_query, ends_key, longest_query, longest_k
     return output
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", filter(runs_continuously, MODELS))
 def test_every_architecture_asks_for_it_as_it_is_given(tmp_path, monkeypatch, name):
     """All but the kernel: packing, caches, windows, groups of heads, scaling."""
     model = probe.load_model(str(save_small_model(tmp_path, name)))

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 import torch
-from small_models import MIXERS, MODELS, save_small_model
+from small_models import MODELS, runs_continuously, save_small_model
 
 import probe
 import probe.solutions._generation
@@ -49,12 +49,6 @@ def test_an_engine_is_plain_greedy_decoding(tiny, prompts, engine):
     assert any(tiny.tokenizer.eos_token_id in tokens for tokens in found.values())
 
 
-NOT_CONTINUOUS = (
-    *("gemma2", "gpt_oss", "nemotron", "stablelm", "deepseek", "glm4_moe_lite", "llama4"),
-)
-"""What the engine of transformers does not run, by name or its beginning."""
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_engines_agree_on_every_architecture(tmp_path, name):
     model = probe.load_model(str(save_small_model(tmp_path, name)))
@@ -63,7 +57,7 @@ def test_engines_agree_on_every_architecture(tmp_path, name):
     limits = [draw.randrange(5, 40) for _ in prompts]
     said = []
     static = answers(model, prompts, limits, engine="static", batch_size=3)
-    if name in MIXERS or name.startswith(NOT_CONTINUOUS):
+    if not runs_continuously(name):
         assert static == answers(model, prompts, limits, engine="static", batch_size=1)
         with pytest.raises(RuntimeError, match="none for the attention of|did not pass a trial"):
             answers(model, prompts, limits, engine="continuous")
