@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from probe.causes import Outcomes as Outcomes
     from probe.causes import answers_under as answers_under
     from probe.causes import faithfulness_curves as faithfulness_curves
+    from probe.causes import graft as graft
     from probe.causes import intervene as intervene
     from probe.errors import ProbeError as ProbeError
     from probe.hosting import load_hosted as load_hosted
@@ -69,6 +70,7 @@ _MODULES = {
     "faithfulness_curves": "causes",
     "Outcomes": "causes",
     "answers_under": "causes",
+    "graft": "causes",
     "intervene": "causes",
     "run_circuits": "run",
     "compare": "run",

@@ -3,6 +3,7 @@ from ._curves import Curve as Curve
 from ._curves import faithfulness_curves as faithfulness_curves
 from ._curves import sizes_of as sizes_of
 from ._edge_sets import as_sets as as_sets
+from ._grafts import graft as graft
 from ._greedy import answers_under as answers_under
 from ._interventions import Outcomes as Outcomes
 from ._interventions import intervene as intervene

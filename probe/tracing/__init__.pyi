@@ -25,6 +25,7 @@ from ._layers import exact_dtype as exact_dtype
 from ._norm_vjp import NormVjp as NormVjp
 from ._roles import role_faults as role_faults
 from ._row_outcomes import OUTCOMES as OUTCOMES
+from ._row_outcomes import RowOutcomes as RowOutcomes
 from ._targets import TARGETS as TARGETS
 from ._targets import Target as Target
 from ._targets import TargetFunction as TargetFunction
