@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPTJForCausalLM
 
 TOKENIZER = Path(__file__).parent / "data" / "oracle" / "llama" / "model"
 
@@ -314,4 +314,6 @@ NOT_CONTINUOUS = (
 
 def runs_continuously(name):
     """Whether the continuous engine of transformers runs a model; tests hold it to that."""
+    if name == "gptj" and not GPTJForCausalLM._supports_attention_backend:
+        return False  # transformers gave it an attention that can be exchanged after 5.22
     return name not in MIXERS and not name.startswith(NOT_CONTINUOUS)
