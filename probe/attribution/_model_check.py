@@ -25,9 +25,12 @@ from probe.errors import ProbeError
 from probe.models import (
     ARCHITECTURES,
     GUIDE,
+    INSIDE,
+    REFUSED,
     Architecture,
     Graph,
     Model,
+    architecture_of,
     has,
     load_model,
     read_config,
@@ -104,7 +107,8 @@ def check(reference: str) -> ModelCheck:
         ProbeError: It cannot be read.
     """
     config = read_config(reference)
-    known = ARCHITECTURES.get(config.model_type)
+    kind = INSIDE.get(config.model_type, config.model_type)
+    known = architecture_of(kind) if kind in {*ARCHITECTURES, *REFUSED} else None
     model, how = _loaded(reference, known or Architecture())
     sequences = _sequences(model)
     row = f"{config.model_type}, in the table"

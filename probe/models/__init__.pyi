@@ -1,5 +1,7 @@
 from ._architectures import ARCHITECTURES as ARCHITECTURES
 from ._architectures import GUIDE as GUIDE
+from ._architectures import INSIDE as INSIDE
+from ._architectures import REFUSED as REFUSED
 from ._architectures import Architecture as Architecture
 from ._architectures import Heads as Heads
 from ._architectures import architecture_of as architecture_of

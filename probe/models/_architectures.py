@@ -26,6 +26,9 @@ class Architecture:
     layers: str = "model.layers"
     """The list of decoder layers."""
 
+    unembedding: str = "lm_head"
+    """What makes logits of what the final norm gives."""
+
     final_norm: str = "model.norm"
     """The norm before the unembedding; its input is what the target `logits` reads."""
 
@@ -356,6 +359,34 @@ _ROWS: dict[str, Architecture] = {
 
 ARCHITECTURES = Registry("architecture", Architecture, _ROWS)
 
+INSIDE = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
+"""Text decoders that exist inside a multimodal model only, by the row whose modules they have."""
+
+REFUSED = {
+    "deepseek_v4": "its residual stream is four streams that every block mixes (hyper-connections)",
+    "gemma3n": "its residual stream is four streams that every block mixes (AltUp)",
+    "gemma3n_text": "its residual stream is four streams that every block mixes (AltUp)",
+    "gemma4": "routers read the residual stream beside the branches, and layers multiply it",
+    "gemma4_text": "routers read the residual stream beside the branches, and layers multiply it",
+    "minimax": "every block multiplies the residual stream, so sources do not sum to it",
+    "falcon_h1": "attention and state space of a layer are added with factors of their own",
+    "granitemoeshared": "a layer's FFN is two modules side by side",
+    "granitemoehybrid": "a layer's FFN is two modules side by side",
+    "longcat_flash": "a layer has two attentions and two FFNs",
+    "deepseek_v32": "an indexer chooses what is attended to, which a gradient does not see",
+    "glm_moe_dsa": "an indexer chooses what is attended to, which a gradient does not see",
+    "mamba": "it has no attention and no FFN: a layer is one state space",
+    "mamba2": "it has no attention and no FFN: a layer is one state space",
+    "rwkv": "it has no attention: a layer mixes in time by a recurrence",
+    "olmo_hybrid": "its layers have norms before or behind blocks, by their kind",
+}
+"""Architectures that are known and cannot be right, each with the reason."""
+
 
 class Heads(NamedTuple):
     """How many heads an attention has, and how wide."""
@@ -376,6 +407,11 @@ def architecture_of(model_type: str) -> Architecture:
     Raises:
         ProbeError: The table has no such row; a guess could give wrong scores silently.
     """
+    model_type = INSIDE.get(model_type, model_type)
+    if model_type in REFUSED and model_type not in ARCHITECTURES:
+        raise ProbeError(
+            f"architecture {model_type!r} is refused: {REFUSED[model_type]}; see {GUIDE}"
+        )
     if model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ProbeError(

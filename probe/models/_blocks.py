@@ -4,6 +4,7 @@
 Blocks(attention=None, splits=False, ffn=True)
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from probe.errors import ProbeError
@@ -62,6 +63,22 @@ def blocks_of(row: Architecture, layer: "torch.nn.Module") -> Blocks:
     names = ", ".join((row.attention, *row.other_mixers))
     raise ProbeError(
         f"a layer has none of the attentions that its row names ({names}); see {GUIDE}"
+    )
+
+
+def text_inside(row: Architecture, module: "torch.nn.Module") -> Architecture:
+    """A row whose paths lead to the text decoder inside a multimodal model, or the row itself."""
+
+    def found(path: str) -> str:
+        end = path.removeprefix("model.")
+        places = (path, f"model.language_model.{end}", f"language_model.{path}")
+        return next((place for place in places if has(module, place)), path)
+
+    return replace(
+        row,
+        layers=found(row.layers),
+        final_norm=found(row.final_norm),
+        unembedding=found(row.unembedding),
     )
 
 

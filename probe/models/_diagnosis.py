@@ -127,7 +127,7 @@ def check_model(reference: str, numbers: bool = True) -> tuple[str, ...]:
     config = read_config(reference)
     architecture_of(config.model_type)
     read_tokenizer(reference)
-    remarks = check_weights(reference, config)
+    remarks = check_weights(reference, read_config(reference, whole=True))
     if numbers:
         broken = find_not_finite(weight_files(reference))
         if broken:

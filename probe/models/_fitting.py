@@ -13,7 +13,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 
@@ -141,11 +141,25 @@ def fit(
     Raises:
         ProbeError: They do not fit, or are quantised in a way that cannot be undone here.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        GenerationConfig,
+    )
 
     config = dequantized(place, config)
     build: Callable[..., tuple[PreTrainedModel, _Loading]]
-    build = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained  # type: ignore[attr-defined]
+    classes: Mapping[type, Any] = MODEL_FOR_CAUSAL_LM_MAPPING
+    text = config.get_text_config(decoder=True)
+    if text is not config:  # a text decoder inside others, which transformers may have by itself
+        alone = classes.get(type(config), None)
+        if alone is not None and alone.config_class is type(text):
+            config, classes, tensors = text, {type(text): alone}, text_tensors(tensors)
+        else:
+            classes = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if type(config) not in classes:
+        raise ProbeError(f"{place}: {config.model_type} is no model that writes text")
+    build = classes[type(config)].from_pretrained
     try:
         with _quiet():
             module, info = build(
@@ -176,6 +190,16 @@ def fit(
         if note and re.search(name, key)
     }
     return module, tuple(f"{place}: {note}" for note in sorted(said))
+
+
+def text_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of the text decoder inside a multimodal model, under the decoder's own names."""
+    inside = re.compile(r"^(model\.)?language_model\.")
+    return {
+        inside.sub(lambda found: found[1] or "", name): tensor
+        for name, tensor in tensors.items()
+        if inside.match(name) or name.startswith("lm_head.")
+    }
 
 
 def _complaint(

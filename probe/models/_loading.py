@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from probe.checkpoints import fetch_checkpoint
 from probe.errors import ProbeError, reason
 from probe.models._architectures import GUIDE, Architecture, Heads, architecture_of
-from probe.models._blocks import Blocks, blocks_of, single_block
+from probe.models._blocks import Blocks, blocks_of, single_block, text_inside
 from probe.models._graph import Graph
 from probe.vocabulary import DType, Granularity
 
@@ -191,8 +191,13 @@ class Model:
         return tuple(blocks_of(row, layer) for layer in layers)
 
 
-def read_config(reference: str) -> "PretrainedConfig":
+def read_config(reference: str, whole: bool = False) -> "PretrainedConfig":
     """Read a model's configuration without its weights.
+
+    Args:
+        reference: The model.
+        whole: Whether to give that of a multimodal model as it is, and not that of the text decoder
+            inside.
 
     Raises:
         ProbeError: There is no such model here or on the hub, or its config is damaged.
@@ -204,7 +209,7 @@ def read_config(reference: str) -> "PretrainedConfig":
         config: PretrainedConfig = AutoConfig.from_pretrained(folder)
     except Exception as error:  # what a file of strangers holds may end in any
         raise ProbeError(_cannot_read("the config", reference, error)) from error
-    return config
+    return config if whole else config.get_text_config(decoder=True)
 
 
 def read_tokenizer(reference: str) -> "PreTrainedTokenizerBase":
@@ -267,7 +272,8 @@ def load_model(
         raise ProbeError(f"device {device!r}: only CUDA devices can share a model")
     config = read_config(reference)
     architecture = architecture or architecture_of(config.model_type)
-    chosen = resolve_kernels(kernels, place, config.model_type)
+    whole = read_config(reference, whole=True)
+    chosen = resolve_kernels(kernels, place, whole.model_type)
     tokenizer = read_tokenizer(reference)
     # The fused kernel for experts knows no float64.
     experts = (
@@ -275,11 +281,13 @@ def load_model(
     )
     # Over several devices a model's layers are laid out evenly.
     layout = {"device_map": "balanced", "max_memory": _room(place, *more)} if more else {}
-    check_weights(reference, config)
+    check_weights(reference, whole)
     checkpoint = fetch_checkpoint(reference)
     with without_bars():
-        module = load_weights(checkpoint, config, getattr(torch, dtype), **experts, **layout)
-    config.vocab_size = module.config.vocab_size  # an adapter may bring tokens
+        module = load_weights(checkpoint, whole, getattr(torch, dtype), **experts, **layout)
+    # An adapter may bring tokens.
+    config.vocab_size = module.config.get_text_config(decoder=True).vocab_size
+    architecture = text_inside(architecture, module)
     module.requires_grad_(False).eval()
     if not more:
         module.to(place)  # type: ignore[arg-type]

@@ -197,6 +197,7 @@ def edge_scores(
     away, exact, layers = model.deployment is not None, exact_dtype(model), layers_of(model)
     final = attrgetter(model.architecture.final_norm)(network)
     final_norm = there(final)
+    unembedding = attrgetter(model.architecture.unembedding)(network)
     n_sequences = len(batch.input_ids)
     # What is copied without waiting lets one batch begin while the one before is computed.
     input_ids, n_silent = _blocks(batch, len(path.points))
@@ -216,7 +217,7 @@ def edge_scores(
                 edge_pass.watch(layers, final, final_norm)
                 # Here the model runs.
                 own = network.output.logits.detach()[compared_row, -1].to(exact)
-                scores = edge_pass.finish(network.lm_head, scored, compared, reference, checked)
+                scores = edge_pass.finish(unembedding, scored, compared, reference, checked)
             finally:
                 hooks.remove()
             scores = nnsight.save(bring(away, scores))
@@ -519,7 +520,7 @@ def describe(model: Model) -> torch.Tensor:
 
     with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
         with network.trace(input_ids=token, use_cache=False, backend=backend):
-            config = network._module.config
+            config = network._module.config.get_text_config(decoder=True)
             shape = (config.num_hidden_layers, config.hidden_size, 0)
             found = nnsight.save(layers[0].module.input.new_zeros(shape).cpu())
     return found
