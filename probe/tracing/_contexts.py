@@ -408,26 +408,7 @@ def written_values(
 
     It is the one place where activations leave a trace: they are on their way into another.
     """
-    network, layers = model.network, layers_of(model)
-    away = model.deployment is not None
-    input_ids = batch.input_ids.to(model.device)
-    hooks, writes = Hooks(), Writes(wiring_of(model, graph), wanted=set(wanted))
-    found: dict[int, torch.Tensor] = {}
-
-    with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
-        with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=backend):
-            settle(away, network.device)
-            try:
-                writes.watch_input(hooks, layers[0].module, found.__setitem__)
-                for number, layer in enumerate(layers):
-                    writes.watch(hooks, number, layer, found.__setitem__)
-                # Here the model runs.
-                network.output.logits  # noqa: B018 - waits for it
-            finally:
-                hooks.remove()
-            values = nnsight.save(
-                torch.stack([bring(away, found[source]) for source in sorted(found)])
-            )
+    values = _written(model, batch, Writes(wiring_of(model, graph), wanted=set(wanted)))
     return dict(zip(sorted(set(wanted)), values, strict=True))
 
 
@@ -452,11 +433,17 @@ def temperature_losses(model: Model, batch: Batch, temperatures: torch.Tensor) -
 
 def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
     """Sum of each source's output over all positions that are no filling: [source, d_model]."""
+    valid = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]  # [sequence, position]
+    writes = Writes(wiring_of(model, graph), summed=valid.to(model.device))
+    return _written(model, batch, writes).cpu()
+
+
+def _written(model: Model, batch: Batch, writes: Writes) -> torch.Tensor:
+    """What sources write, as `writes` keeps it, in the order of their indices: [source, ...]."""
     network, layers = model.network, layers_of(model)
     away = model.deployment is not None
     input_ids = batch.input_ids.to(model.device)
-    valid = (torch.arange(input_ids.shape[1]) < batch.lengths[:, None]).to(model.device)
-    hooks, writes = Hooks(), Writes(wiring_of(model, graph), summed=valid)
+    hooks = Hooks()
     found: dict[int, torch.Tensor] = {}
 
     with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
@@ -470,8 +457,10 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
                 network.output.logits  # noqa: B018 - waits for it
             finally:
                 hooks.remove()
-            sums = nnsight.save(torch.stack([found[source].cpu() for source in sorted(found)]))
-    return sums
+            one = found[min(found)].device  # layers may be on several
+            parts = [bring(away, found[source].to(one)) for source in sorted(found)]
+            values = nnsight.save(torch.stack(parts))
+    return values
 
 
 class States(NamedTuple):
