@@ -11,7 +11,7 @@ the answer, and every token of the answer is scored; cut the answer before, not 
 """
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -123,14 +123,7 @@ def attribute(
             options = replace(options, check=False)
         return way.score(model, [sequences[i] for i in indices], graph, options)
 
-    # A batch is fetched once the next one is on its way, so that a GPU never waits for Python.
-    last: tuple[list[int], EdgeBatch] | None = None
-    for indices, batch in batching.run([s.length for s in sequences], score, done):
-        if last:
-            found.add(*last)
-        last = indices, batch
-    if last:
-        found.add(*last)
+    found.add_all(batching.run([s.length for s in sequences], score, done))
     found.warn(method, ig_steps)
     return found.edges
 
@@ -161,6 +154,19 @@ class _Collected:
             values,
             gaps if integrated else None,
         )
+
+    def add_all(self, batches: Iterable[tuple[list[int], EdgeBatch]]) -> None:
+        """Take batches as they come.
+
+        One is fetched once the next is on its way, so that a GPU never waits for Python.
+        """
+        last: tuple[list[int], EdgeBatch] | None = None
+        for indices, batch in batches:
+            if last:
+                self.add(*last)
+            last = indices, batch
+        if last:
+            self.add(*last)
 
     def add(self, indices: list[int], batch: EdgeBatch) -> None:
         """Check a batch and keep it.

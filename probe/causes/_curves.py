@@ -132,15 +132,8 @@ def faithfulness_curves(
         [grow(found, size, signed).edges for found in scores.values() for size in sizes]
     )
     drawn = torch.cat([random_circuits(graph, n_random, size, seed + size) for size in sizes])
-    found = _kept(
-        model,
-        sequences,
-        torch.cat([own, graph.mask & ~own, drawn]),
-        graph,
-        ablation,
-        seed,
-        progress,
-    )
+    masks = torch.cat([own, graph.mask & ~own, drawn])
+    found = _kept(model, sequences, masks, graph, ablation, seed, progress)
     scale = _Scale.of(found, len(sizes))
     shares, accuracy = scale.shares(found), found.accuracy.double().mean(1)
     circuits, without = shares[: len(own)], shares[len(own) : 2 * len(own)]
@@ -169,16 +162,21 @@ def faithfulness_curves(
         for _, points, of_method in curves
     ]
     return tuple(
-        Curve(
-            method,
-            points,
-            cpr=_area(points, "faithfulness", distance=False),
-            cmd=_area(points, "faithfulness", distance=True),
-            random_cpr=_area(points, "random", distance=False),
-            random_cmd=_area(points, "random", distance=True),
-            needless=rest,
-        )
+        _curve(method, points, rest)
         for (method, points, _), rest in zip(curves, needless, strict=True)
+    )
+
+
+def _curve(method: str, points: tuple[Point, ...], needless: float | None) -> Curve:
+    """Points with the areas below and above them."""
+    return Curve(
+        method,
+        points,
+        cpr=_area(points, "faithfulness", distance=False),
+        cmd=_area(points, "faithfulness", distance=True),
+        random_cpr=_area(points, "random", distance=False),
+        random_cmd=_area(points, "random", distance=True),
+        needless=needless,
     )
 
 

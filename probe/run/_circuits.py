@@ -7,8 +7,9 @@
 
 import gc
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -65,19 +66,14 @@ def run_circuits(
         ProbeError: No run folder, a run that has not got so far, an unknown method, a model that
             has changed since the run.
     """
-    names = (methods,) if isinstance(methods, str) else tuple(dict.fromkeys(methods or METHODS))
-    for name in names:
-        method_named(name)
-    for what, value in (("n_random", n_random), ("edges", edges), ("questions", questions)):
-        check_count(what, value)
+    names = _checked(methods, {"n_random": n_random, "edges": edges, "questions": questions})
     folder, recipe, record = finished_run(run)
     console = console or PlainConsole(stderr=True)
     found: dict[str, tuple[Curve, ...]] = {}
     sides, host = read_sides(recipe, folder), recipe_host(recipe, console)
     folder.open()
     with running(recipe, folder, record, host, console) as session:
-        total = 0
-        models = first_sides(recipe, sides)
+        total, models = 0, first_sides(recipe, sides)
         bar = session.bar("circuits", 0)
         for number, (name, side) in enumerate(models.items()):
             model = session.load(side.model, session.devices[number % len(session.devices)])
@@ -86,18 +82,16 @@ def run_circuits(
             n_sizes = len(sizes_of(int(model.graph(level).mask.sum())))
             total += len(held_out) * n_sizes * (2 * len(names) + n_random)
             bar.resize(total)
-            scores = {
-                method: attribute(
-                    model,
-                    ranked,
-                    method,
-                    level,
-                    recipe.attribution.batch_size,
-                    ablation="zero" if ablation == "zero" else "mean",
-                    ig_steps=recipe.attribution.ig_steps,
-                )
-                for method in names
-            }
+            score = partial(
+                attribute,
+                model,
+                ranked,
+                granularity=level,
+                batch_size=recipe.attribution.batch_size,
+                ablation="zero" if ablation == "zero" else "mean",
+                ig_steps=recipe.attribution.ig_steps,
+            )
+            scores = {method: score(method=method) for method in names}
             curves = faithfulness_curves(
                 model,
                 held_out,
@@ -116,6 +110,16 @@ def run_circuits(
             del model
             gc.collect()
     return found
+
+
+def _checked(methods: str | Sequence[str] | None, counts: Mapping[str, object]) -> tuple[str, ...]:
+    """The names of the methods, once each, if they are known and these are counts."""
+    names = (methods,) if isinstance(methods, str) else tuple(dict.fromkeys(methods or METHODS))
+    for name in names:
+        method_named(name)
+    for what, value in counts.items():
+        check_count(what, value)
+    return names
 
 
 def _shown(scores: EdgeScores, edges: int) -> dict[str, object]:
