@@ -19,6 +19,7 @@ from probe.causes import Circuit, Curve, Leaves, faithfulness_curves, sizes_of
 from probe.checkpoints import fingerprint
 from probe.errors import ProbeError, check_count
 from probe.escaping import PlainConsole
+from probe.models import Model
 from probe.recipe import Recipe, recipe_from
 from probe.report import draw_curves
 from probe.run._choosing import Side, measured_on, read_sides
@@ -82,16 +83,7 @@ def run_circuits(
             n_sizes = len(sizes_of(int(model.graph(level).mask.sum())))
             total += len(held_out) * n_sizes * (2 * len(names) + n_random)
             bar.resize(total)
-            score = partial(
-                attribute,
-                model,
-                ranked,
-                granularity=level,
-                batch_size=recipe.attribution.batch_size,
-                ablation="zero" if ablation == "zero" else "mean",
-                ig_steps=recipe.attribution.ig_steps,
-            )
-            scores = {method: score(method=method) for method in names}
+            scores = _scored(model, ranked, names, level, recipe, ablation)
             curves = faithfulness_curves(
                 model,
                 held_out,
@@ -120,6 +112,27 @@ def _checked(methods: str | Sequence[str] | None, counts: Mapping[str, object]) 
     for what, value in counts.items():
         check_count(what, value)
     return names
+
+
+def _scored(
+    model: Model,
+    sequences: Sequence[TokenSequence],
+    methods: Sequence[str],
+    granularity: Granularity,
+    recipe: Recipe,
+    ablation: Leaves,
+) -> dict[str, EdgeScores]:
+    """The scores that rank the edges, by method."""
+    score = partial(
+        attribute,
+        model,
+        sequences,
+        granularity=granularity,
+        batch_size=recipe.attribution.batch_size,
+        ablation="zero" if ablation == "zero" else "mean",
+        ig_steps=recipe.attribution.ig_steps,
+    )
+    return {method: score(method=method) for method in methods}
 
 
 def _shown(scores: EdgeScores, edges: int) -> dict[str, object]:
