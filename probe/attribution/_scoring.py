@@ -116,12 +116,13 @@ def attribute(
     def score(indices: list[int], memory: MemoryMode) -> EdgeBatch:
         references = target.references(indices)
         beside = None if texts is None else [texts[i] for i in indices]
-        options = Options(ig_steps, baseline, batch_size, memory, target, references, beside)
-        if unchecked:
-            unchecked.clear()
-        else:
-            options = replace(options, check=False)
-        return way.score(model, [sequences[i] for i in indices], graph, options)
+        options = Options(
+            *(ig_steps, baseline, batch_size, memory, target, references, beside),
+            check=bool(unchecked),
+        )
+        batch = way.score(model, [sequences[i] for i in indices], graph, options)
+        unchecked.clear()  # not before: one that did not fit into memory comes again
+        return batch
 
     found.add_all(batching.run([s.length for s in sequences], score, done))
     found.warn(method, ig_steps)

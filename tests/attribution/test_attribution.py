@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conftest import DATA, oracle_sequences, save_random_model
 
 import probe
+from probe.attribution import METHODS
 from probe.errors import ProbeError
 
 
@@ -151,3 +154,21 @@ def test_a_gpu_gives_the_same_scores(oracle):
     sequences, truth = oracle_sequences(oracle)
     edges = probe.attribute(probe.load_model(str(oracle / "model"), "cuda"), sequences)
     assert max(distance(edges.scores, truth["iso_scores"])) <= 1e-5
+
+
+def test_the_first_batch_is_checked_though_it_did_not_fit_at_first(tiny, monkeypatch):
+    """A batch that comes again in halves is the first one still."""
+    checked, way = [], METHODS["eap"]
+
+    def score(model, sequences, graph, options):
+        checked.append(options.check)
+        if len(checked) == 1:
+            raise torch.OutOfMemoryError("this is too much")
+        return way.score(model, sequences, graph, options)
+
+    monkeypatch.setitem(METHODS, "eap", replace(way, score=score))
+    sequences = [probe.TokenSequence([5, 6, 7], [8, 9, part]) for part in range(4, 12)]
+    probe.attribute(tiny, sequences, batch_size=4)
+    assert checked[:2] == [True, True]
+    assert len(checked) > 2
+    assert not any(checked[2:])
