@@ -38,19 +38,16 @@ class Group(click.Group):
         """Run a command; a user's mistake is one line and exit code 2, Ctrl-C is 130."""
         try:
             return super().invoke(context)
-        except ProbeError as error:
+        except (ProbeError, OSError) as error:
             from probe.escaping import one_line
 
-            click.echo(f"probe: {one_line(str(error))}", err=True)
-            sys.exit(2)
-        except OSError as error:
-            # The machine's, not a bug of ours: a full disk, a name that is too long.
-            if error.errno not in _OF_THE_MACHINE:
-                raise
-            from probe.escaping import one_line
-
-            where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"probe: {one_line(f'{where}{error.strerror}')}", err=True)
+            said = str(error)
+            if isinstance(error, OSError):
+                # The machine's, not a bug of ours: a full disk, a name that is too long.
+                if error.errno not in _OF_THE_MACHINE:
+                    raise
+                said = f"{error.filename}: " * bool(error.filename) + str(error.strerror)
+            click.echo(f"probe: {one_line(said)}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
             click.echo("probe: stopped; the same command goes on from here", err=True)
@@ -364,7 +361,10 @@ def faithfulness(
 @click.option(
     "--questions", type=click.IntRange(4), default=100, help="Questions per model [default: 100]."
 )
-def circuit(run: str, methods: str | None, greedy: bool, questions: int) -> None:
+@remote_option
+def circuit(
+    run: str, methods: str | None, greedy: bool, questions: int, remote: str | None
+) -> None:
     """Measure how much of each model its strongest edges do alone.
 
     Edges are ranked on half of the questions; on the other half circuits of growing size are kept
@@ -379,7 +379,9 @@ def circuit(run: str, methods: str | None, greedy: bool, questions: int) -> None
     from probe.run import run_circuits
 
     names = methods and [name.strip() for name in methods.split(",")]
-    found = run_circuits(run, methods=names or None, greedy=greedy, questions=questions)
+    found = run_circuits(
+        run, methods=names or None, greedy=greedy, questions=questions, remote=remote
+    )
     PlainConsole().print(curves_table(found))
 
 

@@ -14,7 +14,7 @@ from probe.recipe import Comparison, Recipe, SelectionOptions
 from probe.run._session import Run
 from probe.solutions import Selection, Solution, select
 from probe.stats import ControlSide, control_sides, texts_of
-from probe.store import RunFolder, model_names
+from probe.store import RunFolder, first_names, model_names
 
 
 class Side(NamedTuple):
@@ -117,6 +117,20 @@ def measured_on(recipe: Recipe) -> list[Comparison]:
         for choice in recipe.benchmarks
         for pair in recipe.pairs
     ]
+
+
+def measured_sides(recipe: Recipe, sides: Sequence[Side]) -> dict[str, Side]:
+    """What each model is measured on, by its first name: the first of the comparisons above.
+
+    A model of which no question was chosen is none of them.
+    """
+    order = [comparison.name for comparison in measured_on(recipe)]
+    found = {}
+    for reference, name in first_names(recipe).items():
+        own = [side for side in sides if side.model == reference and side.comparison in order]
+        if own:
+            found[name] = min(own, key=lambda side: order.index(side.comparison))
+    return found
 
 
 def read_sides(recipe: Recipe, folder: RunFolder) -> list[Side]:

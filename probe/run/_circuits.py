@@ -16,15 +16,15 @@ from rich.console import Console
 
 from probe.attribution import EdgeScores, TokenSequence, attribute, method_named
 from probe.causes import Circuit, Curve, Leaves, faithfulness_curves, sizes_of
-from probe.checkpoints import fingerprint
 from probe.errors import ProbeError, check_count
 from probe.escaping import PlainConsole
 from probe.models import Model
-from probe.recipe import Recipe, recipe_from
+from probe.recipe import Recipe
 from probe.report import draw_curves
-from probe.run._choosing import Side, measured_on, read_sides
+from probe.run._choosing import Side, measured_sides, read_sides
+from probe.run._finished import check_unchanged, recorded
 from probe.run._session import recipe_host, running
-from probe.store import SCHEMA, RunFolder, first_names, run_path
+from probe.store import SCHEMA, RunFolder, run_path
 from probe.vocabulary import Granularity
 
 METHODS = ("eap", "eap-ig", "relp", "exact")
@@ -41,6 +41,7 @@ def run_circuits(
     questions: int = 100,
     edges: int = 20,
     seed: int = 42,
+    remote: str | None = None,
     console: Console | None = None,
 ) -> dict[str, tuple[Curve, ...]]:
     """Measure the circuits of every model of a run, into its folder.
@@ -58,6 +59,7 @@ def run_circuits(
         questions: How many questions are used, both halves together, at most.
         edges: How many of the strongest edges are kept in the file by name.
         seed: Seed of the halves and of random circuits.
+        remote: The server that runs it; as the recipe has it, where not given.
         console: Where progress goes; standard error if not given.
 
     Returns:
@@ -68,13 +70,15 @@ def run_circuits(
             has changed since the run.
     """
     names = _checked(methods, {"n_random": n_random, "edges": edges, "questions": questions})
-    folder, recipe, record = finished_run(run)
+    folder = RunFolder(run_path(run))
+    recipe, record = recorded(folder, remote)
+    check_unchanged(folder, recipe, record)
     console = console or PlainConsole(stderr=True)
     found: dict[str, tuple[Curve, ...]] = {}
     sides, host = read_sides(recipe, folder), recipe_host(recipe, console)
     folder.open()
     with running(recipe, folder, record, host, console) as session:
-        total, models = 0, first_sides(recipe, sides)
+        total, models = 0, measured_sides(recipe, sides)
         bar = session.bar("circuits", 0)
         for number, (name, side) in enumerate(models.items()):
             model = session.load(side.model, session.devices[number % len(session.devices)])
@@ -162,34 +166,6 @@ def _header(
         "greedy": greedy,
         "seed": seed,
     }
-
-
-def finished_run(run: str | Path) -> tuple[RunFolder, Recipe, dict[str, object]]:
-    """The folder of a run, its recipe and its record.
-
-    Raises:
-        ProbeError: It is none, or a model has changed since.
-    """
-    folder = RunFolder(run_path(run))
-    record = folder.read_record()
-    recipe = recipe_from(record["recipe"], str(folder.record))
-    if record["models"] != {model: fingerprint(model) for model in recipe.models()}:
-        raise ProbeError(
-            f"the weights of a model have changed since {folder.path} was made; start over: "
-            f"probe recipe ... --output {folder.path} --fresh"
-        )
-    return folder, recipe, record
-
-
-def first_sides(recipe: Recipe, sides: Sequence[Side]) -> dict[str, Side]:
-    """For each model, by its first name, the first comparison that it may be measured on."""
-    order = [comparison.name for comparison in measured_on(recipe)]
-    found = {}
-    for reference, name in first_names(recipe).items():
-        own = [s for s in sides if s.model == reference and s.comparison in order]
-        if own:
-            found[name] = min(own, key=lambda side: order.index(side.comparison))
-    return found
 
 
 def halves(

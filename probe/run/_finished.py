@@ -67,10 +67,7 @@ def run_faithfulness(
     is_recipe = str(run) in recipe_files() or Path(run).suffix == ".toml"
     if folder.record.exists() or (folder.path.is_dir() and not is_recipe):
         is_recipe = False
-        record = folder.read_record()
-        recipe = recipe_from(record["recipe"], str(folder.record))
-        if remote is None:
-            check_named_server(recipe, str(folder.record))
+        recipe, record = recorded(folder, remote)
     else:
         try:
             recipe = read_recipe(run, {} if remote is None else {"compute.remote": remote})
@@ -93,11 +90,7 @@ def run_faithfulness(
     if is_recipe:
         return run_recipe(recipe, console=console).faithfulness
 
-    if record["models"] != {model: fingerprint(model) for model in recipe.models()}:
-        raise ProbeError(
-            f"the weights of a model have changed since {folder.path} was made; start over: "
-            f"probe recipe ... --output {folder.path} --fresh"
-        )
+    check_unchanged(folder, recipe, record)
     sides = read_sides(recipe, folder)
     host = recipe_host(recipe, console)
     folder.open()
@@ -106,6 +99,37 @@ def run_faithfulness(
     report = build_report(folder.path)
     folder.write_json("report.json", report.table)
     return report.faithfulness
+
+
+def recorded(folder: RunFolder, remote: str | None = None) -> tuple[Recipe, dict[str, object]]:
+    """The recipe of a run that went before, on the server that is asked for, and its record.
+
+    Args:
+        folder: The run.
+        remote: The server that the user asks for.
+
+    Raises:
+        ProbeError: There is none, or it names a server that the user does not.
+    """
+    record = folder.read_record()
+    recipe = recipe_from(record["recipe"], str(folder.record))
+    if remote is None:
+        check_named_server(recipe, str(folder.record))
+        return recipe, record
+    return _with(recipe, str(folder.path), compute={"remote": remote}), record
+
+
+def check_unchanged(folder: RunFolder, recipe: Recipe, record: Mapping[str, object]) -> None:
+    """Check that the models are those that a run was made with.
+
+    Raises:
+        ProbeError: The weights of one are others.
+    """
+    if record["models"] != {model: fingerprint(model) for model in recipe.models()}:
+        raise ProbeError(
+            f"the weights of a model have changed since {folder.path} was made; start over: "
+            f"probe recipe ... --output {folder.path} --fresh"
+        )
 
 
 def _with(recipe: Recipe, where: str, **changes: Mapping[str, object]) -> Recipe:

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from probe.checkpoints import fingerprint
 from probe.errors import ProbeError
 from probe.report import draw_scatter
-from probe.run._choosing import Side, measured_on
+from probe.run._choosing import Side, measured_sides
 from probe.run._faithfulness import measure
 from probe.run._session import Bar, Run
 from probe.stats import MeasuredEdge, compare_all
@@ -28,19 +28,18 @@ def measure_models(run: Run, sides: Sequence[Side]) -> None:
     """
     recipe = run.recipe
     total = recipe.faithfulness.edges * len(recipe.models())
-    order = [comparison.name for comparison in measured_on(recipe)]
-    sides = [side for side in sides if side.comparison in order]
+    measured = measured_sides(recipe, sides)
     with run.phase("faithfulness"):
         bar = run.bar("faithfulness", total)
-        for number, (reference, name) in enumerate(first_names(recipe).items()):
-            of_model = [side for side in sides if side.model == reference]
-            if not of_model:
+        for number, name in enumerate(first_names(recipe).values()):
+            if name not in measured:
                 run.say(f"faithfulness of {name}: left out, as no question of it was chosen")
                 total -= recipe.faithfulness.edges
                 bar.resize(total)
                 continue
-            side = min(of_model, key=lambda side: order.index(side.comparison))
-            edges = _measure_side(run, side, name, run.devices[number % len(run.devices)], bar)
+            edges = _measure_side(
+                run, measured[name], name, run.devices[number % len(run.devices)], bar
+            )
             total += edges - recipe.faithfulness.edges  # where a model has fewer than that
             bar.resize(total)
             gc.collect()

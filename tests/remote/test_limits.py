@@ -333,9 +333,10 @@ def test_a_file_cannot_take_the_key_somewhere(serve, tmp_path, monkeypatch):
     record = json.loads((tmp_path / "theirs" / "run.json").read_text())
     record["recipe"]["compute"]["remote"] = url
     (tmp_path / "theirs" / "run.json").write_text(json.dumps(record))
-    result = call("faithfulness", tmp_path / "theirs")
-    assert result.exit_code == 2
-    assert f"ask for it: --remote {url}" in result.stderr
+    for command in ("faithfulness", "circuit"):
+        result = call(command, tmp_path / "theirs")
+        assert result.exit_code == 2
+        assert f"ask for it: --remote {url}" in result.stderr
     assert seen == []
     result = call("recipe", recipe, *run, "--remote", url)
     assert result.exit_code == 2  # it is no NDIF server
