@@ -57,12 +57,15 @@ def check_roles(model: Model, graph: Graph) -> None:
     Raises:
         ProbeError: It does.
     """
+    if graph.granularity in model.roles_known:
+        return
     faults = role_faults(model, graph)
     if faults:
         raise ProbeError(
             f"{model.reference}: {faults[0]}: the row {model.config.model_type!r} of the "
             f"architecture table says wrong where query, key and value lie; see {GUIDE}"
         )
+    model.roles_known.add(graph.granularity)
 
 
 def _sum_faults(batch: EdgeBatch, largest: float) -> Iterator[tuple[str, float, float]]:
@@ -112,6 +115,6 @@ def _reading_faults(
     yield "keys and values are not made of the vector that the row says", given, largest
     yield (
         "a norm inside or behind a block computes another formula than the row says",
-        (formula),
+        formula,
         largest,
     )

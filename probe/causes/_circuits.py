@@ -5,8 +5,9 @@
 [ScoredEdge(source='m3', target='logits', score=0.61), ScoredEdge(...)]
 """
 
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 
 import torch
 
@@ -55,16 +56,20 @@ class Circuit:
         """
         graph, means = scores.graph, mean_scores(scores)
         edges = torch.zeros_like(graph.mask)
-        order = ranking(graph, means, signed)
-        behind = _behind(graph)
-        open_targets = {len(graph.targets) - 1}
-        for _ in range(min(_count(count), len(order))):
-            place = next((i for i, edge in enumerate(order) if edge[1] in open_targets), None)
-            if place is None:
+        into: dict[int, list[tuple[int, int]]] = {}  # of each target its edges, by their ranks
+        for rank, (source, target) in enumerate(ranking(graph, means, signed)):
+            into.setdefault(target, []).append((rank, source))
+        behind, opened = _behind(graph), {len(graph.targets) - 1}
+        waiting = [(rank, source, target) for target in opened for rank, source in into[target]]
+        for _ in range(_count(count)):
+            if not waiting:
                 break
-            source, target = order.pop(place)
+            _, source, target = heappop(waiting)
             edges[source, target] = True
-            open_targets.update(behind[source])
+            for other in {*behind[source]} - opened:
+                opened.add(other)
+                for rank, before in into.get(other, ()):
+                    heappush(waiting, (rank, before, other))
         return cls(graph, means, edges)
 
     def pruned(self) -> "Circuit":
@@ -155,35 +160,24 @@ def _behind(graph: Graph) -> list[tuple[int, ...]]:
 
     Of a head these are its query, and the key and value that it shares with its group.
     """
+    targets = [Node.parse(name) for name in graph.targets]
+    sources = [Node.parse(name) for name in graph.sources]
     blocks: dict[str, list[int]] = {}
-    for place, name in enumerate(graph.targets):
-        blocks.setdefault(Node.parse(name).block, []).append(place)
-    found = []
-    for name in graph.sources:
-        node = Node.parse(name)
-        places = blocks.get(node.block, [])
-        if node.part == "bias":
-            places = []
-        elif node.part:
-            places = _of_head(graph, places, node, _heads(graph.sources, node.block))
-        found.append(tuple(places))
-    return found
-
-
-def _heads(names: Iterable[str], block: str, branch: str = "") -> int:
-    """How many heads a block has, as a source or as one of its branches."""
-    nodes = [Node.parse(name) for name in names]
-    return sum(
-        node.block == block and node.branch == branch and node.part.startswith("h")
-        for node in nodes
+    for place, node in enumerate(targets):
+        blocks.setdefault(node.block, []).append(place)
+    # How many heads a block has, as a source (no branch) and as each of its branches.
+    heads = Counter(
+        (node.block, node.branch) for node in (*sources, *targets) if node.part.startswith("h")
     )
 
+    def of_head(node: Node, place: int) -> bool:
+        target = targets[place]
+        share = heads[node.block, target.branch]
+        own = int(node.part[1:]) * share // heads[node.block, ""]
+        return not target.part or int(target.part[1:]) == own
 
-def _of_head(graph: Graph, places: list[int], node: Node, heads: int) -> list[int]:
-    number, found = int(node.part[1:]), []
-    for place in places:
-        target = Node.parse(graph.targets[place])
-        count = _heads(graph.targets, node.block, target.branch)
-        if not target.part or int(target.part[1:]) == number * count // heads:
-            found.append(place)
+    found = []
+    for node in sources:
+        places = [] if node.part == "bias" else blocks.get(node.block, [])
+        found.append(tuple(p for p in places if not node.part or of_head(node, p)))
     return found

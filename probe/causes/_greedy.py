@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from probe.attribution import Batching, Given, TokenSequence, as_sequences, make_batch
-from probe.causes._edge_sets import Sets, as_sets
-from probe.causes._plans import Do, Elsewhere, Leaves, Plan, same_graph
+from probe.attribution import Batching, Given, TokenSequence, make_batch
+from probe.causes._edge_sets import Sets
+from probe.causes._plans import Changes, Do, Leaves, Plan, prepare
 from probe.errors import check_count
-from probe.models import Graph, Model, as_model, end_tokens
-from probe.tracing import MemoryMode, changed_outcomes
+from probe.models import Model, as_model, end_tokens
+from probe.tracing import MemoryMode
 from probe.vocabulary import Granularity
 
 GUESSED = 8
@@ -51,30 +51,25 @@ def answers_under(
     model = as_model(model)
     check_count("max_new_tokens", max_new_tokens)
     plan = Plan.of(do, factor, ablation, None if other is None else as_model(other))
-    graph = same_graph(model, plan.other, granularity)
-    texts = as_sequences(model, sequences)
-    changed = plan.changed(graph, as_sets(graph, sets))
-    elsewhere = Elsewhere(model, graph, plan, texts, changed, seed, "auto")
-    return answers_of(model, graph, plan, elsewhere, changed, texts, max_new_tokens)
+    changes, changed, texts = prepare(model, plan, sequences, sets, granularity, seed, "auto")
+    return answers_of(changes, changed, texts, max_new_tokens)
 
 
 def answers_of(
-    model: Model,
-    graph: Graph,
-    plan: Plan,
-    elsewhere: Elsewhere,
+    changes: Changes,
     changed: torch.Tensor,
     texts: Sequence[TokenSequence],
     max_new_tokens: int,
 ) -> list[list[list[int]]]:
     """The answers of each set to each text; see `answers_under`."""
+    model = changes.model
     ends = end_tokens(model.settings, model.tokenizer)
     found = []
     for place, text in enumerate(texts):
         limit = max_new_tokens
         if model.context:
             limit = min(limit, model.context - len(text.prompt))
-        writing = _Writing(model, graph, plan, elsewhere, place, text, limit, ends)
+        writing = _Writing(changes, place, text, limit, ends)
         found.append(writing.write(changed))
     return [[of_text[number] for of_text in found] for number in range(len(changed))]
 
@@ -84,25 +79,22 @@ class _Writing:
 
     def __init__(
         self,
-        model: Model,
-        graph: Graph,
-        plan: Plan,
-        elsewhere: Elsewhere,
+        changes: Changes,
         place: int,
         text: TokenSequence,
         limit: int,
         ends: Sequence[int],
     ) -> None:
         """Begin with a sequence's own answer as a guess."""
-        self.model, self.graph, self.plan, self.elsewhere = model, graph, plan, elsewhere
-        self.place, self.text, self.limit, self.ends = place, text, limit, ends
+        self.changes, self.place, self.text = changes, place, text
+        self.limit, self.ends = limit, ends
 
     def write(self, changed: torch.Tensor) -> list[list[int]]:
         """Write the answer of each set, bool [set, source, target]."""
         guess = [*self.text.answer][: self.limit]
         answers = [list(guess) for _ in changed]
         right = [0] * len(answers)  # so many tokens of each are known to be right
-        batching = Batching(self.model, self.graph, "auto", recompute=False)
+        batching = Batching(self.changes.model, self.changes.graph, "auto", recompute=False)
         todo = list(range(len(answers)))
         while todo:
             self._step(batching, changed, answers, right, todo)
@@ -140,11 +132,8 @@ class _Writing:
         texts = [TokenSequence(self.text.prompt, answer) for answer in answers]
         if len(texts) == 1:  # one sequence would stand for all rows, the first of them unchanged
             texts, changed = texts * 2, torch.cat([changed, changed])
-        batch, plan = make_batch(texts), self.plan
-        values = self.elsewhere.of(self.place, batch)
-        found = changed_outcomes(
-            self.model, batch, self.graph, changed, plan.kept, plan.given, values
-        )
+        batch = make_batch(texts)
+        found = self.changes.run(batch, changed, self.changes.values(self.place, batch))
         rows = zip(found.choices.tolist(), answers, strict=False)
         return [row[: len(answer)] for row, answer in rows]
 

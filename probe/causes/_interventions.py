@@ -10,20 +10,13 @@ from pathlib import Path
 
 import torch
 
-from probe.attribution import (
-    Batching,
-    BatchSize,
-    Given,
-    TokenSequence,
-    as_sequences,
-    make_batch,
-)
-from probe.causes._edge_sets import Sets, as_sets
+from probe.attribution import Batching, BatchSize, Given, TokenSequence, make_batch
+from probe.causes._edge_sets import Sets
 from probe.causes._greedy import Judge, answers_of
-from probe.causes._plans import Do, Elsewhere, Leaves, Plan, same_graph
+from probe.causes._plans import Changes, Do, Leaves, Plan, prepare
 from probe.errors import ProbeError, check_count
-from probe.models import Graph, Model, as_model
-from probe.tracing import OUTCOMES, MemoryMode, changed_outcomes, exact_dtype
+from probe.models import Model, as_model
+from probe.tracing import OUTCOMES, MemoryMode, exact_dtype
 from probe.vocabulary import Granularity
 
 
@@ -103,25 +96,17 @@ def intervene(
     check_count("max_new_tokens", max_new_tokens)
     model = as_model(model)
     plan = Plan.of(do, factor, ablation, None if other is None else as_model(other))
-    graph = same_graph(model, plan.other, granularity)
-    matrices = as_sets(graph, sets)
-    texts = as_sequences(model, sequences)
-    changed = plan.changed(graph, matrices)
-    elsewhere = Elsewhere(model, graph, plan, texts, changed, seed, batch_size)
+    changes, changed, texts = prepare(model, plan, sequences, sets, granularity, seed, batch_size)
     found = torch.zeros(len(OUTCOMES), 1 + len(changed), len(texts), dtype=exact_dtype(model))
     for place, text in enumerate(texts):
-        found[:, :, place] = _on_one(
-            model, graph, plan, elsewhere, changed, place, text, batch_size, progress
-        )
+        found[:, :, place] = _on_one(changes, changed, place, text, batch_size, progress)
     if not found.isfinite().all():
         place = int((~found.isfinite()).any(0).any(0).nonzero()[0])
         raise ProbeError(f"sequence {texts[place].id}: an outcome is NaN or infinite")
     greedy = None
     if judge is not None:
-        unchanged = torch.zeros_like(graph.mask)[None]
-        answers = answers_of(
-            model, graph, plan, elsewhere, torch.cat([unchanged, changed]), texts, max_new_tokens
-        )
+        rows = torch.cat([torch.zeros_like(changed[:1]), changed])
+        answers = answers_of(changes, rows, texts, max_new_tokens)
         right = [[judge(place, one) for place, one in enumerate(row)] for row in answers]
         greedy = torch.tensor(right)
     whole = _named(found[:, :1], None if greedy is None else greedy[:1])
@@ -137,10 +122,7 @@ def _named(
 
 
 def _on_one(
-    model: Model,
-    graph: Graph,
-    plan: Plan,
-    elsewhere: Elsewhere,
+    changes: Changes,
     changed: torch.Tensor,
     place: int,
     text: TokenSequence,
@@ -148,16 +130,17 @@ def _on_one(
     progress: Callable[[int], None] | None,
 ) -> torch.Tensor:
     """All sets on one sequence, and the model as it is before them: [outcome, 1 + set]."""
-    batch = make_batch([text])
-    values = elsewhere.of(place, batch)
-    order = by_first_layer(graph, changed)
+    model, batch = changes.model, make_batch([text])
+    values = changes.values(place, batch)
+    # By the first layers that see a change; sets that change nothing come last.
+    order = changes.graph.first_layers(changed).argsort(stable=True).tolist()
     found = torch.zeros(len(OUTCOMES), 1 + len(changed), dtype=exact_dtype(model))
-    batching = Batching(model, graph, batch_size, recompute=False)
+    batching = Batching(model, changes.graph, batch_size, recompute=False)
 
     def run(indices: list[int], memory: MemoryMode) -> torch.Tensor:
         some = changed[[order[index] for index in sorted(indices)]]
         rows = torch.cat([torch.zeros_like(some[:1]), some])
-        return changed_outcomes(model, batch, graph, rows, plan.kept, plan.given, values).values
+        return changes.run(batch, rows, values).values
 
     for indices, part in batching.run([text.length] * len(order), run):
         found[:, [1 + order[index] for index in sorted(indices)]] = part[:, 1:]
@@ -165,11 +148,3 @@ def _on_one(
         if progress:
             progress(len(indices))
     return found
-
-
-def by_first_layer(graph: Graph, changed: torch.Tensor) -> list[int]:
-    """Sets in the order of the first layers that see a change; those that change nothing last."""
-    layer = torch.tensor([graph.layer(target) for target in graph.targets])
-    never = torch.full_like(layer, graph.n_layers)
-    first: list[int] = torch.where(changed.any(1), layer, never).amin(1).tolist()
-    return sorted(range(len(first)), key=first.__getitem__)

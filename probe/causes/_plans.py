@@ -19,10 +19,18 @@ from typing import Literal, get_args
 
 import torch
 
-from probe.attribution import BatchSize, TokenSequence, ablation_means, make_batch
+from probe.attribution import (
+    BatchSize,
+    Given,
+    TokenSequence,
+    ablation_means,
+    as_sequences,
+    make_batch,
+)
+from probe.causes._edge_sets import Sets, as_sets
 from probe.errors import ProbeError
 from probe.models import Graph, Model, cpu_threads
-from probe.tracing import Batch, written_values
+from probe.tracing import Batch, ChangedBatch, changed_outcomes, written_values
 from probe.vocabulary import Granularity
 
 Do = Literal["remove", "keep", "scale", "patch", "add"]
@@ -84,8 +92,8 @@ class Plan:
         return graph.mask & ~sets if self.do == "keep" else sets
 
 
-class Elsewhere:
-    """Where B comes from."""
+class Changes:
+    """A plan for one model: what runs with changed edges, and where B comes from."""
 
     def __init__(
         self,
@@ -121,7 +129,12 @@ class Elsewhere:
         elif ablates and plan.leaves == "resample":
             self._partners = [sequences[place] for place in partners(len(sequences), seed)]
 
-    def of(self, place: int, batch: Batch) -> Values:
+    def run(self, batch: Batch, rows: torch.Tensor, values: Values) -> ChangedBatch:
+        """Run a batch with the edges of each row changed, bool [row, source, target]."""
+        plan = self.plan
+        return changed_outcomes(self.model, batch, self.graph, rows, plan.kept, plan.given, values)
+
+    def values(self, place: int, batch: Batch) -> Values:
         """B on one sequence, or on rows of that sequence with other answers.
 
         Args:
@@ -147,6 +160,22 @@ class Elsewhere:
     def _written(self, model: Model, batch: Batch) -> dict[int, torch.Tensor]:
         with cpu_threads(model.threads):
             return written_values(model, batch, self.graph, self.wanted)
+
+
+def prepare(
+    model: Model,
+    plan: Plan,
+    sequences: Given,
+    sets: Sets,
+    granularity: Granularity,
+    seed: int,
+    batch_size: BatchSize,
+) -> tuple[Changes, torch.Tensor, list[TokenSequence]]:
+    """What runs, the changed edges of each set (bool [set, source, target]), and the sequences."""
+    graph = same_graph(model, plan.other, granularity)
+    changed = plan.changed(graph, as_sets(graph, sets))
+    texts = as_sequences(model, sequences)
+    return Changes(model, graph, plan, texts, changed, seed, batch_size), changed, texts
 
 
 def partners(count: int, seed: int) -> list[int]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probe.errors import ProbeError, install, reason
+from probe.files import name_and_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,10 +100,7 @@ def _convert(file: Path, folder: Path) -> None:
 
 def _place(file: Path) -> Path:
     """Where its folder is: by name, size and the end of its content."""
-    digest = hashlib.sha256(f"{file.name} {file.stat().st_size}".encode())
-    with file.open("rb") as content:
-        content.seek(max(0, file.stat().st_size - 2**20))
-        digest.update(content.read())
+    digest = hashlib.sha256(name_and_end(file))
     root = os.environ.get("PROBE_CACHE")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "probe"
     return (Path(root) if root else cache) / "gguf" / f"{file.stem}-{digest.hexdigest()[:12]}"

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from probe.checkpoints._foreign import missing_shards, no_model, no_weights
 from probe.checkpoints._gguf import gguf_folder, is_gguf
 from probe.errors import ProbeError, reason
+from probe.files import name_and_end
 
 PACKAGE_DATA = Path(__file__).parent.parent / "data"
 PACKAGE_PREFIX = "probe:"
@@ -230,11 +231,7 @@ def fingerprint(reference: str) -> str:
     """
     digest = hashlib.sha256()
     for path in weight_files(reference):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read())
+        digest.update(name_and_end(path))
     return digest.hexdigest()[:16]
 
 

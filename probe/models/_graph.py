@@ -130,6 +130,18 @@ class Graph:
         blocks = [part for parts in self.layers for part in (parts[0], parts[2])]
         return [1, *(part.stop for part in blocks if part)]
 
+    def first_layers(self, changed: torch.Tensor) -> torch.Tensor:
+        """For each set of edges the layer of the first target that it has, int64 [set].
+
+        Of none, and of those into the logits, it is the one behind the last.
+
+        Args:
+            changed: The edges, bool [set, source, target].
+        """
+        layer = torch.tensor([self.layer(target) for target in self.targets])
+        never = torch.full_like(layer, self.n_layers)
+        return torch.where(changed.any(1), layer, never).amin(1)
+
     def layer(self, name: str) -> int:
         """A node's layer; the input counts as -1, the logits as the one behind the last."""
         node = Node.parse(name)

@@ -72,6 +72,12 @@ class Model:
     """Where on a server it runs; None for here. There `network` has no weights, and `device` is
     only where inputs and results are."""
 
+    roles_known: set[Granularity] = field(
+        default_factory=set, init=False, repr=False, compare=False
+    )
+    """At which granularities its row was found to take no query, key or head for another: a matter
+    of the row, so it is asked once."""
+
     @property
     def jobs(self) -> int:
         """How many batches of it may run at once."""

@@ -95,10 +95,9 @@ def _reduced(config: "PretrainedConfig") -> "PretrainedConfig":
             size = WIDTH // HEAD
         if isinstance(now, int) and now > size:
             setattr(small, key, size)
-    kinds = next((list(getattr(config, key, None) or ()) for key in _LISTS[:2]), [])
-    kinds = kinds or list(getattr(config, "layers_block_type", None) or ())
+    kinds = next(filter(None, (list(getattr(config, key, None) or ()) for key in _LISTS[:2])), [])
     first = [kinds.index(kind) for kind in set(kinds)]
-    layers = min(MOST_LAYERS, max(2, 1 + max(first, default=0)), _layers(config))
+    layers = min(MOST_LAYERS, max(2, 1 + max(first, default=0)), int(config.num_hidden_layers))
     dense = getattr(config, "first_k_dense_replace", None)
     if dense:
         small.first_k_dense_replace = 1
@@ -121,10 +120,6 @@ def _reduced(config: "PretrainedConfig") -> "PretrainedConfig":
         if getattr(small, key, None) is not None:
             setattr(small, key, 0)
     return small
-
-
-def _layers(config: "PretrainedConfig") -> int:
-    return int(config.num_hidden_layers)
 
 
 def _shorten_rotation(config: "PretrainedConfig") -> None:

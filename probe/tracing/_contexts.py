@@ -394,9 +394,7 @@ def _births(graph: Graph, changed: torch.Tensor) -> list[int]:
 
     The last layers' rows and those that change nothing are there at the final norm.
     """
-    layer = torch.tensor([graph.layer(target) for target in graph.targets])
-    never = torch.full_like(layer, graph.n_layers)
-    first = torch.where(changed.any(1), layer, never).amin(1)  # [row]
+    first = graph.first_layers(changed)
     first[0] = 0
     return [int((first <= number).sum()) for number in range(graph.n_layers + 1)]
 

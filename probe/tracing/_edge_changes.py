@@ -63,6 +63,10 @@ class EdgeChanges:
         self.wiring, self.mask, self.changed = wiring, mask, changed
         self.kept, self.given, self.values = kept, given, values
         self.beside, self.born = beside, born
+        # Where a branch is summed up anew, bool [row, target]. What is left of a stream less most
+        # of its parts is mostly rounding, and a norm makes that as large as any; so there the parts
+        # are added instead. With kept 1 nothing is taken away.
+        self._anew = (2 * changed.sum(1) > mask.sum(0)) & (kept != 1)
         touched = changed.any(1)  # [row, target]
         self._rows_of = {
             target: touched[:, target].nonzero()[:, 0].tolist()
@@ -100,19 +104,8 @@ class EdgeChanges:
         """The sources whose outputs are needed."""
         # Those beside a changed edge, too, where a branch is summed up anew.
         wanted = self.changed.any(0).any(1)
-        anew = self._anew(self.changed).any(0)  # [target]
-        wanted |= self.mask[:, anew].any(1)
+        wanted |= self.mask[:, self._anew.any(0)].any(1)
         return set(wanted.nonzero()[:, 0].tolist())
-
-    def _anew(self, changed: torch.Tensor) -> torch.Tensor:
-        """Where a branch is summed up anew: bool [row, target].
-
-        What is left of a stream less most of its parts is mostly rounding, and a norm makes that
-        as large as any. So there the parts are added instead.
-        """
-        if self.kept == 1:  # nothing is taken away
-            return torch.zeros_like(changed[:, 0])
-        return 2 * changed.sum(1) > self.mask.sum(0)
 
     def _bear(self, hooks: Hooks, module: SimpleNamespace, number: int) -> None:
         """Let further rows begin at a layer."""
@@ -202,8 +195,8 @@ class EdgeChanges:
         """What a branch reads in these rows: [row, position, d_model]."""
         there, dtype = stream.device, stream.dtype
         exact = torch.promote_types(dtype, torch.float32)
-        changed = self.changed[rows][:, :, target].to(there)  # [row, source]
-        anew = self._anew(self.changed[rows])[:, target].to(there)  # [row]
+        changed = self.changed[rows, :, target].to(there)  # [row, source]
+        anew = self._anew[rows, target].to(there)  # [row]
         known = self.mask[:, target].to(there)
         # Of O beside the stream, or of O where the stream counts nothing.
         share = changed * (self.kept - 1.0) + (known & anew[:, None])
