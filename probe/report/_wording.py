@@ -281,26 +281,25 @@ def _cell_caveats(report: Report) -> list[str]:
 
 
 def _influence_lines(report: Report) -> list[str]:
-    """Which changes are much of one question's."""
+    """How many changes are much of one question's, and the worst of them."""
     lines = []
     for ours in (True, False):
-        found = []
-        for cell in report.cells:
-            held = cell.influence if ours else cell.paper_influence
-            if held and warning(held):
-                name = name_of(cell.metric) if ours else metric_named(cell.metric).label
-                what = f"{name} ({cell.control})" if cell.control else name
-                sign = "" if held.sign_survives else ", with the sign"
-                found.append(
-                    f"{what} of {cell.pair} on {cell.benchmark} at {cell.alpha:g} (question "
-                    f"{held.question}: {100 * held.share:.0f} %{sign})"
-                )
-        if found:
-            whose = "our number" if ours else "the paper's number"
-            lines.append(
-                f"!: one question holds more than {100 * LARGE_SHARE:.0f} % of the change of "
-                f"{whose}: {'; '.join(found)}."
-            )
+        held = [(c.influence if ours else c.paper_influence, c) for c in report.cells]
+        found = [(most, cell) for most, cell in held if most and warning(most)]
+        if not found:
+            continue
+        most, cell = max(found, key=lambda row: row[0].share)
+        name = name_of(cell.metric) if ours else metric_named(cell.metric).label
+        what = f"{name} ({cell.control})" if cell.control else name
+        turned = sum(not most.sign_survives for most, _ in found)
+        signs = f", and its sign in {turned}" if turned else ""
+        whose, key = ("our", "influence") if ours else ("the paper's", "paper_influence")
+        lines.append(
+            f"!: one question holds more than {100 * LARGE_SHARE:.0f} % of the change of {whose} "
+            f"number in {len(found)} of {_cells(len(report.cells))}{signs}; most, "
+            f"{100 * most.share:.0f} %, in {what} of {cell.pair} on {cell.benchmark} at "
+            f"{cell.alpha:g} (question {most.question}). JSON and CSV name each: {key}."
+        )
     return lines
 
 

@@ -99,7 +99,7 @@ def test_marks_do_not_need_colour(half_run):
         words = [*mark.split(), "+100..+100", "yes"]
         row = next(line for line in shown(found, 80).splitlines() if "↗" in line)
         assert row.split()[5:-1] == words
-        warned = "intensity of sft-grpo on tiny-math at 0.5 (question 17:" in render(
+        warned = "intensity of sft-grpo on tiny-math at 0.5 (question 17)" in render(
             found, "markdown"
         )
         assert warned == (share > 0.2)
@@ -109,6 +109,21 @@ def test_marks_do_not_need_colour(half_run):
         console.print(view([found]))
         row = next(line for line in console.file.getvalue().splitlines() if "↗" in line)
         assert ("\x1b[2m" in row) == (significant is False)  # dim
+
+
+def test_of_many_changes_that_are_one_questions_only_the_worst_is_named(half_run):
+    report = build_report(half_run.path)
+    held = [Influence(f"q{i}", share, i != 2) for i, share in enumerate((0.1, 0.3, 0.7, 0.4))]
+    cells = [replace(cell, paper_influence=None, influence=None) for cell in report.cells[:5]]
+    cells[:4] = [replace(c, paper_influence=h) for c, h in zip(cells, held, strict=False)]
+    text = render(replace(report, cells=tuple(cells)), "markdown").replace("\\", "")
+    assert (
+        "of the change of the paper's number in 3 of 5 cells, and its sign in 1; most, 70 %, "
+        in text
+    )
+    assert "(question q2). JSON and CSV name each: paper_influence." in text.replace("\\_", "_")
+    assert not any(f"question q{i}" in text for i in (0, 1, 3))
+    assert "our number in" not in text
 
 
 @pytest.mark.parametrize("entries", ["dense", "real"])
