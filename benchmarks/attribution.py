@@ -33,8 +33,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import probe
+from probe.attribution import make_batch
 from probe.models import architecture_of, fuse, read_tokenizer
 from probe.run import OnEvent, on_each
+from probe.tracing import MemoryMode, edge_scores, role_faults
 
 SHAPES: dict[str, dict[str, object]] = {
     "mistral-7b": {
@@ -278,9 +280,6 @@ def mixed(results: Results) -> None:
 
 def memory(results: Results) -> None:
     """Peak memory of one sequence of 4096 tokens, with and without recomputation."""
-    from probe.attribution import make_batch
-    from probe.tracing import MemoryMode, edge_scores
-
     for kernels in ("eager", "liger"):
         with free_after():
             model = random_model("mistral-7b", "cuda", torch.bfloat16, kernels)
@@ -377,6 +376,48 @@ def equality(results: Results) -> None:
         )
 
 
+def check_cost(results: Results, model: probe.Model, batch: int, length: int, what: str) -> None:
+    """What the checks of a model's first batch add to it: on and off in turn, and the role pass.
+
+    A run pays both once for each model and granularity, however many batches follow.
+    """
+    graph, sequences = model.graph("qkv"), make_batch(random_sequences(model, [length] * batch))
+
+    def run(check: bool) -> None:
+        found = edge_scores(model, sequences, graph, check=check)
+        found.scores.cpu()
+        float(found.residual_error)
+
+    rounds: list[dict[bool, float]] = []
+    for turn in range(12):
+        rounds.append({})
+        for check in (True, False) if turn % 2 else (False, True):
+            start = time.perf_counter()
+            run(check)
+            rounds[-1][check] = time.perf_counter() - start
+    del rounds[:2]  # they warm up
+    off = statistics.median(seconds[False] for seconds in rounds)
+    more = statistics.median(seconds[True] - seconds[False] for seconds in rounds)
+    roles = clock(lambda: role_faults(model, graph), times=5, warm=1)
+    results.add(
+        f"checks of the first batch, {what}, {batch} x {length}",
+        unchecked_ms=1000 * off,
+        check_ms=1000 * more,
+        role_pass_ms=1000 * roles,
+        ratio_to_unchecked=1 + (more + roles) / off,
+    )
+
+
+def checks(results: Results) -> None:
+    """What the checks of the first batch cost at the 7B Mistral shape."""
+    for kernels in ("eager", "liger"):
+        with free_after():
+            model = random_model("mistral-7b", "cuda", torch.bfloat16, kernels)
+            for batch, length in ((1, 128), (8, 256), (32, 256)):
+                check_cost(results, model, batch, length, f"mistral-7b, {kernels}")
+            del model
+
+
 def cpu(results: Results, threads: int) -> None:
     """The shape and length at which the published method's own code was timed."""
     torch.set_num_threads(threads)
@@ -393,6 +434,7 @@ def cpu(results: Results, threads: int) -> None:
             ratio_to_own_bare=took / bare,
             peak_gib_of_process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         )
+        check_cost(results, model, batch, 128, "55 M parameters")
     model = random_model("llama-1m", "cpu", torch.float32)
     for batch, length in ((1, 32), (16, 64)):
         bare = clock(bare_pass(model, batch, length))
@@ -403,6 +445,7 @@ def cpu(results: Results, threads: int) -> None:
             bare_ms=1000 * bare,
             ratio_to_own_bare=took / bare,
         )
+        check_cost(results, model, batch, length, "1 M parameters")
 
 
 def work_on(number: int, *, device: str, on_event: OnEvent) -> tuple[float, float]:
@@ -438,6 +481,7 @@ def two_cards(results: Results) -> None:
 
 CASES = {
     "speed": speed,
+    "checks": checks,
     "mixed": mixed,
     "memory": memory,
     "long": long,
