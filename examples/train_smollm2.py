@@ -12,8 +12,9 @@ result is one small adapter over one base: `grpo` (online RL with a verifiable r
     python examples/train_smollm2.py problems --output pairs/smollm2
     python examples/train_smollm2.py all --output pairs/smollm2
 
-Every stage writes into the output folder and reads the stages before it from there. Settings and
-results are collected in `training.json`. Training is TRL's; sampling, which all online ways wait
+Every stage writes into the output folder and reads the stages before it from there. With
+`--seconds` a training stops in time, and the same command goes on from there. Settings and results
+are collected in `training.json`. Training is TRL's; sampling, which all online ways wait
 for, is `Sampler` below: static batches of the merged model, one CUDA graph a step.
 """
 
@@ -51,6 +52,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
+from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 CUDA = torch.cuda.is_available()
@@ -528,17 +530,20 @@ class Watch(TrainerCallback):
         self.folder, self.steps, self.settings, self.keep = folder, steps, settings, keep
         self.start, self.kept = time.monotonic(), 0
 
-    def _share(self, step: int) -> float:
-        spent = time.monotonic() - self.start
-        return max(step / self.steps, spent / self.settings.seconds if self.settings.seconds else 0)
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: ANN001, ANN003, ANN201
+        """Called by the trainer; what is kept already stays."""
+        self.kept = state.global_step * self.keep // self.steps
 
     def on_step_end(self, args, state, control, model=None, **kwargs):  # noqa: ANN001, ANN003, ANN201
         """Called by the trainer."""
-        share = self._share(state.global_step)
-        if share < 1 and self.keep and share >= (self.kept + 1) / self.keep:
-            self.kept = int(share * self.keep)
-            save(model, self.folder / "along" / f"step-{state.global_step:04}")
-        control.should_training_stop |= share >= 1
+        step, seconds = state.global_step, self.settings.seconds
+        reached = step * self.keep // self.steps
+        if self.kept < reached < self.keep:
+            self.kept = reached
+            save(model, self.folder / "along" / f"step-{step:04}")
+        if seconds and time.monotonic() - self.start >= seconds:
+            control.should_save = step < self.steps  # the same stage goes on from here
+            control.should_training_stop = True
 
 
 class Look(TrainerCallback):
@@ -561,11 +566,12 @@ class Look(TrainerCallback):
 
 
 def common(
-    settings: Settings, steps: int, rate: float, batch: int, micro: int
+    folder: Path, settings: Settings, steps: int, rate: float, batch: int, micro: int
 ) -> dict[str, object]:
-    """The options that all trainers share."""
+    """The options that all trainers share; what is half done lies beside the adapter's folder."""
     micro = min(micro, batch)
     return {
+        "output_dir": str(folder.with_name(f"scratch-{folder.name}")),
         "seed": settings.seed,
         "max_steps": steps,
         "learning_rate": rate,
@@ -586,8 +592,12 @@ def common(
 def fit(trainer: Trainer, folder: Path, *logged: str) -> dict[str, object]:
     """Train, store the adapter and return the curves of what was logged as (step, value)."""
     start = time.monotonic()
-    trainer.train()
+    scratch = Path(trainer.args.output_dir)
+    last = get_last_checkpoint(str(scratch)) if scratch.exists() else None
+    trainer.train(resume_from_checkpoint=last)
     save(trainer.accelerator.unwrap_model(trainer.model), folder)
+    if trainer.state.global_step >= trainer.args.max_steps:
+        shutil.rmtree(scratch, ignore_errors=True)
     history = trainer.state.log_history
     curves = {
         name: [(row["step"], round(row[name], 4)) for row in history if name in row]
@@ -601,7 +611,7 @@ def sft_trainer(
     model: PeftModel, output: Path, rows: list[dict[str, str]], options: dict[str, object]
 ) -> SFTTrainer:
     """A trainer on prompts with completions, whose loss is on the completions."""
-    config = SFTConfig(str(output / "scratch"), max_length=None, **options)
+    config = SFTConfig(max_length=None, **options)
     data = Dataset.from_list(rows)
     return SFTTrainer(model, config, train_dataset=data, processing_class=read_tokenizer(output))
 
@@ -619,22 +629,24 @@ def train_sft(output: Path, settings: Settings) -> dict[str, object]:
     """Teach written-out solutions until sampled answers are right often enough."""
     model = load(output, None, settings)
     steps, rate = settings.sft_steps, settings.sft_learning_rate
-    options = common(settings, steps, rate, settings.sft_batch, settings.micro_batch)
+    folder, batch = output / "sft", settings.sft_batch
+    options = common(folder, settings, steps, rate, batch, settings.micro_batch)
     trainer = sft_trainer(model, output, taught(output), options)
     solver = Solver(model, output, settings)
     look = Look(solver, read_problems(output, "validation"), settings)
     trainer.add_callback(look)
-    trainer.add_callback(Watch(output / "sft", steps, settings, 0))
-    return fit(trainer, output / "sft", "loss") | {"validation_sampled": look.seen}
+    trainer.add_callback(Watch(folder, steps, settings, 0))
+    return fit(trainer, folder, "loss") | {"validation_sampled": look.seen}
 
 
 def train_more_sft(output: Path, settings: Settings) -> dict[str, object]:
     """Go on teaching the same solutions."""
     steps, rate = settings.more_sft_steps, settings.sft_learning_rate
-    options = common(settings, steps, rate, settings.sft_batch, settings.micro_batch)
+    folder, batch = output / "more-sft", settings.sft_batch
+    options = common(folder, settings, steps, rate, batch, settings.micro_batch)
     trainer = sft_trainer(load(output, "sft", settings), output, taught(output), options)
-    trainer.add_callback(Watch(output / "more-sft", steps, settings, settings.checkpoints))
-    return fit(trainer, output / "more-sft", "loss")
+    trainer.add_callback(Watch(folder, steps, settings, settings.checkpoints))
+    return fit(trainer, folder, "loss")
 
 
 def draw(output: Path, settings: Settings) -> list[list[str]]:
@@ -669,10 +681,11 @@ def train_rejection(output: Path, settings: Settings) -> dict[str, object]:
         for text in right[:most]
     ]
     steps, rate = max(1, len(rows) // settings.sft_batch), settings.rejection_learning_rate
-    options = common(settings, steps, rate, settings.sft_batch, settings.micro_batch)
+    folder, batch = output / "rejection", settings.sft_batch
+    options = common(folder, settings, steps, rate, batch, settings.micro_batch)
     trainer = sft_trainer(load(output, "sft", settings), output, rows, options)
-    trainer.add_callback(Watch(output / "rejection", steps, settings, settings.checkpoints))
-    return {"rows": len(rows)} | fit(trainer, output / "rejection", "loss")
+    trainer.add_callback(Watch(folder, steps, settings, settings.checkpoints))
+    return {"rows": len(rows)} | fit(trainer, folder, "loss")
 
 
 def make_pairs(
@@ -690,15 +703,15 @@ def make_pairs(
 def dpo_trainer(
     model: PeftModel,
     start: PreTrainedModel,
-    output: Path,
+    folder: Path,
     pairs: list[dict[str, str]],
     settings: Settings,
 ) -> DPOTrainer:
     """A trainer of one pass over pairs, held near the start."""
     steps, rate = max(1, len(pairs) // settings.dpo_batch), settings.dpo_learning_rate
-    options = common(settings, steps, rate, settings.dpo_batch, settings.micro_batch // 2)
-    config = DPOConfig(str(output / "scratch"), beta=settings.dpo_beta, max_length=None, **options)
-    data, tokenizer = Dataset.from_list(pairs), read_tokenizer(output)
+    options = common(folder, settings, steps, rate, settings.dpo_batch, settings.micro_batch // 2)
+    config = DPOConfig(beta=settings.dpo_beta, max_length=None, **options)
+    data, tokenizer = Dataset.from_list(pairs), read_tokenizer(folder.parent)
     return DPOTrainer(
         model, ref_model=start, args=config, train_dataset=data, processing_class=tokenizer
     )
@@ -714,10 +727,11 @@ def train_dpo(output: Path, settings: Settings) -> dict[str, object]:
     problems, texts = read_problems(output, "practice"), draw(output, settings)
     pairs = make_pairs(output, problems, texts, settings.dpo_per_problem)
     model, start = load(output, "sft", settings), merged_start(output, settings)
-    trainer = dpo_trainer(model, start, output, pairs, settings)
+    folder = output / "dpo"
+    trainer = dpo_trainer(model, start, folder, pairs, settings)
     steps = trainer.args.max_steps
-    trainer.add_callback(Watch(output / "dpo", steps, settings, settings.checkpoints))
-    done = fit(trainer, output / "dpo", "loss", "rewards/accuracies", "rewards/margins")
+    trainer.add_callback(Watch(folder, steps, settings, settings.checkpoints))
+    done = fit(trainer, folder, "loss", "rewards/accuracies", "rewards/margins")
     return {"pairs": len(pairs)} | done
 
 
@@ -738,7 +752,7 @@ def train_online_dpo(output: Path, settings: Settings) -> dict[str, object]:
         own = [texts[i : i + count] for i in range(0, len(texts), count)]
         right = sum(is_right(t, p.answer) for p, ts in zip(asked, own, strict=True) for t in ts)
         pairs = make_pairs(output, asked, own, settings.dpo_per_problem)
-        trainer = dpo_trainer(model, start, output, pairs, settings)
+        trainer = dpo_trainer(model, start, output / "online-dpo", pairs, settings)
         trainer.args.warmup_steps = 0
         trainer.train()
         rounds.append({"reward": round(right / len(texts), 4), "pairs": len(pairs)})
@@ -777,11 +791,9 @@ def train_grpo(output: Path, settings: Settings) -> dict[str, object]:
         return right
 
     steps, per = settings.grpo_steps, settings.grpo_steps_per_generation
-    options = common(
-        settings, steps, settings.grpo_learning_rate, settings.grpo_batch, settings.grpo_micro_batch
-    )
+    folder, rate = output / "grpo", settings.grpo_learning_rate
+    options = common(folder, settings, steps, rate, settings.grpo_batch, settings.grpo_micro_batch)
     config = GRPOConfig(
-        str(output / "scratch-grpo"),
         num_generations=settings.grpo_group,
         steps_per_generation=per * int(options["gradient_accumulation_steps"]),
         max_completion_length=settings.longest_answer,
@@ -796,8 +808,8 @@ def train_grpo(output: Path, settings: Settings) -> dict[str, object]:
     trainer = GRPOTrainer(
         model, reward, config, train_dataset=data, processing_class=tokenizer, rollout_func=rollout
     )
-    trainer.add_callback(Watch(output / "grpo", steps, settings, settings.checkpoints))
-    done = fit(trainer, output / "grpo", "reward", "entropy", "completions/mean_length")
+    trainer.add_callback(Watch(folder, steps, settings, settings.checkpoints))
+    done = fit(trainer, folder, "reward", "entropy", "completions/mean_length")
     return done | {"generation_seconds": spent}
 
 
