@@ -507,11 +507,12 @@ def plot(runs: tuple[str, ...], output: str | None) -> None:
     from probe.escaping import PlainConsole
     from probe.report import build_report, write_figures
     from probe.run import progress_bar
+    from probe.store import RunFolder
 
     if output is None and len(runs) > 1:
         raise ProbeError("figures of several runs need a place: give --output FOLDER")
     reports = [build_report(run) for run in runs]
-    folder = Path(output) if output else reports[0].path / "figures"
+    folder = Path(output) if output else RunFolder(reports[0].path).figures()
     with progress_bar(PlainConsole(stderr=True)) as progress:
         files = write_figures(reports, folder, progress)
     click.echo(f"{len(files)} files in {folder}")

@@ -7,6 +7,7 @@ from ._edges import Edge as Edge
 from ._edges import EdgeScores as EdgeScores
 from ._edges import ScoredEdge as ScoredEdge
 from ._edges import read_edges as read_edges
+from ._edges import write_edges as write_edges
 from ._matrix import draw_matrix as draw_matrix
 from ._methods import METHODS as METHODS
 from ._methods import Method as Method

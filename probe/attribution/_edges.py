@@ -7,7 +7,10 @@ EdgeScores(2 sequences, 77 edges of qkv, mean loss 0.105 nats)
 [ScoredEdge(source='a3', target='m3', score=-0.345742404460907)]
 """
 
+import errno
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
@@ -323,21 +326,11 @@ class EdgeScores:
         Raises:
             ProbeError: The file cannot be written.
         """
-        metadata = {
-            "ids": json.dumps(list(self.ids)),
-            "key": key,
-            "graph": json.dumps(asdict(self.graph)),
-            "residual_error": repr(self.residual_error),
-        }
-        tensors = dict(zip(_TENSORS, (n.contiguous() for n in self._numbers()), strict=False))
-        if not torch.equal(self.values, self.losses):
-            tensors["values"] = self.values.contiguous()
-        if self.gaps is not None:
-            tensors["gaps"] = self.gaps.contiguous()
+        place = Path(path)
         try:
-            write_whole(Path(path), lambda place: save_file(tensors, place, metadata))
-        except (OSError, SafetensorError) as error:
-            raise ProbeError(f"cannot write {path}: {reason(error)}") from error
+            write_whole(place, lambda beside: write_edges(self, beside, key))
+        except OSError as error:
+            raise ProbeError(f"cannot write {path}: {error.strerror}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> "EdgeScores":
@@ -389,6 +382,33 @@ class EdgeScores:
         pairs = zip(self._numbers(), other._numbers(), strict=True)
         error = max(self.residual_error, other.residual_error)
         return replace(self._of(a + sign * b for a, b in pairs), residual_error=error)
+
+
+def write_edges(edges: EdgeScores, path: Path, key: str) -> None:
+    """Write edges to a safetensors file.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    metadata = {
+        "ids": json.dumps(list(edges.ids)),
+        "key": key,
+        "graph": json.dumps(asdict(edges.graph)),
+        "residual_error": repr(edges.residual_error),
+    }
+    numbers = (edges.scores, edges.losses, edges.entropies)
+    tensors = dict(zip(_TENSORS, (n.contiguous() for n in numbers), strict=True))
+    if not torch.equal(edges.values, edges.losses):
+        tensors["values"] = edges.values.contiguous()
+    if edges.gaps is not None:
+        tensors["gaps"] = edges.gaps.contiguous()
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        # What the system said is in its text alone.
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def read_edges(path: Path) -> tuple[EdgeScores, str]:

@@ -22,6 +22,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from probe.errors import ProbeError
+from probe.files import write_where_asked
 from probe.recipe._overrides import override
 from probe.recipe._sections import CHAT as CHAT
 from probe.recipe._sections import STRICT, Count, Name, Positive
@@ -245,7 +246,7 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
         ProbeError: The file cannot be written.
     """
     try:
-        path.write_text(recipe_text(recipe), encoding="utf-8")
+        write_where_asked(path, recipe_text(recipe))
     except OSError as error:
         raise ProbeError(f"cannot write the recipe {path}: {error.strerror}") from error
 

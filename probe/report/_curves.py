@@ -13,8 +13,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from probe.files import write_whole
-
 if TYPE_CHECKING:
     from probe.causes import Curve
 
@@ -67,8 +65,7 @@ def draw_curves(path: Path, model: str, curves: Sequence[Curve], questions: int)
     axes.set_ylabel("faithfulness")
     axes.set_title(f"{model}, {questions} held-out questions", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
-    canvas = FigureCanvasAgg(figure)
-    write_whole(path, lambda place: canvas.print_figure(place, format="png"))
+    FigureCanvasAgg(figure).print_figure(path, format="png")
 
 
 def curves_table(curves: dict[str, tuple[Curve, ...]]) -> Table:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from probe.errors import ProbeError
 from probe.escaping import PlainConsole
+from probe.files import write_where_asked
 from probe.report import _latex as latex
 from probe.report import _markdown as markdown
 from probe.report import _terminal as terminal
@@ -50,7 +51,7 @@ def write_report(reports: Sequence[Report], style: str, path: Path) -> None:
     else:
         text = render(reports, style)
     try:
-        path.write_text(text + "\n", encoding="utf-8")
+        write_where_asked(path, text + "\n")
     except OSError as error:
         raise ProbeError(
             f"cannot write to {path}: {error.strerror}; give another --output"

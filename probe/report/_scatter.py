@@ -16,7 +16,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from probe.files import write_whole
 from probe.stats import Agreement, MeasuredEdge, Stratum
 
 # Colours that colour-blind readers tell apart (Okabe and Ito), and shapes that need no colour.
@@ -66,8 +65,7 @@ def draw_scatter(
         f"{agreements[0].model}: {len(rows)} edges of {sequences} sequences, "
         f"ranked by |{agreements[0].method}|"
     )
-    canvas = FigureCanvasAgg(figure)
-    write_whole(path, lambda place: canvas.print_figure(place, format="png"))
+    FigureCanvasAgg(figure).print_figure(path, format="png")
 
 
 def _panel(axes: Axes, rows: Sequence[MeasuredEdge], agreement: Agreement) -> None:

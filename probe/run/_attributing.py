@@ -102,7 +102,7 @@ def attribute_with(
                 target = _target(recipe, model, side, folder, like)
             except NoTemperature as mistake:
                 # No reason to lose the run. What an earlier one left there is of another loss.
-                file.unlink(missing_ok=True)
+                folder.remove(file)
                 text = f"left out: {side.comparison}, {side.side}: {mistake}"
                 on_event(Event(len(side.sequences), text=text))
                 continue
@@ -112,6 +112,8 @@ def attribute_with(
                 raise ProbeError(f"{side.comparison}, {side.side}: {mistake}") from mistake
         else:
             on_event(Event(len(side.sequences)))
+        for part in folder.parts(file):
+            folder.remove(part)
         error = max(error, edges.residual_error)
     del model
     gc.collect()
@@ -228,8 +230,6 @@ def _attribute(
         error = max(error, part.residual_error)
     edges = replace(edges, residual_error=error)
     folder.write_edges(path, edges, [s.id for s in side.sequences], key)
-    for file in folder.parts(path):
-        file.unlink()
     return edges
 
 

@@ -30,7 +30,7 @@ from probe.recipe import Recipe
 from probe.report import check_extras
 from probe.solutions import match, read_given
 from probe.stats import CONTROLS
-from probe.store import RunFolder, check_goes_on
+from probe.store import RunFolder, check_free, check_goes_on
 from probe.tracing import TARGETS
 
 
@@ -106,10 +106,11 @@ def check_output(recipe: Recipe, output: Path, fresh: bool = False) -> None:
     """Check that a run of a recipe can go to a folder, without touching it.
 
     Raises:
-        ProbeError: It is a file, cannot be written to, or holds something else.
+        ProbeError: It is a file, cannot be written to, is in use, or holds something else.
     """
     folder = RunFolder(output)
     folder.check()
+    check_free(folder)
     existing = next(
         place for place in (output.absolute(), *output.absolute().parents) if place.exists()
     )

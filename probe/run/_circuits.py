@@ -23,8 +23,8 @@ from probe.recipe import Recipe
 from probe.report import draw_curves
 from probe.run._choosing import Side, measured_sides, read_sides
 from probe.run._finished import check_unchanged, recorded
-from probe.run._session import recipe_host, running
-from probe.store import SCHEMA, RunFolder, run_path
+from probe.run._session import recipe_host, running, said_on
+from probe.store import SCHEMA, RunFolder, locked, run_path
 from probe.vocabulary import Granularity
 
 METHODS = ("eap", "eap-ig", "relp", "exact")
@@ -76,8 +76,11 @@ def run_circuits(
     console = console or PlainConsole(stderr=True)
     found: dict[str, tuple[Curve, ...]] = {}
     sides, host = read_sides(recipe, folder), recipe_host(recipe, console)
-    folder.open()
-    with running(recipe, folder, record, host, console) as session:
+    with (
+        locked(folder, said_on(console)) as held,
+        running(recipe, held, record, host, console) as session,
+    ):
+        held.open()
         total, models = 0, measured_sides(recipe, sides)
         bar = session.bar("circuits", 0)
         for number, (name, side) in enumerate(models.items()):
@@ -101,8 +104,11 @@ def run_circuits(
             rows = [asdict(curve) | _shown(scores[curve.method], edges) for curve in curves]
             found[name] = curves
             header = _header(side, ranked, held_out, ablation, n_random, greedy, seed)
-            folder.write_json(f"circuits/{name}.json", header | {"curves": rows})
-            draw_curves(folder.path / "circuits" / f"{name}.png", name, curves, len(held_out))
+            held.write_json(f"circuits/{name}.json", header | {"curves": rows})
+            held.write(
+                held.path / "circuits" / f"{name}.png",
+                partial(draw_curves, model=name, curves=curves, questions=len(held_out)),
+            )
             del model
             gc.collect()
     return found

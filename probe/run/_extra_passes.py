@@ -79,9 +79,10 @@ def measure_weights(run: Run, sides: Sequence[Side]) -> None:
             if not _is_there(run, name, key):
                 try:
                     found = [asdict(change) for change in weight_changes(pair.before, pair.after)]
-                    run.folder.write_json(name, {"key": key, "matrices": found})
                 except ProbeError as error:
                     run.say(f"{name}: {error}")
+                else:
+                    run.folder.write_json(name, {"key": key, "matrices": found})
             bar.advance(1)
 
 

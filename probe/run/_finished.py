@@ -26,9 +26,9 @@ from probe.run._choosing import read_sides
 from probe.run._faithfulness import EDGES
 from probe.run._measuring import measure_models
 from probe.run._run import run_recipe
-from probe.run._session import recipe_host, running
+from probe.run._session import recipe_host, running, said_on
 from probe.stats import Agreement
-from probe.store import RunFolder, run_path
+from probe.store import RunFolder, locked, run_path
 
 
 def run_faithfulness(
@@ -93,11 +93,12 @@ def run_faithfulness(
     check_unchanged(folder, recipe, record)
     sides = read_sides(recipe, folder)
     host = recipe_host(recipe, console)
-    folder.open()
-    with running(recipe, folder, record, host, console) as session:
-        measure_models(session, sides)
-    report = build_report(folder.path)
-    folder.write_json("report.json", report.table)
+    with locked(folder, said_on(console)) as held:
+        held.open()
+        with running(recipe, held, record, host, console) as session:
+            measure_models(session, sides)
+        report = build_report(held.path)
+        held.write_json("report.json", report.table)
     return report.faithfulness
 
 

@@ -109,5 +109,5 @@ def _measure_side(run: Run, side: Side, name: str, device: str, bar: Bar) -> int
     found = compare_all(name, rows)
     table = header | {"sample": [asdict(row) for row in rows]}
     folder.write_json(file, table | {"agreement": [agreement.table for agreement in found]})
-    draw_scatter(picture, rows, found, len(sequences))
+    folder.write(picture, lambda place: draw_scatter(place, rows, found, len(sequences)))
     return len(rows)

@@ -19,6 +19,7 @@ from probe.escaping import PlainConsole
 from probe.models import check_model, check_pair, encode_prompt, read_tokenizer
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
+from probe.remote import Host
 from probe.report import EXTRAS, Report, build_report
 from probe.run._attributing import attribute_all
 from probe.run._checks import check_here, check_output
@@ -26,11 +27,19 @@ from probe.run._choosing import select_all
 from probe.run._extra_passes import PASSES
 from probe.run._measuring import measure_models
 from probe.run._plan import check_reach, lengths_line, make_plan, plan_lines, took_line
-from probe.run._session import recipe_host, running
+from probe.run._session import recipe_host, running, said_on
 from probe.run._solving import solve_all
 from probe.run._timing import time_line, worth_timing
 from probe.solutions import Given, GivenAnswer, match, read_given
-from probe.store import RunFolder, model_names, now, open_record, phase_seconds, with_earlier_tables
+from probe.store import (
+    RunFolder,
+    locked,
+    model_names,
+    now,
+    open_record,
+    phase_seconds,
+    with_earlier_tables,
+)
 
 
 def run_recipe(
@@ -67,6 +76,21 @@ def run_recipe(
         if host is None and not weight_files(reference):
             console.print(f"downloading {reference}")
             fetch_checkpoint(reference)
+    with locked(folder, said_on(console)) as held:
+        return _run(held, recipe, problems, given, answers, host, fresh, console)
+
+
+def _run(
+    folder: RunFolder,
+    recipe: Recipe,
+    problems: Mapping[str, list[Problem]],
+    given: Mapping[str, Given],
+    answers: Mapping[tuple[str, str], Mapping[str, GivenAnswer]],
+    host: Host | None,
+    fresh: bool,
+    console: Console,
+) -> Report:
+    """Run a recipe that was checked into a folder that this process holds."""
     # A run that goes on has looked through these numbers: its record knows these weights.
     new = fresh or not folder.record.exists()
     for reference in recipe.models():

@@ -7,9 +7,10 @@ Work that may go to a process of its own gets a `Setup`, the part of it that is 
     ...     attribute_all(run, sides)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from rich.console import Console
@@ -162,16 +163,18 @@ def recipe_host(recipe: Recipe, console: Console) -> Host | None:
     options = recipe.compute
     if not options.remote:
         return None
-
-    def say(line: str) -> None:
-        console.print(line, soft_wrap=True)
-
+    say = said_on(console)
     host = open_host(options.remote, options.jobs, options.timeout, say)
     for line in check_host(host):
         say(line)
     for reference in recipe.models():
         load_hosted(reference, host, options.dtype)
     return host
+
+
+def said_on(console: Console) -> Callable[[str], None]:
+    """What prints a line to a console."""
+    return partial(console.print, soft_wrap=True)
 
 
 @contextmanager

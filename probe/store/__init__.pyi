@@ -1,3 +1,5 @@
+from ._lock import check_free as check_free
+from ._lock import locked as locked
 from ._record import check_goes_on as check_goes_on
 from ._record import now as now
 from ._record import open_record as open_record

@@ -14,9 +14,11 @@
     clusters.json                                which questions belong together
     report.json                                  the cells
     figures/                                     pictures, by `probe plot`
+    .lock                                        who writes here, by `locked`
 
 A file is written beside where it will be and moved there: a kill leaves the old one or the new one.
 Solutions are appended; a torn last line is the most that a kill costs, and reading drops it.
+Nothing is written through a link that somebody has put there.
 What is read is checked against what it should hold; what does not fit is computed again.
 
     >>> folder = RunFolder(Path("runs/tiny-math"))
@@ -24,25 +26,27 @@ What is read is checked against what it should hold; what does not fit is comput
     'tiny-math'
 """
 
+import errno
 import glob
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from probe.attribution import EdgeScores, read_edges
+from probe.attribution import EdgeScores, read_edges, write_edges
 from probe.errors import ProbeError, reason
-from probe.files import write_whole
+from probe.files import UNFINISHED, append, read_file, write_whole
 from probe.solutions import Selection, Solution
 
 SCHEMA = 1
 FOLDERS = ("solutions", "selection", "edges", "faithfulness", "extras", "circuits")
-PARTS = (*FOLDERS, "figures", "run.json", "clusters.json", "report.json")
+PARTS = (*FOLDERS, "figures", "clusters.json", "report.json", "run.json")
+"""What `--fresh` takes away, the record last: without it, the rest would be no run's."""
+
+LOCK = ".lock"
 
 
 class Damaged(Exception):
@@ -60,6 +64,9 @@ class RunFolder:
     path: Path
     """The folder."""
 
+    lock: tuple[int, int] | None = None
+    """Device and inode of the lock that this process holds there; None where it holds none."""
+
     def check(self) -> None:
         """Check that this is a run's folder, or may become one.
 
@@ -68,15 +75,15 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ProbeError(f"{self.path} is a file; give a folder with --output")
-        foreign = self.path.is_dir() and any(self.path.iterdir()) and not self.record.exists()
-        if foreign:
+        begun = self.record.exists() or not self.path.is_dir()
+        if not begun and not all(map(_is_ours, self.path.iterdir())):
             raise ProbeError(
                 f"{self.path} holds files but no run.json, so it is not a run folder; "
                 "give an empty or new one with --output"
             )
 
     def open(self, fresh: bool = False) -> None:
-        """Make the folder, or check that it can be gone on with.
+        """Make the folder, or check that it can be gone on with; what a kill left is taken away.
 
         Args:
             fresh: Throw away what an earlier run left there.
@@ -87,21 +94,93 @@ class RunFolder:
         self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
             for part in PARTS if fresh else ():
                 old = self.path / part
-                if old.is_dir():
+                if old.is_dir() and not old.is_symlink():
                     shutil.rmtree(old)
                 else:
                     old.unlink(missing_ok=True)
             for part in FOLDERS:
-                (self.path / part).mkdir(exist_ok=True)
+                self.place(self.path / part / "any")
+            for part in ("", *FOLDERS, "solutions/unused"):
+                inside = self.path / part
+                for left in () if inside.is_symlink() else inside.glob(f".*{UNFINISHED}"):
+                    left.unlink()
         except OSError as error:
             raise ProbeError(
                 f"cannot write to the run folder {self.path}: {error.strerror}; "
                 "give another one with --output"
             ) from error
+
+    def place(self, path: Path) -> None:
+        """Make the folder that a file of the run goes to, and check that it is in the run.
+
+        Raises:
+            ProbeError: It is a link, which may lead anywhere, or the run's folder has been moved
+                while the run goes on.
+            OSError: It cannot be made.
+        """
+        if self.lock is not None:
+            try:
+                found = (self.path / LOCK).stat()
+            except FileNotFoundError:
+                found = None
+            if found is None or (found.st_dev, found.st_ino) != self.lock:
+                raise ProbeError(
+                    f"the run folder {self.path} was moved or taken away while the run went on; "
+                    "put it back, and the same command goes on from there"
+                )
+        for parent in [*path.relative_to(self.path).parents][-2::-1]:
+            folder = self.path / parent
+            if folder.is_symlink():
+                raise ProbeError(
+                    f"{folder} is a link, and a run writes to its own folder only; put a folder in "
+                    "its place"
+                )
+            folder.mkdir(exist_ok=True)
+
+    def write(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Let `write` make a file of the run, whole or not at all.
+
+        Raises:
+            ProbeError: It cannot be written; what there is stays, and the run can go on from it.
+        """
+        try:
+            self.place(path)
+            write_whole(path, write)
+        except OSError as error:
+            raise self.unwritable(path, error) from error
+
+    def write_text(self, path: Path, text: str) -> None:
+        """Write a file of text whole or not at all."""
+        self.write(path, lambda place: place.write_text(text, encoding="utf-8"))
+
+    def remove(self, path: Path) -> None:
+        """Take a file away, if it is there."""
+        try:
+            self.place(path)
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self.unwritable(path, error) from error
+
+    def figures(self) -> Path:
+        """The folder for pictures; it is there when this returns."""
+        folder = self.path / "figures"
+        try:
+            self.place(folder / "any")
+        except OSError as error:
+            raise self.unwritable(folder, error) from error
+        return folder
+
+    def unwritable(self, path: Path, error: OSError) -> ProbeError:
+        """Say that something cannot be written, and what to do."""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        link = error.errno == errno.ELOOP
+        todo = "make room" if full else "take it away" if link else "mend that"
+        why = "it is a link to another file" if link else error.strerror or reason(error)
+        return ProbeError(
+            f"cannot write {path}: {why}; {todo}, and the same command goes on from here"
+        )
 
     @property
     def record(self) -> Path:
@@ -115,10 +194,10 @@ class RunFolder:
             ProbeError: There is none, or it is damaged.
         """
         try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
+            record = json.loads(read_file(self.record))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ProbeError(f"{self.path} is not a run folder: it has no run.json") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ProbeError(
                 f"{self.record} is damaged, so nobody can tell what this run was; "
                 "start over with --fresh"
@@ -130,7 +209,7 @@ class RunFolder:
     def write_json(self, name: str, value: object) -> None:
         """Write a JSON file whole or not at all."""
         text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-        write_whole(self.path / name, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        self.write_text(self.path / name, text + "\n")
 
     def read_json(self, name: str) -> dict[str, object] | None:
         """What a JSON file holds; None where there is no such file.
@@ -139,10 +218,10 @@ class RunFolder:
             Damaged: It is no JSON object.
         """
         try:
-            table = json.loads((self.path / name).read_text(encoding="utf-8"))
+            table = json.loads(read_file(self.path / name))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise Damaged(f"damaged ({reason(error)})") from error
         if not isinstance(table, dict):
             raise Damaged("damaged (not a JSON object)")
@@ -161,14 +240,18 @@ class RunFolder:
         if not path.exists():
             return [], 0
         solutions, damaged = {}, 0
-        for line in path.read_bytes().splitlines():
+        try:
+            lines = read_file(path).splitlines()
+        except OSError as error:
+            raise ProbeError(f"cannot read {path}: {error.strerror}; mend that") from error
+        for line in lines:
             try:
                 solution = Solution(**json.loads(line))
                 sound = isinstance(solution.correct, bool) and all(
                     isinstance(tokens, list) and all(type(token) is int for token in tokens)
                     for tokens in (solution.prompt, solution.answer)
                 )
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 sound = False
             if sound and solution.id not in solutions:
                 solutions[solution.id] = solution
@@ -178,16 +261,15 @@ class RunFolder:
 
     def append_solutions(self, path: Path, solutions: Iterable[Solution]) -> None:
         """Add solutions to a file; they are on the disk when this returns."""
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(_line(solution) for solution in solutions)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            self.place(path)
+            append(path, "".join(map(_line, solutions)))
+        except OSError as error:
+            raise self.unwritable(path, error) from error
 
     def write_solutions(self, path: Path, solutions: Iterable[Solution]) -> None:
         """Write a file of solutions anew."""
-        text = "".join(_line(solution) for solution in solutions)
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, lambda path: path.write_text(text, encoding="utf-8"))
+        self.write_text(path, "".join(map(_line, solutions)))
 
     def write_selection(self, cell: str, selection: Selection) -> None:
         """Write a cell's selection; a run that goes on selects anew."""
@@ -217,7 +299,7 @@ class RunFolder:
         if any(clusters.values()):
             self.write_json("clusters.json", clusters)
         else:
-            (self.path / "clusters.json").unlink(missing_ok=True)
+            self.remove(self.path / "clusters.json")
 
     def read_clusters(self, benchmark: str) -> dict[str, str]:
         """The cluster of each question of a benchmark that has one.
@@ -255,7 +337,7 @@ class RunFolder:
             ids: The question of each sequence.
             key: What the edges were computed from, by `edges_key`.
         """
-        replace(
+        floats = replace(
             edges,
             scores=edges.scores.float(),
             losses=edges.losses.float(),
@@ -263,7 +345,8 @@ class RunFolder:
             values=edges.values.float(),
             gaps=None if edges.gaps is None else edges.gaps.float(),
             ids=tuple(ids),
-        ).save(path, key)
+        )
+        self.write(path, lambda place: write_edges(floats, place, key))
 
     def read_edges(self, path: Path, key: str | None = None) -> EdgeScores | None:
         """Read scores, losses and entropies; None where there is no such file.
@@ -330,6 +413,13 @@ def run_path(inside: str | Path) -> Path:
             if (folder / "run.json").is_file():
                 return folder
     return path
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether something may be in a folder where no run has begun: what a first moment leaves."""
+    if path.name in FOLDERS:
+        return path.is_dir() and not any(path.iterdir())
+    return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(UNFINISHED))
 
 
 def _line(solution: Solution) -> str:

@@ -47,7 +47,7 @@ def test_the_folder_holds_everything(finished):
     files = {p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()}
     cells = [f"{pair}.tiny-math.alpha-{a}" for pair in ("sft-grpo", "sft-dpo") for a in (0.1, 0.5)]
     assert files == {
-        *("run.json", "report.json"),
+        *("run.json", "report.json", ".lock"),
         *(f"solutions/tiny-math--{model}.tiny-math.jsonl" for model in ("sft", "grpo", "dpo")),
         *(f"selection/{cell}.json" for cell in cells),
         *(f"edges/{cell}.{side}.safetensors" for cell in cells for side in ("before", "after")),
