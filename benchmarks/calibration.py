@@ -1,7 +1,9 @@
 """Calibration: how often a report's intervals miss, and how often its stars lie, on real edges.
 
 The questions of a real run are the population: its numbers are the truth, and thousands of samples
-are drawn from it, question by question with repetition. Two populations are used: `tiny-math`, and
+are drawn from it, question by question with repetition. The rows of the default controls are
+measured as the raw change is: in them, each question has a temperature of its own, so that it is
+the same in every sample. Two populations are used: `tiny-math`, and
 one with heavier tails, the SFT model against itself with a little noise on its weights, and with a
 change of rank 2 to one matrix. Of each sample, what a report would say is computed by the package:
 
@@ -30,9 +32,11 @@ import torch
 from known_answers import CASES, make_model
 
 import probe
-from probe.metrics import METRICS, TOKEN_METRICS, Array, Entries, Form
+from probe.metrics import METRICS, TOKEN_METRICS, Array, Entries, Form, metric_named
 from probe.recipe import recipe_from
+from probe.report import matched_questions
 from probe.stats import (
+    CONTROLS,
     SMALLEST,
     contributions,
     defined,
@@ -47,6 +51,7 @@ from probe.store import RunFolder
 
 SIZES = (20, 50, 100)
 FLIPS = 1999
+SHOWN = ("sharpness", "loss-matched")
 ALL = METRICS | TOKEN_METRICS
 NULLS = ("labels", "shape", "mix", "clusters", "shocks")
 
@@ -69,6 +74,9 @@ class Population:
 
     metric: str
     """The metric."""
+
+    control: str
+    """What is held fixed; empty for the raw change."""
 
     form: Form
     """How values of questions become one."""
@@ -146,23 +154,29 @@ class Count:
 def populations(path: Path, run: str) -> Iterator[Population]:
     """Every cell of a run, over all questions that have a value."""
     folder = RunFolder(path)
+    compared = [(control, *row) for control in SHOWN for row in CONTROLS[control].compared]
     for file in sorted((path / "edges").glob("*.before.safetensors")):
         name = file.name.removesuffix(".before.safetensors")
-        sides = folder.read_sides(name, "before", "after")
-        both = Entries(
-            torch.cat([side.scores for side in sides]),
-            sides[0].graph.mask,
-            dense=True,
-            entropies=torch.cat([side.entropies for side in sides]),
-        )
         pair, alpha = name.split(".")[0], float(name.partition(".alpha-")[2])
-        for metric, entry in ALL.items():
-            if entry.estimand is not None:
-                values, form = both.parts(entry.estimand.values), entry.estimand.form
-                sound = defined(form, values, values).reshape(2, -1).all(0)
-                rows = np.flatnonzero(np.tile(sound, 2))
-                values = values[np.ix_(rows, rows)] if form == "pairs" else values[rows]
-                yield Population(run, pair, alpha, metric, form, values)
+        for control, label, first, second in (("", "", "before", "after"), *compared):
+            sides = folder.read_sides(name, first, second)
+            if control:
+                counted = matched_questions(folder, name, control, sides[0].ids)
+                assert counted is not None
+                sides = [side[counted] for side in sides]
+            both = Entries(
+                torch.cat([side.scores for side in sides]),
+                sides[0].graph.mask,
+                dense=True,
+                entropies=torch.cat([side.entropies for side in sides]),
+            )
+            for metric, entry in (METRICS if control else ALL).items():
+                if entry.estimand is not None:
+                    values, form = both.parts(entry.estimand.values), entry.estimand.form
+                    sound = defined(form, values, values).reshape(2, -1).all(0)
+                    rows = np.flatnonzero(np.tile(sound, 2))
+                    values = values[np.ix_(rows, rows)] if form == "pairs" else values[rows]
+                    yield Population(run, pair, alpha, metric, label, form, values)
 
 
 def coverage(part: Population, size: int, draws: int, random: np.random.Generator) -> Count:
@@ -283,10 +297,9 @@ def measure(
     print(line("pair", "metric", *columns))
     print("|---|---|" + "---:|" * len(columns))
     for pair in dict.fromkeys(part.pair for part in parts):
-        for metric, entry in ALL.items():
-            cells = [part for part in parts if (part.pair, part.metric) == (pair, metric)]
-            if not cells or entry.estimand is None:
-                continue
+        kinds = dict.fromkeys((p.metric, p.control) for p in parts if p.pair == pair)
+        for metric, control in sorted(kinds, key=lambda kind: [*ALL].index(kind[0])):
+            cells = [p for p in parts if (p.pair, p.metric, p.control) == (pair, metric, control)]
             row = [total(coverage(cell, size, draws, random) for cell in cells) for size in SIZES]
             nulls = [
                 total(false_positives(kind, cell, 50, draws, random) for cell in cells)
@@ -295,7 +308,10 @@ def measure(
             # What is hardly ever large enough for a star is none of what a report stars.
             held += [count for count in row if count.large >= 0.05 * count.trials]
             false += nulls
-            print(line(pair, entry.estimand.label, *map(shown, row + nulls)), flush=True)
+            estimand = metric_named(metric).estimand
+            assert estimand is not None
+            name = f"{estimand.label}{control and f', {control}'}"
+            print(line(pair, name, *map(shown, row + nulls)), flush=True)
     return held, false
 
 
@@ -344,7 +360,13 @@ def run(name: str, path: Path) -> None:
     """Make one of the runs that are the populations, or go on with it."""
     if name == "tiny-math":
         probe.run_recipe(
-            "tiny-math", path, overrides={"report.extra": "[]", "attribution.control": "none"}
+            "tiny-math",
+            path,
+            overrides={
+                "report.extra": "[]",
+                "attribution.control": ",".join(SHOWN),
+                "selection.samples": "1000",
+            },
         )
         return
     pairs = [
@@ -363,7 +385,7 @@ def run(name: str, path: Path) -> None:
         "compute": {"dtype": "float32", "threads": 1, "device": "cpu"},
         "solutions": {"questions": 600, "batch_size": 100},
         "selection": {"alpha": [0.1, 0.3]},
-        "attribution": {"batch_size": 25, "control": "none"},
+        "attribution": {"batch_size": 25, "control": list(SHOWN)},
         "report": {"extra": []},
     }
     probe.run_recipe(recipe_from(table, name), path)

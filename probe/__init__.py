@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from probe.attribution import attribute as attribute
     from probe.attribution import exact_effects as exact_effects
     from probe.attribution import matched_temperature as matched_temperature
+    from probe.attribution import matched_temperatures as matched_temperatures
     from probe.causes import Circuit as Circuit
     from probe.causes import Outcomes as Outcomes
     from probe.causes import answers_under as answers_under
@@ -101,6 +102,7 @@ _MODULES = {
     "Target": "tracing",
     "TokenSequence": "attribution",
     "matched_temperature": "attribution",
+    "matched_temperatures": "attribution",
 }
 
 __all__ = [*_MODULES, "Sequence", "__version__", "metrics"]

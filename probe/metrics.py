@@ -68,6 +68,7 @@ class Entries:
         )
         """The mean entropy of the next token of each sequence."""
         self._known: dict[Parts, Array] = {}
+        self._counts: dict[tuple[Parts, int], Array] = {}
 
     def __len__(self) -> int:
         """How many sequences there are."""
@@ -83,6 +84,15 @@ class Entries:
         if function not in self._known:
             self._known[function] = function(self)
         return self._known[function]
+
+    def counted(self, function: "Parts", bins: int) -> Array:
+        """Histograms [sequence, bin] of what a function makes of these entries, computed once."""
+        parts = self.parts(function)
+        if (function, bins) not in self._counts:
+            self._counts[function, bins] = histograms(parts, bins)
+        counts = self._counts[function, bins].copy()
+        counts[:, 0] += self.zeros_of(parts)
+        return counts
 
     @cached_property
     def strengths(self) -> Array:
@@ -101,7 +111,11 @@ class Entries:
     def without_zeros(self) -> "Entries":
         """The same over real edges only."""
         other = Entries.__new__(Entries)
-        other.__dict__ |= self.__dict__ | {"size": self.values.shape[1], "_known": {}}
+        other.__dict__ |= self.__dict__ | {
+            "size": self.values.shape[1],
+            "_known": {},
+            "_counts": {},
+        }
         return other
 
 
@@ -361,9 +375,9 @@ def compute_metric(
 
 def paper_number(metric: Metric, edges: Entries, bins: int = BINS) -> float:
     """A metric as the paper defines it: one number of all sequences."""
-    parts = edges.parts(metric.parts)
     if metric.form == "histogram":
-        return float(entropy(histograms(parts, bins, edges.zeros_of(parts)).sum(0)))
+        return float(entropy(edges.counted(metric.parts, bins).sum(0)))
+    parts = edges.parts(metric.parts)
     if metric.form == "mean":
         return float(parts.mean())
     count = len(parts)

@@ -114,7 +114,7 @@ def attribute(
     unchecked = [True]  # until one batch has been
 
     def score(indices: list[int], memory: MemoryMode) -> EdgeBatch:
-        references = target.references(indices)
+        references = target.beside(indices, [len(sequences[i].answer) for i in indices])
         beside = None if texts is None else [texts[i] for i in indices]
         options = Options(
             *(ig_steps, baseline, batch_size, memory, target, references, beside),
@@ -257,6 +257,10 @@ def _check_target(
             f"{target.name} to what the model itself says has no slope there; give a reference, or "
             "use a method that integrates or removes edges (eap-ig, exact)"
         )
+    if target.temperatures is not None and len(target.temperatures) != len(sequences):
+        raise ProbeError(
+            f"{len(target.temperatures)} temperatures do not fit {len(sequences)} sequences"
+        )
     if target.reference is not None:
         shapes = [tuple(part.shape) for part in target.reference]
         wanted = [(len(s.answer), int(model.config.vocab_size)) for s in sequences]
@@ -318,7 +322,7 @@ def exact_effects(
         baseline=baseline,
         batch_size=batch_size,
         target=target,
-        references=target.reference,
+        references=target.beside(range(len(sequences)), [len(s.answer) for s in sequences]),
         corrupted=texts,
     )
     for part, values in edge_effects(model, sequences, list(index), graph, options):

@@ -3,14 +3,15 @@
 Dividing logits by a temperature changes how sure a model is and nothing else: not which token it
 finds likeliest, nor what goes on inside.
 
-    >>> temperature = matched_temperature(model, sequences, loss=0.5)
-    >>> edges = probe.attribute(model, sequences, target=Target("loss", temperature))
+    >>> temperatures = matched_temperatures(model, sequences, losses=[0.5, 0.2])
+    >>> edges = probe.attribute(model, sequences, target=Target("loss", temperatures))
 """
 
 from collections.abc import Sequence
 from math import log
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from probe.attribution._batching import Batching, BatchSize
@@ -23,8 +24,12 @@ from probe.tracing import MemoryMode, temperature_losses
 RANGE = 64.0
 """Temperatures are looked for from 1 / 64 to 64."""
 
+SMALLEST_LOSS = 1e-6
+"""Smaller losses count as this one: float32 hardly tells them apart."""
+
 _POINTS = 65
 _ROUNDS = 4
+_FINE = 257
 
 
 class NoTemperature(ProbeError):
@@ -127,3 +132,46 @@ def matched_temperature(
         )
     ((begin, end),) = ends
     return float(torch.tensor((begin + end) / 2, dtype=torch.float64).exp())
+
+
+def matched_temperatures(
+    model: Model | str | Path,
+    sequences: Given,
+    losses: Sequence[float],
+    batch_size: BatchSize = "auto",
+) -> list[float | None]:
+    """The temperature at which each of some sequences has a given loss, each one its own.
+
+    One forward pass gives each sequence's loss at 257 temperatures, and a cubic spline of its
+    logarithm what lies between them: losses then are off by less than 1e-4 of themselves. Where
+    two temperatures give the loss, the one that is nearer to 1, as a factor, is meant.
+
+    Args:
+        model: A model from `load_model`, or its reference.
+        sequences: Prompts with their answers, as `probe.attribute` takes them.
+        losses: What the loss of each is to be, in nats; less than `SMALLEST_LOSS` counts as that.
+        batch_size: How many sequences run at once.
+
+    Returns:
+        [sequence]: the temperature, between 1 / 64 and 64; None where none gives the loss.
+
+    Raises:
+        ProbeError: Not as many losses as sequences, or a sequence that cannot be read.
+    """
+    from scipy.interpolate import CubicSpline
+
+    model = as_model(model)
+    texts = as_sequences(model, sequences)
+    if len(losses) != len(texts):
+        raise ProbeError(f"{len(losses)} losses were given for {len(texts)} sequences")
+    logs = torch.linspace(-log(RANGE), log(RANGE), _FINE, dtype=torch.float64)
+    found = mean_losses(model, texts, logs.exp().tolist(), batch_size)
+    # So far below the smallest loss that may be asked for, rounding is left out of the spline.
+    curves = found.clamp(min=1e-3 * SMALLEST_LOSS).log().numpy()
+    places: list[float | None] = []
+    for curve, loss in zip(curves.T, losses, strict=True):
+        spline = CubicSpline(logs.numpy(), curve)
+        roots = spline.solve(log(max(loss, SMALLEST_LOSS)), extrapolate=False)
+        roots = roots[np.isfinite(roots)]
+        places.append(float(np.exp(roots[np.abs(roots).argmin()])) if len(roots) else None)
+    return places

@@ -13,6 +13,7 @@ from ._figures import draw_entropy as draw_entropy
 from ._figures import write_figures as write_figures
 from ._heatmap import colour_limit as colour_limit
 from ._heatmap import draw_heatmap as draw_heatmap
+from ._matched import matched_questions as matched_questions
 from ._opened import OpenRun as OpenRun
 from ._opened import open_run as open_run
 from ._rendering import FORMATS as FORMATS

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable, Sequence
-from math import log
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -14,6 +13,7 @@ from probe.checkpoints import WeightChange, by_kind
 from probe.metrics import METRICS, TOKEN_METRICS, Array, Entries, metric_named
 from probe.models import Graph
 from probe.recipe import Comparison, Recipe
+from probe.report._matched import matched_questions, temperatures_of
 from probe.stats import (
     SIDES,
     Interval,
@@ -25,7 +25,7 @@ from probe.stats import (
     units_of,
 )
 from probe.stats import _mass as mass
-from probe.store import TEXTS, Missing, RunFolder, states_file, temperature_file, weights_file
+from probe.store import TEXTS, Missing, RunFolder, states_file, weights_file
 
 Row = tuple[str | float | None, ...]
 
@@ -142,14 +142,17 @@ def split_rows(case: Case) -> list[Row]:
     """How much of each change by ratios is sharpness, and how much is left at equal loss."""
     names = ("before", "before-matched", "after-matched", "after")
     sides = [edges_of(side) for side in case.sides(*names)]
-    surer = [case.measured(temperature_file(case.name, side)) for side in names[1:3]]
-    temperature = max((cast(float, table["temperature"]) for table in surer), key=_distance)
+    ids = case.sides("before")[0].ids
+    counted = np.array(matched_questions(case.folder, case.name, "loss-matched", ids))
+    old, new = (temperatures_of(case.folder, case.name, side) for side in names[1:3])
+    ratios = [(new[name] or 1) / (old[name] or 1) for name in np.array(ids)[counted]]
+    temperature = float(np.exp(np.log(ratios).mean())) if ratios else None
     rows: list[Row] = []
     for metric in METRICS.values():
         if metric.estimand is None or metric.estimand.form != "ratio":
             continue
         values = [side.parts(metric.estimand.values) for side in sides]
-        known = np.all([side > 0 for side in values], axis=0)
+        known = np.all([side > 0 for side in values], axis=0) & counted
         if known.sum() < 2:
             continue
         raw, before, after, end = (np.log(side[known]) for side in values)
@@ -161,11 +164,6 @@ def split_rows(case: Case) -> list[Row]:
             row += [None] * (0 if ends else 2)
         rows.append((metric.estimand.label, *row, temperature))
     return rows
-
-
-def _distance(value: float) -> float:
-    """How far a factor is from 1."""
-    return abs(log(value))
 
 
 def divergence_rows(case: Case) -> list[Row]:

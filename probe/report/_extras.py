@@ -167,9 +167,10 @@ CROSS_TEXT = Extra(
 
 SPLIT = Extra(
     "Sharpness and the rest",
-    "The change as a product of two: what the surer model's sharpness does, and what is left at "
-    "equal loss, which is circuit and text together. From low to high: 95 % t interval. "
-    "Temperature: what the surer model's logits are divided by to have the other's loss.",
+    "The change as a product of two: what the surer model's sharpness does, and what is left where "
+    "each question has equal loss, which is circuit and text together. From low to high: 95 % t "
+    "interval. Temperature: what the logits of the model after are divided by for equal loss, "
+    "beside those of the model before; the geometric mean over questions.",
     (
         "metric",
         "change %",

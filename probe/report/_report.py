@@ -22,6 +22,7 @@ from probe.notebook import html_table
 from probe.recipe import Pair, Recipe, recipe_from
 from probe.report._extras import ExtraTable as ExtraTable
 from probe.report._extras import extra_tables
+from probe.report._matched import matched_questions
 from probe.solutions import cut_off
 from probe.stats import (
     CONTROLS,
@@ -184,7 +185,12 @@ def _controlled(
             except Missing as error:
                 missing.append(f"{label} of {name}: {error}")
                 continue
-            cells += make(before, after, control=label, metrics=metrics)
+            as_here = partial(make, before, after, control=label, metrics=metrics)
+            try:
+                cells += as_here(counted=matched_questions(folder, name, control, before.ids))
+            except Missing as error:
+                missing.append(f"statistics of {label} of {name}: {error}")
+                cells += as_here(flips=0)
     return cells, missing
 
 

@@ -8,16 +8,17 @@ computed again.
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from probe.attribution import (
+    SMALLEST_LOSS,
     EdgeScores,
     NoTemperature,
     attribute,
-    matched_temperature,
+    matched_temperatures,
     method_named,
 )
 from probe.checkpoints import fingerprint
@@ -27,7 +28,7 @@ from probe.recipe import Recipe
 from probe.run._choosing import Side
 from probe.run._parallel import Event, OnEvent
 from probe.run._session import Run, Setup
-from probe.store import Damaged, RunFolder, edges_key, temperature_file
+from probe.store import Damaged, RunFolder, edges_key
 from probe.tracing import Target, rule_of
 
 
@@ -89,17 +90,16 @@ def attribute_with(
     weights = fingerprint(reference)
     error = 0.0
     for side in sides:
-        like = _loss_like(folder, side) if _waits(side) else None
+        like = _losses_like(folder, side) if _waits(side) else None
         file = folder.edges_file(side.comparison, side.side)
         key = edges_key(weights, _settings(recipe, side, like), side.sequences)
         edges = _read_edges(folder, file, key, on_event)
-        if edges is None and (edges := _as_it_is(folder, side, like)):
-            folder.write_edges(file, edges, edges.ids, key)
-            on_event(Event(len(side.sequences)))
-        elif edges is None:
+        if like is not None and folder.read_temperatures(side.comparison, side.side) is None:
+            edges = None  # nobody knows which questions count
+        if edges is None:
             model = model or setup.load(reference, device, kernels)
             try:
-                target = _target(recipe, model, side, folder, like)
+                target, done = _target(recipe, model, side, folder, like)
             except NoTemperature as mistake:
                 # No reason to lose the run. What an earlier one left there is of another loss.
                 folder.remove(file)
@@ -107,7 +107,7 @@ def attribute_with(
                 on_event(Event(len(side.sequences), text=text))
                 continue
             try:
-                edges = _attribute(recipe, model, side, target, folder, key, on_event)
+                edges = _attribute(recipe, model, side, target, folder, key, on_event, done)
             except ProbeError as mistake:
                 raise ProbeError(f"{side.comparison}, {side.side}: {mistake}") from mistake
         else:
@@ -120,14 +120,14 @@ def attribute_with(
     return error
 
 
-def _settings(recipe: Recipe, side: Side, like: float | None) -> tuple[str, ...]:
+def _settings(recipe: Recipe, side: Side, like: Sequence[float] | None) -> tuple[str, ...]:
     """What edges depend on beside weights and texts."""
     options = recipe.attribution
     steps = method_named(options.method).steps(options.ig_steps)
     rule = rule_of(steps, zero=options.ablation == "zero")
     points = str(steps) if steps == 1 else f"{steps} {rule}"
     # Nothing of the loss at temperature 1: keys of old runs stay.
-    target = Target(_what(recipe, side)).key if like is None else ("at loss", repr(like))
+    target = Target(_what(recipe, side)).key if like is None else ("at losses", *map(repr, like))
     settings = (options.method, options.granularity, options.ablation, points)
     return (*settings, *target, recipe.compute.dtype)
 
@@ -136,53 +136,62 @@ def _what(recipe: Recipe, side: Side) -> str:
     return (side.control and side.control.target) or recipe.attribution.target
 
 
-def _loss_like(folder: RunFolder, side: Side) -> float:
-    """The mean loss that a side is brought to: that of the other model, or its own where it stays.
+def _own_edges(folder: RunFolder, side: Side, model: str) -> EdgeScores:
+    """The edges of a model of a comparison on its own answers, as they are.
 
     Raises:
-        ProbeError: The sides that it depends on are damaged.
+        ProbeError: They are damaged.
     """
+    try:
+        edges = folder.read_edges(folder.edges_file(side.comparison, model))
+    except Damaged as damage:
+        raise ProbeError(f"{side.comparison}, {model}: {damage}; run it again") from damage
+    assert edges is not None, "it has just been scored"
+    return edges
+
+
+def _losses_like(folder: RunFolder, side: Side) -> list[float]:
+    """The loss that each question is brought to: the other model's, or its own where it stays."""
     assert side.control is not None
     assert side.control.like is not None
-    losses = []
-    for name in (side.control.model, side.control.like):
-        try:
-            edges = folder.read_edges(folder.edges_file(side.comparison, name))
-        except Damaged as damage:
-            raise ProbeError(f"{side.comparison}, {name}: {damage}; run it again") from damage
-        assert edges is not None, "it has just been scored"
-        losses.append(float(edges.losses.double().mean()))
-    own, other = losses
-    return own if side.control.only_if_surer and own >= other else other
+    own, other = (
+        _own_edges(folder, side, name).losses.double().clamp(min=SMALLEST_LOSS)
+        for name in (side.control.model, side.control.like)
+    )
+    found = own.maximum(other) if side.control.only_if_surer else other
+    return [float(loss) for loss in found]
 
 
 def _target(
-    recipe: Recipe, model: Model, side: Side, folder: RunFolder, like: float | None
-) -> Target:
-    """What is differentiated on a side; its temperature is kept, where it has one."""
+    recipe: Recipe, model: Model, side: Side, folder: RunFolder, like: Sequence[float] | None
+) -> tuple[Target, dict[int, tuple[int, EdgeScores]]]:
+    """What is differentiated on a side, and what is known already: questions that stay as they are.
+
+    Temperatures are kept, where it has some. A question without one stays as it is, and does not
+    count.
+
+    Raises:
+        NoTemperature: No question has one.
+    """
     what = _what(recipe, side)
-    temperature = 1.0
-    if like is not None:
+    if like is None:
+        return Target(what), {}
+    assert side.control is not None
+    raw = _own_edges(folder, side, side.control.model)
+    own = raw.losses.double().clamp(min=SMALLEST_LOSS).tolist()
+    moved = [index for index, loss in enumerate(like) if loss != own[index]]
+    found: list[float | None] = [1.0] * len(like)
+    if moved:
+        texts, losses = [side.sequences[i] for i in moved], [like[i] for i in moved]
         size = recipe.attribution.batch_size
-        temperature = matched_temperature(model, side.sequences, like, size)
-        _keep_temperature(folder, side, temperature, like)
-    return Target(what, temperature)
-
-
-def _as_it_is(folder: RunFolder, side: Side, like: float | None) -> EdgeScores | None:
-    """The edges of a side that keeps the loss of its model: they are there already."""
-    if like is None or side.control is None or not side.control.only_if_surer:
-        return None
-    raw = folder.read_edges(folder.edges_file(side.comparison, side.control.model))
-    if raw is None or like != float(raw.losses.double().mean()):
-        return None
-    _keep_temperature(folder, side, 1.0, like)
-    return raw
-
-
-def _keep_temperature(folder: RunFolder, side: Side, temperature: float, loss: float) -> None:
-    table = {"temperature": temperature, "loss": loss}
-    folder.write_json(temperature_file(side.comparison, side.side), table)
+        matched = matched_temperatures(model, texts, losses, size)
+        for index, temperature in zip(moved, matched, strict=True):
+            found[index] = temperature
+    if all(temperature is None for temperature in found):
+        raise NoTemperature(f"no temperature gives {model.reference} the loss of a question")
+    folder.write_temperatures(side.comparison, side.side, [s.id for s in side.sequences], found)
+    stay = (index for index, temperature in enumerate(found) if temperature in (None, 1.0))
+    return Target(what, [t or 1.0 for t in found]), {index: (index, raw) for index in stay}
 
 
 def _attribute(
@@ -193,11 +202,15 @@ def _attribute(
     folder: RunFolder,
     key: str,
     on_event: OnEvent,
+    done: Mapping[int, tuple[int, EdgeScores]],
 ) -> EdgeScores:
-    """Score one side of a comparison, from where an earlier run has got to, keeping each batch."""
+    """Score one side of a comparison, from where an earlier run has got to, keeping each batch.
+
+    What of it is `done` elsewhere is said by its place: a row of some edges.
+    """
     options = recipe.attribution
     path = folder.edges_file(side.comparison, side.side)
-    kept: dict[int, tuple[int, EdgeScores]] = {}
+    kept = dict(done)
     for file in folder.parts(path):
         edges = _read_edges(folder, file, key, on_event)
         if edges is not None:

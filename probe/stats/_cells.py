@@ -183,6 +183,7 @@ def make_cells(
     clusters: Sequence[str | None] | None = None,
     control: str = "",
     metrics: Mapping[str, Metric] | None = None,
+    counted: Sequence[bool] | None = None,
 ) -> list[Cell]:
     """The cells of a pair on a benchmark at an alpha, a metric each.
 
@@ -195,8 +196,15 @@ def make_cells(
         clusters: The cluster of each question; None: of a question that is alone.
         control: What was held fixed.
         metrics: Which metrics, by their names.
+        counted: Which questions count; all do if not given.
     """
     metrics = METRICS | TOKEN_METRICS if metrics is None else metrics
+    questions = len(before)
+    if counted is not None and not all(counted):
+        before, after = before[list(counted)], after[list(counted)]
+        clusters = clusters and [
+            name for name, counts in zip(clusters, counted, strict=True) if counts
+        ]
     old, new = (
         Entries(side.scores, side.graph.mask, dense=True, entropies=side.entropies)
         for side in (before, after)
@@ -215,7 +223,7 @@ def make_cells(
                 real_edges=change_of(*real),
                 control=control,
                 **vars(statistics) | {"influence": _named(statistics.influence, before.ids)},
-                left_out=len(before.scores) - statistics.samples if metric.estimand else 0,
+                left_out=questions - statistics.samples if metric.estimand else 0,
                 paper_influence=_named(influenced, before.ids),
                 paper_direction=metric.direction,
                 as_in_paper=verdict(name, statistics.change),

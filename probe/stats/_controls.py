@@ -42,11 +42,11 @@ class ControlSide(NamedTuple):
     """A name in `probe.tracing.TARGETS`; what the recipe says if empty."""
 
     like: Model | None = None
-    """Its temperature is the one that gives it this model's mean loss on the answers that it writes
-    itself; 1 if None."""
+    """The temperature of each question is the one that gives it the loss that this model has of it,
+    on the answer that it writes itself; 1 if None."""
 
     only_if_surer: bool = False
-    """Whether its temperature stays 1 where its own loss is the larger one."""
+    """Whether the temperature stays 1 where its own loss is the larger one."""
 
 
 class Control(NamedTuple):
@@ -64,14 +64,14 @@ class Control(NamedTuple):
 
 CONTROLS: dict[str, Control] = {
     "sharpness": Control(
-        "what would being surer do by itself? the model before against itself, at the temperature "
-        "that gives it the loss of the model after",
+        "what would being surer do by itself? the model before against itself, each question at "
+        "the temperature that gives it the loss of the model after",
         (ControlSide("before-sharp", "before", "before", like="after"),),
         (("sharpness", "before", "before-sharp"),),
     ),
     "loss-matched": Control(
-        "what is left at equal loss? the surer model at the temperature that gives it the loss of "
-        "the other",
+        "what is left at equal loss? of each question the surer model, at the temperature that "
+        "gives it the loss of the other",
         (
             ControlSide("before-matched", "before", "before", like="after", only_if_surer=True),
             ControlSide("after-matched", "after", "after", like="before", only_if_surer=True),

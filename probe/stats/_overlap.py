@@ -122,15 +122,20 @@ def overlap(left: Array, right: Array, ends: npt.NDArray[np.int64], top: float =
         ends: The two nodes of each edge, as numbers, [edge, end].
         top: Which share of the edges counts as strong.
     """
-    count = max(1, round(top * len(left)))
-    strong = [_strongest(values, count) for values in (left, right)]
+    count, depth = max(1, round(top * len(left))), min(DEPTH, len(left))
+    ranked = [_strongest(values, max(count, depth)) for values in (left, right)]
+    strong = [indices[:count] for indices in ranked]
     nodes = [ends[indices].ravel() for indices in strong]
-    return Overlap(jaccard(*strong), rank_biased_overlap(left, right), jaccard(*nodes))
+    first, second = (indices[:depth] for indices in ranked)
+    ranks = _overlap_of_tops(first, second, len(left), PERSISTENCE)
+    return Overlap(jaccard(*strong), ranks, jaccard(*nodes))
 
 
 def jaccard(left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]) -> float:
-    """How many of what is in either set is in both."""
-    return len(np.intersect1d(left, right)) / len(np.union1d(left, right))
+    """How many of what is in either set, numbers from 0 on, is in both."""
+    held = np.zeros((2, 1 + max(left.max(), right.max())), dtype=bool)
+    held[0, left] = held[1, right] = True
+    return float(held.all(0).sum() / held.any(0).sum())
 
 
 def rank_biased_overlap(
@@ -145,9 +150,16 @@ def rank_biased_overlap(
         depth: How many ranks are compared.
     """
     depth = min(depth, len(left))
-    ranks = np.full((2, len(left)), depth)
-    for row, values in zip(ranks, (left, right), strict=True):
-        row[_strongest(values, depth)] = np.arange(depth)
+    return _overlap_of_tops(_strongest(left, depth), _strongest(right, depth), len(left), p)
+
+
+def _overlap_of_tops(
+    left: npt.NDArray[np.int64], right: npt.NDArray[np.int64], edges: int, p: float
+) -> float:
+    """Rank-biased overlap of the strongest of so many edges, the first of two rankings."""
+    depth = len(left)
+    ranks = np.full((2, edges), depth)
+    ranks[0, left] = ranks[1, right] = np.arange(depth)
     # An edge is in both tops from the deeper of its two ranks on.
     agreed = np.cumsum(np.bincount(ranks.max(0), minlength=depth + 1)[:depth])
     shares = agreed / np.arange(1, depth + 1)

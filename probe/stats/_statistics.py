@@ -360,19 +360,20 @@ def paper_numbers(
         parts = [pseudo_values(part) for part in parts]
     if metric.form == "histogram":
         parts = [
-            len(part) * whole - (len(part) - 1) * entropies_without(part, bins, side.zeros_of(part))
-            for part, side, whole in zip(parts, sides, (old, new), strict=True)
+            len(side) * whole - (len(side) - 1) * entropies_without(side, metric, bins)
+            for side, whole in zip(sides, (old, new), strict=True)
         ]
     return old, new, influence(parts[1] - parts[0])
 
 
-def entropies_without(values: Array, bins: int, zeros: int = 0) -> Array:
+def entropies_without(edges: Entries, metric: Metric, bins: int) -> Array:
     """The entropy of the histogram of all sequences but one, for each one, [sequence]."""
-    counts = histograms(values, bins, zeros)
+    values, counts = edges.parts(metric.parts), edges.counted(metric.parts, bins)
     found = entropy(counts.sum(0) - counts)
     # The range of all others ends elsewhere without the one that holds the largest value.
     top = int(values.max(1).argmax())
-    found[top] = entropy(histograms(np.delete(values, top, 0), bins, zeros).sum(0))
+    rest = histograms(np.delete(values, top, 0), bins, edges.zeros_of(values))
+    found[top] = entropy(rest.sum(0))
     return found
 
 

@@ -10,6 +10,7 @@
     faithfulness/MODEL.json, .png                exact effects of some edges, beside their scores
     circuits/MODEL.json, .png                    how faithful its circuits are, by size
     extras/PAIR.BENCHMARK.on-SIDE.json           both models' states on the answers of one
+    extras/PAIR.BENCHMARK.alpha-A.SIDE.json      each question's temperature on a control's side
     extras/PAIR.weights.json                     how far each matrix moved
     clusters.json                                which questions belong together
     report.json                                  the cells
@@ -40,6 +41,7 @@ from probe.attribution import EdgeScores, read_edges, write_edges
 from probe.errors import ProbeError, reason
 from probe.files import UNFINISHED, append, read_file, write_whole
 from probe.solutions import Selection, Solution
+from probe.store._run_names import temperature_file
 
 SCHEMA = 1
 FOLDERS = ("solutions", "selection", "edges", "faithfulness", "extras", "circuits")
@@ -389,6 +391,27 @@ class RunFolder:
         if any(side.ids != edges[0].ids for side in edges):
             raise Missing(f"{', '.join(sides[:-1])} and {sides[-1]} are of different questions")
         return edges
+
+    def write_temperatures(
+        self, comparison: str, side: str, ids: Sequence[str], found: Sequence[float | None]
+    ) -> None:
+        """Write the temperature of each question on a control's side; None where it has none."""
+        table = {"ids": list(ids), "temperatures": list(found)}
+        self.write_json(temperature_file(comparison, side), table)
+
+    def read_temperatures(self, comparison: str, side: str) -> dict[str, float | None] | None:
+        """The temperature of each question on a control's side; None: it does not count there.
+
+        Of a file that is not there, damaged, or of an older version, which had one temperature for
+        all questions, None.
+        """
+        try:
+            table = self.read_json(temperature_file(comparison, side)) or {}
+            ids = TypeAdapter(list[str]).validate_python(table.get("ids"))
+            found = TypeAdapter(list[float | None]).validate_python(table.get("temperatures"))
+            return dict(zip(ids, found, strict=True))
+        except (Damaged, ValidationError, ValueError):
+            return None
 
     def read_measured(self, file: str) -> dict[str, object]:
         """What an extra pass has left.

@@ -134,7 +134,10 @@ class BranchChecks:
         """See the gradient of the stream where it begins, [row, position, d_model]."""
         found = self._picked(gradient[self.rows])
         total = found.new_zeros(()) if self._total is None else self._total.to(found.device)
-        self.gradient_error = (found - total).norm() / self._largest.to(found.device)
+        kind = torch.finfo(found.dtype)
+        # A model that is sure of all that it is scored on has no gradient: nothing to compare.
+        largest = self._largest.to(found.device).clamp_min(kind.tiny / kind.eps)
+        self.gradient_error = (found - total).norm() / largest
 
     def errors(self, outputs: torch.Tensor) -> torch.Tensor:
         """How far each reading is from what the row says, all relative: [reading, 2 + reach].

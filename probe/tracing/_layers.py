@@ -60,7 +60,7 @@ def readout_of(model: Model, target: Target, n_sequences: int, n_silent: int) ->
 def objective_of(target: Target) -> Objective:
     """What is differentiated, as a trace takes it along."""
     own = target.compares_itself
-    return Objective(target.slope, float(target.temperature), own, target.is_loss)
+    return Objective(target.slope, target.shared_temperature, own, target.is_loss)
 
 
 def exact_dtype(model: Model) -> torch.dtype:

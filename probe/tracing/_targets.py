@@ -6,11 +6,12 @@ module travel with a trace to a server; see `_hooks`.
 
     >>> probe.attribute(model, sequences, target="margin")
     >>> probe.attribute(model, sequences, target=Target("loss", temperature=1.6))
+    >>> probe.attribute(model, sequences, target=Target("loss", temperature=[0.7, 1.6]))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import NamedTuple
@@ -99,6 +100,22 @@ class ByAutograd:
         return values.detach(), slopes
 
 
+class EachAtItsOwn:
+    """Value and slope of a target where the logits of each token are divided by its own number."""
+
+    def __init__(self, slope: Slope) -> None:
+        """Keep the function of divided logits."""
+        self.slope = slope
+
+    def __call__(
+        self, logits: torch.Tensor, labels: torch.Tensor, reference: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Value and slope of each token; what stands beside it are temperatures [token, 1]."""
+        assert reference is not None
+        values, slopes = self.slope(logits / reference, labels, None)
+        return values, slopes / reference
+
+
 class TargetFunction(NamedTuple):
     """A row of `TARGETS`."""
 
@@ -127,8 +144,9 @@ class Target:
     what: str | Value = "loss"
     """A name in `TARGETS`, or a function of one's own."""
 
-    temperature: float = 1.0
-    """By what logits are divided first. Value and slope are those of the divided logits."""
+    temperature: float | Sequence[float] = 1.0
+    """By what logits are divided first, or a number for each sequence. Values are those of the
+    divided logits, slopes those by the logits before."""
 
     reference: Sequence[torch.Tensor] | None = None
     """For `kl` and others that compare: log probabilities [answer token, vocabulary] for each
@@ -145,11 +163,16 @@ class Target:
         # cannot be imported then.
         if self.what != "loss" and not callable(self.what) and self.what not in TARGETS:
             raise ProbeError(f"target {self.what!r} is not known; one of: {', '.join(TARGETS)}")
-        number = isinstance(self.temperature, int | float) and not isinstance(
-            self.temperature, bool
-        )
-        if not (number and isfinite(self.temperature) and self.temperature > 0):
-            raise ProbeError(f"temperature is {self.temperature}; it must be above 0")
+        given: object = self.temperature
+        numbers = tuple(given) if isinstance(given, Iterable) else (given,)
+        if isinstance(given, Iterable):
+            object.__setattr__(self, "temperature", numbers)
+        for number in numbers:
+            sound = isinstance(number, int | float) and not isinstance(number, bool)
+            if not (sound and isfinite(number) and number > 0):
+                raise ProbeError(f"temperature is {number}; it must be above 0")
+        if self.temperatures is not None and self.compares:
+            raise ProbeError(f"target {self.name} takes one temperature, not one for each sequence")
         if self.reference is not None and not self.compares:
             raise ProbeError(f"target {self.name} has no reference; as kl has")
 
@@ -168,9 +191,28 @@ class Target:
         return self.what if isinstance(self.what, str) else getattr(self.what, "__name__", "own")
 
     @property
+    def temperatures(self) -> Sequence[float] | None:
+        """The temperature of each sequence; None where all have one."""
+        return None if isinstance(self.temperature, int | float) else self.temperature
+
+    @property
+    def divisors(self) -> Sequence[float]:
+        """The temperature of each sequence, or the one of all."""
+        return (
+            (self.temperature,) if isinstance(self.temperature, int | float) else self.temperature
+        )
+
+    @property
+    def shared_temperature(self) -> float:
+        """By what the logits of all sequences are divided."""
+        return float(self.temperature) if isinstance(self.temperature, int | float) else 1.0
+
+    @property
     def slope(self) -> Slope:
-        """What gives its value and slope, of logits that are divided already."""
-        return TARGETS[self.what].slope if isinstance(self.what, str) else ByAutograd(self.what)
+        """What gives its value and slope, of logits that are divided by what all have in common."""
+        what = self.what
+        slope = TARGETS[what].slope if isinstance(what, str) else ByAutograd(what)
+        return slope if self.temperatures is None else EachAtItsOwn(slope)
 
     @property
     def function(self) -> Slope | Value:
@@ -195,8 +237,19 @@ class Target:
     @property
     def key(self) -> tuple[str, ...]:
         """What tells its scores from those of the plain loss; nothing for that."""
-        return () if self.is_loss else (self.name, repr(float(self.temperature)))
+        if self.is_loss:
+            return ()
+        return (self.name, *(repr(float(divisor)) for divisor in self.divisors))
 
-    def references(self, indices: Sequence[int]) -> list[torch.Tensor] | None:
-        """The references of some sequences."""
+    def beside(self, indices: Sequence[int], tokens: Sequence[int]) -> list[torch.Tensor] | None:
+        """What stands beside the scored tokens of some sequences, for `slope`: [token, ...].
+
+        Args:
+            indices: The places of these sequences among all.
+            tokens: How many tokens of each of them are scored.
+        """
+        if self.temperatures is not None:
+            divisors = [self.temperatures[index] for index in indices]
+            sizes = zip(tokens, divisors, strict=True)
+            return [torch.full((count, 1), t, dtype=torch.float64) for count, t in sizes]
         return None if self.reference is None else [self.reference[i] for i in indices]

@@ -12,7 +12,7 @@ import probe
 from probe.attribution import TokenSequence
 from probe.checkpoints import PACKAGE_DATA
 from probe.errors import ProbeError
-from probe.report import summary
+from probe.report import build_report, summary
 from probe.stats import CONTROLS, ControlSide, control_sides, texts_of
 from probe.store import RunFolder
 from probe.tracing import Target
@@ -46,14 +46,17 @@ def geometric(side, other):
     return math.expm1(float((new - old).mean()))
 
 
-def test_the_losses_are_equal_where_they_should_be(edges):
-    before, after = (edges[name].losses.mean() for name in ("before", "after"))
-    assert edges["before-sharp"].values.mean() == pytest.approx(float(after), rel=1e-3)
-    matched = [edges[f"{name}-matched"].values.mean() for name in ("before", "after")]
-    assert matched[0] == pytest.approx(float(matched[1]), rel=1e-3)
-    # The model that is less sure is left as it is.
-    left = "before" if before > after else "after"
-    assert edges[f"{left}-matched"].scores.equal(edges[left].scores)
+def test_every_question_has_the_loss_that_it_should_have(edges):
+    before, after = (edges[name].losses for name in ("before", "after"))
+    assert np.allclose(edges["before-sharp"].values, after, rtol=1e-4)
+    matched = [edges[f"{name}-matched"] for name in ("before", "after")]
+    assert (after < before).any()
+    surer_of = (before < after, after < before)
+    for side, raw, surer in zip(matched, ("before", "after"), surer_of, strict=True):
+        assert np.allclose(side.values, before.maximum(after), rtol=1e-4)
+        # The model that is less sure of a question is left as it is.
+        assert side.scores[~surer].equal(edges[raw].scores[~surer])
+        assert (side.scores != edges[raw].scores).flatten(1).any(1).equal(surer)
 
 
 def test_a_control_is_compared_as_the_raw_change_is(finished, edges):
@@ -83,7 +86,8 @@ def test_a_side_is_what_the_api_gives(finished, edges):
         TokenSequence(s.prompt, s.answer[:length], s.id)
         for s in sorted((s for s in solutions if s.id in ids), key=lambda s: ids.index(s.id))
     ]
-    target = Target("loss", temperature=table["temperature"])
+    assert table["ids"] == list(ids)
+    target = Target("loss", temperature=table["temperatures"])
     found = probe.attribute("probe:tiny-math/sft", texts, target=target)
     assert np.allclose(found.scores, edges["before-sharp"].scores, rtol=1e-4, atol=1e-7)
 
@@ -133,7 +137,7 @@ def test_unknown_controls_are_refused():
 
 
 def test_a_loss_that_cannot_be_had_leaves_a_control_out_and_nothing_else(finished, tmp_path):
-    """With tokens in another order, the model before is sure of none: it cannot be as sure."""
+    """With tokens in another order, the model before is sure of few: it cannot be as sure."""
     folder = RunFolder(shutil.copytree(finished, tmp_path / "copy"))
     path = folder.solutions_file("tiny-math--sft", "tiny-math")
     solutions, _ = folder.read_solutions(path)
@@ -146,11 +150,44 @@ def test_a_loss_that_cannot_be_had_leaves_a_control_out_and_nothing_else(finishe
     assert any(cell.control == "equal loss" for cell in report.cells)
 
 
+def test_a_question_without_a_temperature_does_not_count(copy, edges):
+    folder = RunFolder(copy)
+    table = folder.read_json(f"extras/{CELL}.before-sharp.json")
+    table["temperatures"][3] = None
+    folder.write_json(f"extras/{CELL}.before-sharp.json", table)
+    cells = {(c.metric, c.control): c for c in build_report(copy).cells}
+    rest = [row for row in range(len(edges["before"])) if row != 3]
+    sides = [edges[name][rest] for name in ("before", "before-sharp")]
+    for metric, cell in ((m, c) for (m, control), c in cells.items() if control == "sharpness"):
+        assert (cell.samples, cell.left_out) == (len(rest), 1)
+        if metric == "activation_intensity":
+            assert cell.change == pytest.approx(geometric(*sides), rel=1e-6)
+    assert cells["activation_intensity", "equal loss"].left_out == 0
+
+
+def test_a_run_of_one_temperature_for_all_still_opens_and_is_mended(copy):
+    folder = RunFolder(copy)
+    whole = build_report(copy)
+    for side in ("before-sharp", "after-matched"):
+        folder.write_json(f"extras/{CELL}.{side}.json", {"temperature": 0.5, "loss": 0.1})
+    report = build_report(copy)
+    cells = {(c.metric, c.control): c for c in report.cells}
+    for label in ("sharpness", "equal loss"):
+        cell = cells["activation_intensity", label]
+        assert cell.change is not None
+        assert cell.interval is cell.p_value is cell.significant is None
+        assert any(line.startswith(f"statistics of {label} of {CELL}: ") for line in report.missing)
+    assert cells["activation_intensity", "margin"].interval
+    assert "sharpness split of" in " ".join(report.missing)
+    run_recorded({**SOME, "attribution.control": ",".join(CONTROLS)}, copy)
+    assert build_report(copy).cells == whole.cells
+
+
 def test_another_fault_while_looking_for_a_temperature_stops_the_run(tmp_path, monkeypatch):
     def broken(*_):
         raise ProbeError("the server is gone")
 
-    monkeypatch.setattr("probe.run._attributing.matched_temperature", broken)
+    monkeypatch.setattr("probe.run._attributing.matched_temperatures", broken)
     with pytest.raises(ProbeError, match="the server is gone"):
         run_recorded({**SOME, "solutions.questions": "30"}, tmp_path / "run")
 

@@ -143,7 +143,7 @@ def squared(logits, labels):
 
 @pytest.mark.parametrize(
     "target",
-    [*TARGETS, Target("loss", 1.7), squared],
+    [*TARGETS, Target("loss", 1.7), Target("loss", [0.7, 1.7]), squared],
     ids=lambda target: getattr(target, "__name__", None) or str(target),
 )
 def test_targets_there_and_here(folders, target):

@@ -9,7 +9,12 @@ from small_models import save_small_model
 from test_methods import hold_denominators
 
 import probe
-from probe.attribution import exact_effects, matched_temperature, mean_losses
+from probe.attribution import (
+    exact_effects,
+    matched_temperature,
+    matched_temperatures,
+    mean_losses,
+)
 from probe.tracing import MANY, TARGETS, Target, from_zero, radau, rule_of
 
 SEQUENCES = [
@@ -20,6 +25,7 @@ CORRUPTED = [
     probe.TokenSequence([5, 60, 33, 7, 91, 12], []),
     probe.TokenSequence([18, 3, 26], []),
 ]
+EACH = (0.6, 2.5)
 ARCHITECTURES = ["llama", "gpt2", "gemma2", "granite"]
 
 
@@ -43,7 +49,9 @@ def plain_value(name, number):
         rows = torch.arange(len(labels))
         if name == "hot":
             logits = logits / 1.7
-        if name in ("loss", "hot"):
+        if name == "each":
+            logits = logits / EACH[number]
+        if name in ("loss", "hot", "each"):
             return logits.logsumexp(1) - logits[rows, labels]
         if name == "margin":
             other = torch.ones_like(logits, dtype=torch.bool)
@@ -64,12 +72,13 @@ def plain_value(name, number):
 def target_named(name):
     return {
         "hot": lambda: Target("loss", temperature=1.7),
+        "each": lambda: Target("loss", temperature=EACH),
         "kl": lambda: Target("kl", reference=references()),
         "squared": lambda: squared,
     }.get(name, lambda: name)()
 
 
-NAMES = [*TARGETS, "hot", "squared"]
+NAMES = [*TARGETS, "hot", "each", "squared"]
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +294,41 @@ def test_a_temperature_that_gives_a_loss(tiny, loss):
         matched_temperature(tiny, texts, lowest / 2)
 
 
+def test_temperatures_that_give_each_sequence_its_loss(tiny):
+    tokens = tiny.tokenizer("50-7-67-53=?50-7=43;")["input_ids"]
+    texts = [
+        probe.TokenSequence(tokens[:12], tokens[12:]),
+        probe.TokenSequence(tokens[:12], tokens[12:15]),
+        probe.TokenSequence([5, 16, 4], [5, 16]),
+    ]
+    own = mean_losses(tiny, texts, [1.0])[0]
+    assert own[0] < 0.1 < own[2]  # sure of its own answer, not of any
+    wanted = [1e-5, 1.5, 1e-5]
+    found = matched_temperatures(tiny, texts, wanted)
+    assert found[0] < 0.6
+    assert found[1] > 1.5
+    assert found[2] is None  # no temperature makes a wrong token likely
+    edges = probe.attribute(tiny, texts[:2], target=Target("loss", found[:2]))
+    assert edges.values.tolist() == pytest.approx(wanted[:2], rel=3e-3)
+    assert matched_temperatures(tiny, texts, own.tolist()) == pytest.approx([1, 1, 1], rel=1e-6)
+    assert matched_temperatures(tiny, texts[:1], [0]) == matched_temperatures(
+        tiny, texts[:1], [1e-6]
+    )
+    with pytest.raises(probe.ProbeError, match="2 losses were given for 3 sequences"):
+        matched_temperatures(tiny, texts, [1, 2])
+    with pytest.raises(probe.ProbeError, match="2 temperatures do not fit 3 sequences"):
+        probe.attribute(tiny, texts, target=Target("loss", [1, 2]))
+    with pytest.raises(probe.ProbeError, match="kl takes one temperature"):
+        Target("kl", [1, 2])
+
+
+def test_a_model_without_any_slope_is_no_wrong_row(tiny):
+    """At a temperature as low as this it is so sure that every gradient is 0."""
+    tokens = tiny.tokenizer("50-7-67-53=?50-7=43;")["input_ids"]
+    texts = [probe.TokenSequence(tokens[:12], tokens[12:])]
+    assert not probe.attribute(tiny, texts, target=Target("loss", 0.01)).scores.any()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -300,7 +344,9 @@ def test_what_is_no_target(llama, options, message):
         probe.attribute(llama, SEQUENCES, **options)
 
 
-@pytest.mark.parametrize("temperature", [0, -1, float("nan"), float("inf"), True, "1"])
+@pytest.mark.parametrize(
+    "temperature", [0, -1, float("nan"), float("inf"), True, "1", None, [1, -1]]
+)
 def test_what_is_no_temperature(temperature):
     with pytest.raises(probe.ProbeError, match="it must be above 0"):
         Target("loss", temperature)
