@@ -3,7 +3,7 @@
 Plain data only, so that a recipe can be read and checked without torch.
 
     >>> typing.get_args(Granularity)
-    ('qkv', 'block', 'head')
+    ('qkv', 'block', 'head', 'expert')
 """
 
 from typing import Literal
@@ -26,8 +26,8 @@ Grading = Literal["math", "exact"]
 Convention = Literal["code", "paper"]
 """Whose rules of selection: those of the published code, or of the paper's text."""
 
-Granularity = Literal["qkv", "block", "head"]
-"""How fine an attention is; see `probe.models.Graph`."""
+Granularity = Literal["qkv", "block", "head", "expert"]
+"""How fine attentions and mixtures of experts are; see `probe.models.Graph`."""
 
 Ablation = Literal["zero", "mean"]
 """What removing an edge leaves of its source's output: nothing, or its mean."""

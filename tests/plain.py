@@ -8,6 +8,8 @@ What writes to the residual stream (sources):
 - `input`: what enters layer 0, embeddings scaled and positions added.
 - `a0`, `m0`: what attention and FFN of layer 0 add to the stream, after a post-norm and after
   Granite's multiplier.
+- `m0.e1`, `m0.shared`: of a mixture the parts of `m0`, one for each expert and one for the expert
+  that every token has. A mixture with a post-norm is no sum over experts and has none.
 - `a0.h1`, `a0.bias`: the parts of `a0`, one for each head and one for the bias of the output
   projection. An attention with a post-norm is no sum over heads and has none.
 
@@ -55,6 +57,8 @@ class Anatomy:
     """Whether keys and values come from one narrow vector (MLA); a head then has no key."""
     one_block: bool = False
     """Whether a layer is an attention or an FFN."""
+    shared: str = "shared_expert"
+    """Of a mixture the expert that every token has, if there is one."""
 
 
 _LLAMA = Anatomy()
@@ -98,11 +102,13 @@ ANATOMIES = {
         (
             *("smollm3", "seed_oss", "cwm", "helium", "arcee", "ernie4_5", "gemma", "ministral"),
             *("ministral3", "nemotron", "starcoder2", "stablelm", "olmo", "olmoe", "qwen2_moe"),
-            *("phimoe", "gpt_oss", "minimax_m2", "hunyuan_v1_dense", "hunyuan_v1_moe", "dots1"),
-            *("ernie4_5_moe", "glm", "glm4_moe"),
+            *("phimoe", "gpt_oss", "minimax_m2", "hunyuan_v1_dense"),
+            "glm",
         ),
         _LLAMA,
     ),
+    **dict.fromkeys(("dots1", "ernie4_5_moe", "glm4_moe"), Anatomy(shared="shared_experts")),
+    "hunyuan_v1_moe": Anatomy(shared="shared_mlp"),
     "apertus": Anatomy(attention_norm="attention_layernorm", ffn_norm="feedforward_layernorm"),
     "glm4": Anatomy(
         attention_post_norm="post_self_attn_layernorm", ffn_post_norm="post_mlp_layernorm"
@@ -110,7 +116,10 @@ ANATOMIES = {
     **dict.fromkeys(("olmo3", "exaone4", "flex_olmo"), _POST_NORMED),
     "granitemoe": Anatomy(ffn="block_sparse_moe"),
     "llama4_text": Anatomy(ffn="feed_forward"),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), Anatomy(latent=True)),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+        Anatomy(latent=True, shared="shared_experts"),
+    ),
     **dict.fromkeys(
         ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
         Anatomy(mixer="linear_attn", gated=True),
@@ -130,6 +139,7 @@ ANATOMIES = {
         ffn="mixer",
         ffn_norm="norm",
         one_block=True,
+        shared="shared_experts",
     ),
     "gptj": Anatomy(
         layers="transformer.h",
@@ -219,7 +229,7 @@ def last_stream(module, sequence):
 def edges(module):
     """Every target of a model with all that it may read: {target: [source, ...]}.
 
-    The lists hold blocks, then the heads and biases that these blocks are sums of.
+    The lists hold blocks, then the heads, biases and experts that these blocks are sums of.
     """
     sizes = _sizes(module)
     anatomy = _anatomy(module)
@@ -248,6 +258,10 @@ def edges(module):
             if not _is_parallel(module):
                 found[f"m{number}"] = blocks + parts
             blocks = [*blocks, f"m{number}"]
+            experts = _experts(anatomy, layer)
+            if experts and anatomy.ffn_post_norm is None:
+                parts = [*parts, *(f"m{number}.e{e}" for e in range(experts.num_experts))]
+                parts += [f"m{number}.shared"] * (_shared(anatomy, layer) is not None)
     return found | {"logits": blocks + parts}
 
 
@@ -336,6 +350,23 @@ def _run(module, sequence, removed=None, other=None, entered=None, written=None)
 
         return hook
 
+    def write_experts(name, layer):
+        def hook(experts, given, _):
+            for number in range(experts.num_experts):
+                part = _expert(getattr(layer, anatomy.ffn), experts, number, given)
+                outputs[f"{name}.e{number}"] = multiplier * part[None]
+
+        return hook
+
+    def write_shared(name, layer):
+        def hook(_, given, output):
+            gate = getattr(getattr(layer, anatomy.ffn), "shared_expert_gate", None)
+            share = 1.0 if gate is None else gate.forward(given[0]).sigmoid()
+            part = multiplier * share * output
+            outputs[f"{name}.shared"] = part[None] if part.ndim == 2 else part
+
+        return hook
+
     def project(name, norm, compute, rows):
         """Compute again, from the changed stream, the slices of a projection that see it."""
 
@@ -398,6 +429,11 @@ def _run(module, sequence, removed=None, other=None, entered=None, written=None)
             if "m" in kind:
                 end = getattr(layer, anatomy.ffn_post_norm or anatomy.ffn)
                 watch(end.register_forward_hook(write(f"m{number}")))
+                experts, shared = _experts(anatomy, layer), _shared(anatomy, layer)
+                if experts:
+                    watch(experts.register_forward_hook(write_experts(f"m{number}", layer)))
+                if experts and shared:
+                    watch(shared.register_forward_hook(write_shared(f"m{number}", layer)))
         final = attrgetter(anatomy.final_norm)(module)
         watch(final.register_forward_pre_hook(read("logits"), with_kwargs=True))
 
@@ -509,6 +545,38 @@ def _one_norm(module):
 
 def _is_parallel(module):
     return _one_norm(module) or getattr(module.config, "use_parallel_residual", False)
+
+
+def _experts(anatomy, layer):
+    """The experts of a layer's mixture; None where it is dense."""
+    return getattr(getattr(layer, anatomy.ffn), "experts", None)
+
+
+def _shared(anatomy, layer):
+    return getattr(getattr(layer, anatomy.ffn), anatomy.shared, None)
+
+
+def _expert(block, experts, number, given):
+    """What one expert adds: [token, d_model]; of tokens that are not its own, zeros."""
+    name = type(experts).__name__
+    if name == "Llama4TextExperts":
+        # Every expert is given all tokens, which the router has weighted, by 0 if need be.
+        tokens = given[0].unflatten(0, (experts.num_experts, -1))[number]
+        gate, up = (tokens @ experts.gate_up_proj[number]).chunk(2, -1)
+        return (up * experts.act_fn(gate)) @ experts.down_proj[number]
+    tokens, chosen, weights = given  # some routers' weights are in float32
+    share = (weights * (chosen == number)).sum(-1, keepdim=True).to(tokens.dtype)
+    if name == "GptOssExperts":
+        both = tokens @ experts.gate_up_proj[number] + experts.gate_up_proj_bias[number]
+        gate = both[:, 0::2].clamp(max=experts.limit)
+        up = both[:, 1::2].clamp(-experts.limit, experts.limit)
+        inner = (up + 1) * gate * (gate * experts.alpha).sigmoid()
+        return share * (inner @ experts.down_proj[number] + experts.down_proj_bias[number])
+    if name == "NemotronHExperts":
+        inner = experts.act_fn(tokens @ experts.up_proj[number].T)
+        return block.fc2_latent_proj.forward(share * (inner @ experts.down_proj[number].T))
+    gate, up = (tokens @ experts.gate_up_proj[number].T).chunk(2, -1)
+    return share * ((experts.act_fn(gate) * up) @ experts.down_proj[number].T)
 
 
 def _output_projection(anatomy, layer):

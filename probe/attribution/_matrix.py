@@ -62,8 +62,8 @@ def _label(axes: Axes, graph: Graph) -> None:
         places = list(range(len(nodes)))
         if len(nodes) > FEW:
             step = math.ceil(graph.n_layers / 10)
-            blocks = [Node.parse(node).block for node in nodes]
-            places = [blocks.index(f"a{layer}") for layer in range(0, graph.n_layers, step)]
+            layers = [Node.parse(node).layer for node in nodes]
+            places = [layers.index(layer) for layer in range(0, graph.n_layers, step)]
             places += [len(nodes) - 1] if nodes[-1] == "logits" else []
         axis.set_major_locator(FixedLocator(places))
         axis.set_ticklabels(

@@ -39,7 +39,7 @@ from probe.models import (
 from probe.tracing import ablated_values
 from probe.vocabulary import Granularity
 
-GRANULARITIES: tuple[Granularity, ...] = ("qkv", "block", "head")
+GRANULARITIES: tuple[Granularity, ...] = ("qkv", "block", "head", "expert")
 EDGES = 12
 """Edges of each granularity that are held against finite differences."""
 

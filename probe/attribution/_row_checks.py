@@ -33,9 +33,11 @@ def check_row(model: Model, graph: Graph, batch: EdgeBatch) -> None:
     """
     largest = _LARGEST.get(model.dtype, _LARGEST_ELSE)
     most = _LARGEST_OF_GRADIENTS.get(model.dtype, _LARGEST_ELSE)
+    errors = batch.reading_errors.cpu()
     for fault, error, limit in (
+        *_mixture_faults(errors, largest),
         *_sum_faults(batch, largest),
-        *_reading_faults(graph, batch.reading_errors.cpu(), largest),
+        *_reading_faults(graph, errors, largest),
         (
             "something beside the branches that the row names reads the residual stream: their "
             "gradients are not all of its gradient",
@@ -57,7 +59,7 @@ def check_roles(model: Model, graph: Graph) -> None:
     Raises:
         ProbeError: It does.
     """
-    if graph.granularity in model.roles_known:
+    if graph.attention in model.roles_known:
         return
     faults = role_faults(model, graph)
     if faults:
@@ -65,7 +67,7 @@ def check_roles(model: Model, graph: Graph) -> None:
             f"{model.reference}: {faults[0]}: the row {model.config.model_type!r} of the "
             f"architecture table says wrong where query, key and value lie; see {GUIDE}"
         )
-    model.roles_known.add(graph.granularity)
+    model.roles_known.add(graph.attention)
 
 
 def _sum_faults(batch: EdgeBatch, largest: float) -> Iterator[tuple[str, float, float]]:
@@ -73,6 +75,18 @@ def _sum_faults(batch: EdgeBatch, largest: float) -> Iterator[tuple[str, float, 
     error = float(batch.residual_error)
     yield "the sources do not sum to the residual stream", error, largest
     yield "the logits are not the model's own", float(batch.logits_error), largest
+
+
+def _mixture_faults(errors: torch.Tensor, largest: float) -> Iterator[tuple[str, float, float]]:
+    """The same of mixtures whose experts are apart; `errors` as in `EdgeBatch`."""
+    if errors.numel():
+        experts, beside, *_ = errors[-1].tolist()
+        yield "a mixture's experts do not sum to what it makes of them", experts, largest
+        yield (
+            "a mixture adds something else to its experts than the row's shared expert",
+            beside,
+            largest,
+        )
 
 
 def _reading_faults(
@@ -83,11 +97,12 @@ def _reading_faults(
         return
     reach_of = dict(zip(graph.targets, graph.mask.sum(0).tolist(), strict=True))
     reaches = graph.reaches
+    behind = [Node.parse(graph.sources[end - 1]).block for end in reaches]
     readers: dict[str, int] = {}
     for target, reach in reach_of.items():
         readers.setdefault(Node.parse(target).block, reach)
     for (reader, reach), (given, formula, *sums) in zip(
-        readers.items(), errors.tolist()[:-1], strict=True
+        readers.items(), errors.tolist()[:-2], strict=True
     ):
         said = sums[reaches.index(reach)]
         best = min(range(len(sums)), key=sums.__getitem__)
@@ -98,8 +113,7 @@ def _reading_faults(
         elif wrong and sums[best] <= largest:
             yield (
                 f"{reader} reads what is in the residual stream behind "
-                f"{graph.sources[reaches[best] - 1]}, and not, as the row says, behind "
-                f"{graph.sources[reach - 1]}",
+                f"{behind[best]}, and not, as the row says, behind {behind[reaches.index(reach)]}",
                 said,
                 min(largest, sums[best]),
             )
@@ -111,7 +125,7 @@ def _reading_faults(
             given,
             largest,
         )
-    *_, (given, formula, *_) = errors.tolist()
+    given, formula, *_ = errors.tolist()[-2]
     yield "keys and values are not made of the vector that the row says", given, largest
     yield (
         "a norm inside or behind a block computes another formula than the row says",

@@ -73,7 +73,7 @@ def attribute(
         sequences: What to attribute: a text, a pair (prompt, answer), a `TokenSequence`, or a list
             of these. A text without an answer is answered by the model, greedily.
         method: A name in `METHODS`.
-        granularity: `qkv`, an attention's query, key and value apart; `block`; or `head`.
+        granularity: `qkv`, `block`, `head` or `expert`; see `probe.models.Graph`.
         batch_size: How many sequences (for `exact`: edges) run at once; `auto` for as many as make
             it faster and fit into memory.
         ablation: What is left of a removed output: `zero`, or its `mean` over all positions of

@@ -158,7 +158,8 @@ def _count(count: int) -> int:
 def _behind(graph: Graph) -> list[tuple[int, ...]]:
     """For each source the targets through which it comes to be: those of its own node.
 
-    Of a head these are its query, and the key and value that it shares with its group.
+    Of a head these are its query, and the key and value that it shares with its group; of an expert
+    all that its mixture reads.
     """
     targets = [Node.parse(name) for name in graph.targets]
     sources = [Node.parse(name) for name in graph.sources]
@@ -179,5 +180,6 @@ def _behind(graph: Graph) -> list[tuple[int, ...]]:
     found = []
     for node in sources:
         places = [] if node.part == "bias" else blocks.get(node.block, [])
-        found.append(tuple(p for p in places if not node.part or of_head(node, p)))
+        apart = node.part.startswith("h")
+        found.append(tuple(p for p in places if not apart or of_head(node, p)))
     return found

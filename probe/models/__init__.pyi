@@ -7,6 +7,7 @@ from ._architectures import Heads as Heads
 from ._architectures import architecture_of as architecture_of
 from ._architectures import projection_columns as projection_columns
 from ._blocks import Blocks as Blocks
+from ._blocks import Mixture as Mixture
 from ._blocks import has as has
 from ._decoding import NOT_DECODING as NOT_DECODING
 from ._decoding import end_tokens as end_tokens

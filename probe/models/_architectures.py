@@ -122,8 +122,12 @@ class Architecture:
     """For the layout `latent`: the norm of what keys and values are made of, and the key of the
     config that says how wide that is."""
 
+    experts_projection: str | None = None
+    """What makes an output of d_model numbers of the experts' sum, where that is narrower."""
+
     shared_expert: str | None = None
-    """Of a mixture the expert that every token has; it holds activation and product like an FFN."""
+    """Of a mixture the expert that every token has; for `relp` it holds activation and product like
+    an FFN."""
 
     relp: bool = True
     """Whether the rules of relevance patching are known for its blocks."""
@@ -303,6 +307,7 @@ _ROWS: dict[str, Architecture] = {
         ffn_activation="feed_forward.activation_fn",
         ffn_product="feed_forward.down_proj",
         experts="feed_forward.experts",
+        shared_expert="feed_forward.shared_expert",
         ffn_output="feed_forward",
         relp=False,
     ),
@@ -333,6 +338,8 @@ _ROWS: dict[str, Architecture] = {
         ffn_norm="norm",
         ffn="mixer",
         experts="mixer.experts",
+        experts_projection="mixer.fc2_latent_proj",
+        shared_expert="mixer.shared_experts",
         ffn_output="mixer",
         single_block="layers_block_type",
         relp=False,

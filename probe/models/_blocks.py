@@ -5,6 +5,7 @@ Blocks(attention=None, splits=False, ffn=True)
 """
 
 from dataclasses import replace
+from inspect import signature
 from typing import TYPE_CHECKING, NamedTuple
 
 from probe.errors import ProbeError
@@ -25,6 +26,21 @@ class Blocks(NamedTuple):
 
     ffn: bool
     """Whether it has an FFN."""
+
+
+class Mixture(NamedTuple):
+    """The experts of a layer's FFN."""
+
+    experts: int
+    """How many; 0 where it is none."""
+
+    shared: bool
+    """Whether something that every token has is added to theirs."""
+
+    @property
+    def parts(self) -> list[str]:
+        """What it is a sum of, by names: `e0`, `e1`, ..., `shared`; none where it is no mixture."""
+        return [f"e{number}" for number in range(self.experts)] + ["shared"] * self.shared
 
 
 _SINGLE = {
@@ -64,6 +80,25 @@ def blocks_of(row: Architecture, layer: "torch.nn.Module") -> Blocks:
     raise ProbeError(
         f"a layer has none of the attentions that its row names ({names}); see {GUIDE}"
     )
+
+
+def mixture_of(row: Architecture, layer: "torch.nn.Module") -> Mixture:
+    """The experts of a layer, by the modules that it has.
+
+    Raises:
+        ProbeError: They cannot be told apart.
+    """
+    if row.experts is None or not has(layer, row.experts):
+        return Mixture(0, False)
+    experts = layer.get_submodule(row.experts)
+    count = getattr(experts, "num_experts", None)
+    takes = len(signature(type(experts).forward).parameters) - 1
+    if not isinstance(count, int) or takes not in (1, 3):
+        raise ProbeError(
+            f"{type(experts).__name__} is not known to keep experts apart: it has to take all "
+            "tokens with the numbers and weights of their experts; use another granularity"
+        )
+    return Mixture(count, row.shared_expert is not None and has(layer, row.shared_expert))
 
 
 def text_inside(row: Architecture, module: "torch.nn.Module") -> Architecture:

@@ -22,6 +22,7 @@ import torch
 
 from probe.errors import ProbeError
 from probe.models._architectures import Heads
+from probe.models._blocks import Mixture
 from probe.vocabulary import Granularity
 
 
@@ -35,11 +36,15 @@ class Graph:
     granularity: Granularity
     """`qkv`: query, key and value of an attention are three targets (the published code).
     `block`: an attention is one target (the paper's text), its score the sum of the three.
-    `head`: each head is a source, and each head's query, key and value a target."""
+    `head`: each head is a source, and each head's query, key and value a target.
+    `expert`: each expert of a mixture is a source; attentions as in `qkv`, or as in `block` where
+    some have no query, key and value."""
 
     sources: tuple[str, ...]
     """What writes to the residual stream, in order: input, a0, m0, a1, m1, ...; with `head`
-    input, a0.h0, a0.h1, ..., m0, ..., and a0.bias where the heads' outputs get one added."""
+    input, a0.h0, a0.h1, ..., m0, ..., and a0.bias where the heads' outputs get one added; with
+    `expert` input, a0, m0.e0, m0.e1, ..., and m0.shared where experts get one added that every
+    token has."""
 
     targets: tuple[str, ...]
     """What reads from it, in order, ending with logits; with `head` a0.q.h0, ..., a0.v.h1, m0."""
@@ -56,16 +61,21 @@ class Graph:
         bias: bool = False,
         parallel: bool = False,
         blocks: Sequence[str] | None = None,
+        mixtures: Sequence[Mixture] | None = None,
+        splits: bool = True,
     ) -> "Graph":
         """Lay out the graph of a model; `Model.graph` does it for a loaded one.
 
         Args:
             n_layers: Number of decoder layers.
-            granularity: How fine an attention is.
+            granularity: How fine attentions and mixtures are.
             heads: Its heads; needed for `head`.
             bias: Whether its output has a bias, which belongs to no head.
             parallel: Whether attention and FFN of a layer read the same.
             blocks: Which blocks each layer has: `am`, `a` or `m`; both if not given.
+            mixtures: The experts of each layer; needed for `expert`.
+            splits: Whether every attention has query, key and value, so that they are apart with
+                `expert`.
 
         Raises:
             ProbeError: The granularity is not known.
@@ -89,11 +99,21 @@ class Graph:
                     targets += [f"{attention}.{branch}.h{head}" for head in range(count)]
             else:
                 sources.append(attention)
-                split = granularity == "qkv"
+                split = granularity == "qkv" or (granularity == "expert" and splits)
                 targets += [f"{attention}.{branch}" for branch in "qkv"] if split else [attention]
-            sources += [f"m{layer}"] * ("m" in here)
+            if granularity == "expert" and mixtures is None:
+                raise ProbeError("granularity 'expert' needs the number of experts")
+            parts = mixtures[layer].parts if granularity == "expert" and mixtures else ()
+            sources += [f"m{layer}.{part}" for part in parts] or [f"m{layer}"] * ("m" in here)
             targets += [f"m{layer}"] * ("m" in here)
         return cls(n_layers, granularity, tuple(sources), (*targets, "logits"), parallel)
+
+    @cached_property
+    def attention(self) -> Granularity:
+        """How fine an attention is: `qkv`, `block` or `head`."""
+        if self.granularity != "expert":
+            return self.granularity
+        return "qkv" if any(Node.parse(name).branch for name in self.targets) else "block"
 
     @cached_property
     def mask(self) -> torch.Tensor:
@@ -167,11 +187,12 @@ class Node(NamedTuple):
     """`q`, `k` or `v` of an attention; empty for all of them."""
 
     part: str = ""
-    """`h0` for a head, `bias` for what is added behind all heads; empty for all of it."""
+    """`h0` for a head, `bias` for what is added behind all heads, `e0` for an expert, `shared` for
+    what is added to all experts; empty for all of it."""
 
     @classmethod
     def parse(cls, name: str) -> "Node":
-        """Read a name: `input`, `a3`, `a3.q`, `a3.q.h0`, `a3.h0`, `a3.bias`, `m3`, `logits`.
+        """Read a name: `input`, `a3`, `a3.q`, `a3.q.h0`, `a3.h0`, `m3`, `m3.e0`, `logits`, ...
 
         Raises:
             ProbeError: It is no name of a node.
@@ -182,7 +203,7 @@ class Node(NamedTuple):
         if found["end"]:
             return cls("input" if name == "input" else "logits")
         if found["ffn"]:
-            return cls("ffn", int(found["ffn"]))
+            return cls("ffn", int(found["ffn"]), "", found["expert"] or "")
         return cls("attention", int(found["layer"]), found["branch"] or "", found["part"] or "")
 
     @property
@@ -193,8 +214,8 @@ class Node(NamedTuple):
         return f"{'a' if self.kind == 'attention' else 'm'}{self.layer}"
 
     @property
-    def of_heads(self) -> str:
-        """Its name without the head: `a3.q` of `a3.q.h0`, `a3` of `a3.h0` and of `a3.bias`."""
+    def whole(self) -> str:
+        """Its name without the part: `a3.q` of `a3.q.h0`, `a3` of `a3.h0`, `m3` of `m3.e0`."""
         return f"{self.block}.{self.branch}" if self.branch else self.block
 
     @property
@@ -206,5 +227,5 @@ class Node(NamedTuple):
 _NODE = re.compile(
     r"(?P<end>input|logits)"
     r"|a(?P<layer>\d+)(\.(?P<branch>[qkv]))?(\.(?P<part>h\d+|bias))?"
-    r"|m(?P<ffn>\d+)"
+    r"|m(?P<ffn>\d+)(\.(?P<expert>e\d+|shared))?"
 )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from probe.checkpoints import fetch_checkpoint
 from probe.errors import ProbeError, reason
 from probe.models._architectures import GUIDE, Architecture, Heads, architecture_of
-from probe.models._blocks import Blocks, blocks_of, single_block, text_inside
+from probe.models._blocks import Blocks, Mixture, blocks_of, mixture_of, single_block, text_inside
 from probe.models._graph import Graph
 from probe.vocabulary import DType, Granularity
 
@@ -144,11 +144,12 @@ class Model:
         """Its residual graph.
 
         Raises:
-            ProbeError: An unknown granularity, or heads of an attention whose output is normed:
-                then it is no sum over heads.
+            ProbeError: An unknown granularity; heads of an attention, or experts of a mixture,
+                whose output is normed: then it is no sum over them; or experts where there are
+                none.
         """
         row, blocks = self.architecture, self.blocks
-        if granularity != "block":
+        if granularity not in ("block", "expert"):
             self._check_attentions(granularity)
         if granularity == "head" and row.attention_output != row.attention:
             raise ProbeError(
@@ -161,7 +162,11 @@ class Model:
             bias = getattr(self.part(layer, row.attention_projection), "bias", None) is not None
         parallel = self.says(row.parallel) or self.shares_norm
         names = ["a" * bool(here.attention) + "m" * here.ffn for here in blocks]
-        return Graph.build(self.n_layers, granularity, self.heads, bias, parallel, names)
+        mixtures = self.mixtures if granularity == "expert" else None
+        splits = all(here.splits for here in blocks if here.attention)
+        return Graph.build(
+            self.n_layers, granularity, self.heads, bias, parallel, names, mixtures, splits
+        )
 
     def _check_attentions(self, granularity: Granularity) -> None:
         """Refuse query, key and value, or heads, where an attention has none."""
@@ -177,6 +182,30 @@ class Model:
                 f"{self.reference}: the keys of {self.config.model_type} share their rotated part "
                 "over all heads, so a key has no head of its own; use granularity qkv"
             )
+
+    @cached_property
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """The experts of each layer.
+
+        Raises:
+            ProbeError: There are none, or they have no outputs of their own.
+        """
+        row, kind = self.architecture, self.config.model_type
+        layers = attrgetter(row.layers)(self.network._module)
+        try:
+            found = tuple(mixture_of(row, layer) for layer in layers)
+        except ProbeError as error:
+            raise ProbeError(f"{self.reference}: {error}") from error
+        if not any(mixture.experts for mixture in found):
+            raise ProbeError(
+                f"{self.reference}: no layer of {kind} is a mixture of experts; use granularity qkv"
+            )
+        if row.ffn_output != row.ffn:
+            raise ProbeError(
+                f"{self.reference}: {kind} norms the sum of a mixture's experts before adding it, "
+                "so an expert has no output of its own; use granularity qkv"
+            )
+        return found
 
     def says(self, value: str | bool) -> bool:
         """A field of the row that is a truth value, or the key of the config that has it."""

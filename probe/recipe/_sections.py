@@ -272,7 +272,7 @@ class AttributionOptions:
     """A name in `probe.attribution.METHODS`."""
 
     granularity: Granularity = "qkv"
-    """`qkv`, `block` or `head`; see `probe.models`."""
+    """`qkv`, `block`, `head` or `expert`; see `probe.models`."""
 
     ablation: Ablation = "zero"
     """What is left of a removed output: nothing, or its `mean` over a side's sequences."""

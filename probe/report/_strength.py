@@ -100,26 +100,26 @@ def read_strengths(report: Report) -> Iterator[Strength]:
     for comparison in report.recipe.comparisons():
         if comparison.key in here:
             sides = folder.read_sides(comparison.name, "before", "after")
-            (before, graph), (after, _) = map(_whole_attentions, sides)
+            (before, graph), (after, _) = map(_whole_blocks, sides)
             yield Strength(*comparison.key, graph, before, after)
 
 
-def _whole_attentions(edges: EdgeScores) -> tuple[Array, Graph]:
-    """Mean |W| over questions [source, target], heads added up, and the graph that it is of."""
+def _whole_blocks(edges: EdgeScores) -> tuple[Array, Graph]:
+    """Mean |W| over questions [source, target], heads and experts added up, and its graph."""
     graph = edges.graph
     rows = columns = None
-    if graph.granularity == "head":
+    if graph.granularity in ("head", "expert"):
         coarse = replace(
             graph,
-            granularity="qkv",
-            sources=tuple(dict.fromkeys(Node.parse(name).of_heads for name in graph.sources)),
-            targets=tuple(dict.fromkeys(Node.parse(name).of_heads for name in graph.targets)),
+            granularity="block" if graph.attention == "block" else "qkv",
+            sources=tuple(dict.fromkeys(Node.parse(name).whole for name in graph.sources)),
+            targets=tuple(dict.fromkeys(Node.parse(name).whole for name in graph.targets)),
         )
         rows = _wholes(graph.sources, coarse.sources)
         columns = _wholes(graph.targets, coarse.targets)
         graph = coarse
     total = torch.zeros(graph.mask.shape, dtype=torch.float64)
-    for scores in edges.scores:  # one by one: those of heads are large
+    for scores in edges.scores:  # one by one: those of heads and experts are large
         scores = scores.double()
         if rows is not None and columns is not None:
             parts = scores.new_zeros(len(graph.sources), scores.shape[1]).index_add_(
@@ -131,5 +131,5 @@ def _whole_attentions(edges: EdgeScores) -> tuple[Array, Graph]:
 
 
 def _wholes(nodes: Sequence[str], wholes: Sequence[str]) -> torch.Tensor:
-    """Of which whole each node is a part, heads and biases of their attention or branch."""
-    return torch.tensor([wholes.index(Node.parse(name).of_heads) for name in nodes])
+    """Of which whole each node is a part: an attention, a branch of it, or an FFN."""
+    return torch.tensor([wholes.index(Node.parse(name).whole) for name in nodes])

@@ -5,7 +5,7 @@ circuit:
 
 - `edges`: Jaccard index of the two sets of the strongest tenth of all real edges;
 - `nodes`: the same of the nodes at the ends of these edges (an attention is one node, except with
-  granularity `head`, where each end is the head's own);
+  granularity `head`, where each end is the head's own; with `expert` each expert is one);
 - `ranks`: rank-biased overlap of the rankings, extrapolated, which weighs the top most (Webber,
   Moffat and Zobel 2010, "A similarity measure for indefinite rankings"; p = 0.9, so that the first
   ten ranks hold 86 % of the weight).
@@ -180,7 +180,7 @@ def _strongest(values: Array, count: int) -> npt.NDArray[np.int64]:
 def _ends(graph: Graph) -> npt.NDArray[np.int64]:
     """The nodes of each real edge, as numbers: [edge, end]."""
     targets = graph.targets
-    if graph.granularity == "qkv":
+    if graph.attention == "qkv":
         targets = tuple(Node.parse(target).block for target in targets)
     numbers = {
         name: number for number, name in enumerate(dict.fromkeys([*graph.sources, *targets]))

@@ -1,13 +1,15 @@
 """What every branch reads, compared with what the graph says that it reads.
 
 A row of the architecture table may name modules that all run, and still be wrong: then scores come
-out for edges that are none. So in the first batch, at a few positions, four things are compared:
+out for edges that are none. So in the first batch, at a few positions, these things are compared:
 
 - what a branch reads, with the sum of the sources that have an edge to it;
 - what each norm gives, with the formula whose gradient is taken;
 - what blocks and projections behind a norm are given, with what that norm gives;
 - the gradient of the stream where it begins, with the sum of the gradients of all branches: these
-  are too few where something else reads the stream.
+  are too few where something else reads the stream;
+- where experts are apart, their sum with what their mixture makes of them, and what that adds to
+  them with its shared expert.
 
 It travels with a trace to a server; see `_hooks`.
 
@@ -71,6 +73,7 @@ class BranchChecks:
         self.readings = {target: Reading() for target in targets}
         # Norms that no branch reads: those inside a block, and behind it.
         self.others = Reading()
+        self.mixtures = Reading()
         self._total: torch.Tensor | None = None
         self._largest = torch.zeros(())
         self._done = False
@@ -123,6 +126,32 @@ class BranchChecks:
             parts = (_first(part[self.rows]) for part in (found, truth))
             self.others.given.append(_distance(*parts))
 
+    def see_mixture(
+        self,
+        experts: tuple[torch.Tensor, torch.Tensor],
+        output: torch.Tensor,
+        beside: torch.Tensor,
+        shared: torch.Tensor | None,
+    ) -> None:
+        """See what a mixture's experts write, and what it adds to them.
+
+        Args:
+            experts: The sum of what they write, and what the mixture makes of them.
+            output: What the mixture writes, [row, position, d_model].
+            beside: That less what its experts write.
+            shared: What its shared expert gives, which a gate may still make smaller.
+        """
+        if self._done:
+            return
+        self.mixtures.given.append(_distance(*experts))
+        exact = torch.promote_types(output.dtype, torch.float32)
+        found, size = beside.to(exact), output.to(exact).norm()
+        if shared is not None:
+            shared = shared.view(found.shape).to(found)
+            length = shared.square().sum(-1, keepdim=True).clamp_min(torch.finfo(exact).tiny)
+            found = found - shared * ((found * shared).sum(-1, keepdim=True) / length)
+        self.mixtures.by_formula.append(found.norm() / size)
+
     def see_gradient(self, gradient: torch.Tensor) -> None:
         """See the gradient of one branch, [sequence, position, d_model]."""
         found = self._picked(gradient[self.rows])
@@ -142,8 +171,10 @@ class BranchChecks:
     def errors(self, outputs: torch.Tensor) -> torch.Tensor:
         """How far each reading is from what the row says, all relative: [reading, 2 + reach].
 
-        First of all that is given, then of the norm's output from its formula, then of what is
-        read from the sum of the first so many sources, for each of `reaches`.
+        Behind the branches come norms and vectors inside blocks, then mixtures. First of all that
+        is given, then of the norm's output from its formula, then of what is read from the sum of
+        the first so many sources, for each of `reaches`. Of mixtures the first is how far the
+        experts are from their sum, the second what is added that is no shared expert.
 
         Args:
             outputs: What sources write, [source, sequence, position, d_model].
@@ -152,7 +183,7 @@ class BranchChecks:
         there, lost = outputs.device, torch.full((), torch.inf, device=outputs.device)
         exact = torch.promote_types(outputs.dtype, torch.float32)
         found = []
-        for reading in (*self.readings.values(), self.others):
+        for reading in (*self.readings.values(), self.others, self.mixtures):
             for errors in (reading.given, reading.by_formula):
                 parts = [error.to(there, torch.float32) for error in errors]
                 found.append(torch.stack(parts).max() if parts else torch.zeros_like(lost))
@@ -171,7 +202,7 @@ class BranchChecks:
             ]
             columns.append(torch.stack([error.to(torch.float32) for error in column]))
         beside = torch.stack(found).view(-1, 2)
-        last = torch.zeros(1, len(self.reaches), device=there)
+        last = torch.zeros(2, len(self.reaches), device=there)
         return torch.cat([beside, torch.cat([torch.stack(columns, 1), last])], 1)
 
     def _picked(self, value: torch.Tensor) -> torch.Tensor:

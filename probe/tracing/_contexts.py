@@ -268,7 +268,7 @@ def _edge_pass(
     norm_vjp = norm_vjp_of(model, constant_rate=relp)
     branches = Branches(wiring, hooks, norm_vjp, product, checks)
     readout = readout_of(model, target, n_sequences, n_silent)
-    return EdgePass(hooks, Writes(wiring), branches, product, readout, relp)
+    return EdgePass(hooks, Writes(wiring, checks=checks), branches, product, readout, relp)
 
 
 def ablated_values(

@@ -20,6 +20,7 @@ from probe.tracing._wiring import Wiring
 def wiring_of(model: Model, graph: Graph) -> Wiring:
     """How the nodes of a model's graph lie in its layers."""
     row, key = model.architecture, model.architecture.residual_scale
+    by_expert = graph.granularity == "expert"
     return Wiring(
         len(graph.targets),
         graph.layers,
@@ -28,8 +29,9 @@ def wiring_of(model: Model, graph: Graph) -> Wiring:
         by_head=graph.granularity == "head",
         scale=float(getattr(model.config, key)) if key else 1.0,
         transposed=row.transposed,
-        at_inputs=graph.granularity == "qkv" and row.layout in ("split", "latent"),
+        at_inputs=graph.attention == "qkv" and row.layout in ("split", "latent"),
         clips=getattr(model.config, "clip_qkv", None) is not None,
+        experts=[mixture.experts for mixture in model.mixtures] if by_expert else (),
     )
 
 
@@ -119,6 +121,7 @@ def _modules_of(
         activation=module(row.ffn_activation, dense),
         product=module(row.ffn_product, dense),
         experts=experts,
+        experts_projection=next(iter(optional(row.experts_projection)), None),
         shared_expert=next(iter(optional(row.shared_expert)), None) if experts else None,
         ffn_output=module(row.ffn_output, blocks.ffn),
     )
@@ -156,7 +159,7 @@ def branch_columns_of(model: Model, graph: Graph) -> list[list[tuple[int, torch.
 
     Empty where an attention is one branch.
     """
-    if graph.granularity == "block":
+    if graph.attention == "block":
         return []
     heads, row = model.heads, model.architecture
     if row.layout == "latent":

@@ -34,7 +34,7 @@ def role_faults(model: Model, graph: Graph) -> list[str]:
 
     Empty too where nothing is told apart, or where the model is on a server.
     """
-    if graph.granularity == "block" or model.deployment is not None:
+    if graph.attention == "block" or model.deployment is not None:
         return []
     found = _Disturbed(model, graph)
     with torch.no_grad():

@@ -8,13 +8,14 @@ It travels with a trace to a server; see `_hooks`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
+    from probe.tracing._branch_checks import BranchChecks
     from probe.tracing._hooks import Hooks
 
     Write = Callable[[int, torch.Tensor], None]
@@ -49,6 +50,9 @@ class Wiring:
     clips: bool
     """Whether projections' outputs are clipped in place."""
 
+    experts: Sequence[int]
+    """How many experts of each layer are sources of their own; empty where none is."""
+
     at_inputs: bool
     """Whether query, key and value part at the inputs of projections of their own; otherwise, and
     head by head, they part at columns of the projections' outputs."""
@@ -69,6 +73,7 @@ class Wiring:
         transposed: bool,
         at_inputs: bool,
         clips: bool = False,
+        experts: Sequence[int] = (),
     ) -> None:
         """Keep what is given; `heads` is (number, width)."""
         self.n_targets, self.layers = n_targets, layers
@@ -76,6 +81,7 @@ class Wiring:
         self.columns = columns
         self.by_head, self.at_inputs, self.clips = by_head, at_inputs, clips
         self.scale, self.transposed = scale, transposed
+        self.experts = experts
 
     def readings(self) -> list[int]:
         """The first target of each block, and that of the final norm."""
@@ -109,6 +115,83 @@ def project(modules: SimpleNamespace, number: int, normed: torch.Tensor) -> torc
     return projected
 
 
+class ExpertOutputs:
+    """What each expert of a mixture writes on one pass: of tokens that it does not get, zero."""
+
+    total: torch.Tensor
+    """What the mixture itself makes of them all, [token, d_model]."""
+
+    def __init__(
+        self,
+        modules: SimpleNamespace,
+        count: int,
+        output: torch.Tensor,
+        given: tuple[torch.Tensor, ...],
+    ) -> None:
+        """Compute it.
+
+        Args:
+            modules: The layer's modules, from `_layers`.
+            count: How many experts.
+            output: What the module of the experts has given.
+            given: What it was given: tokens, [token, d_model], and their experts and these
+                experts' weights, [token, rank]; or tokens alone, weighted already, once for each
+                expert one after the other.
+        """
+        self._projection = modules.experts_projection
+        self._places: torch.Tensor | None = None
+        given = tuple(part.detach() for part in given)
+        if len(given) == 1:
+            self._parts = output.detach().unflatten(0, (count, -1)).transpose(0, 1)
+            self.total = self._projected(self._parts.sum(1))
+            return
+        tokens, chosen, shares = given
+        ranks = chosen.shape[1]
+        # With each of a token's experts as the only one of a token of its own: as many products
+        # as the mixture's own. By .forward: a call would run the hooks.
+        alone = modules.experts._module.forward(
+            tokens.repeat_interleave(ranks, 0), chosen.reshape(-1, 1), shares.reshape(-1, 1)
+        )
+        alone = alone.view(len(tokens), ranks, -1)
+        self._parts = torch.cat([alone, torch.zeros_like(alone[:, :1])], 1)
+        # Of each token and expert the rank, or the zero behind them.
+        self._places = chosen.new_full((len(tokens), count), ranks)
+        self._places.scatter_(
+            1, chosen, torch.arange(ranks, device=chosen.device).expand_as(chosen)
+        )
+        self.total = self._projected(output.detach())
+
+    def of(self, expert: int) -> torch.Tensor:
+        """What one expert writes, [token, d_model]."""
+        if self._places is None:
+            return self._projected(self._parts[:, expert])
+        rows = torch.arange(len(self._parts), device=self._parts.device)
+        return self._projected(self._parts[rows, self._places[:, expert]])
+
+    def sum(self) -> torch.Tensor:
+        """What all of them write, [token, d_model]."""
+        exact = torch.promote_types(self._parts.dtype, torch.float32)
+        return self._projected(self._parts.sum(1, dtype=exact).to(self._parts.dtype))
+
+    def _projected(self, value: torch.Tensor) -> torch.Tensor:
+        if self._projection is None:
+            return value
+        return torch.nn.functional.linear(value, self._projection._module.weight)
+
+
+class Seen:
+    """What waits of a mixture from one hook to the next."""
+
+    experts: ExpertOutputs | None = None
+    """What its experts write."""
+
+    shared: torch.Tensor | None = None
+    """What its shared expert gives, where that is checked."""
+
+    done: bool = False
+    """Whether all was written: a layer that is computed again comes here again."""
+
+
 class Writes:
     """What every source writes to the residual stream, heads and biases included.
 
@@ -120,6 +203,7 @@ class Writes:
         wiring: Wiring,
         wanted: Collection[int] | None = None,
         summed: torch.Tensor | None = None,
+        checks: BranchChecks | None = None,
     ) -> None:
         """Say which.
 
@@ -128,10 +212,12 @@ class Writes:
             wanted: Their indices; all of them if not given.
             summed: bool [sequence, position]: writes are summed over these positions, in float32
                 or better. What is linear comes after the sum.
+            checks: Compares experts' outputs with what their mixture gives.
         """
         self.wiring = wiring
         self.wanted = wanted
         self.summed = summed
+        self.checks = checks
 
     def watch_input(self, hooks: Hooks, first: SimpleNamespace, write: Write) -> None:
         """Let a function take what enters the first layer: the source `input`."""
@@ -153,7 +239,9 @@ class Writes:
             hooks.at_input(projection, lambda mixed: self._heads(projection, mixed, first, write))
         elif attention:
             self._watch_block(hooks, modules.attention_output, attention.start, write)
-        if ffn:
+        if ffn and self.wiring.experts and self.wiring.experts[layer]:
+            self._watch_mixture(hooks, modules, ffn, self.wiring.experts[layer], write)
+        elif ffn:
             self._watch_block(hooks, modules.ffn_output, ffn.start, write)
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
@@ -175,6 +263,49 @@ class Writes:
                 module,
                 lambda output, *given: write(source, self._scaled(in_rows(output, *given))),
             )
+
+    def _watch_mixture(
+        self, hooks: Hooks, modules: SimpleNamespace, sources: range, count: int, write: Write
+    ) -> None:
+        """Take what each expert of a mixture writes, and what is added to them.
+
+        Args:
+            hooks: Where to hang hooks.
+            modules: The layer's modules.
+            sources: The experts' indices, and behind them that of what is added.
+            count: How many experts.
+            write: Takes a source's index and what it writes.
+        """
+        if not any(map(self._wants, sources)):
+            return
+        seen = Seen()
+
+        def part(own: torch.Tensor, *given: torch.Tensor) -> None:
+            if not seen.done:
+                seen.experts = ExpertOutputs(modules, count, own, given)
+
+        def aside(output: torch.Tensor, *_: object) -> None:
+            # Llama 4 adds its experts' outputs to it in place.
+            seen.shared = output.detach().clone()
+
+        def done(output: torch.Tensor, *given: torch.Tensor) -> None:
+            experts, shared, seen.experts, seen.shared = seen.experts, seen.shared, None, None
+            if experts is None:
+                return
+            seen.done = True
+            output = in_rows(output, *given).detach()
+            beside = output - experts.total.view(output.shape)
+            if self.checks:
+                self.checks.see_mixture((experts.sum(), experts.total), output, beside, shared)
+            for number, source in enumerate(sources):
+                if self._wants(source):
+                    value = experts.of(number).view(output.shape) if number < count else beside
+                    write(source, self._scaled(value))
+
+        hooks.at_output(modules.experts, part)
+        if self.checks and len(sources) > count:
+            hooks.at_output(modules.shared_expert, aside)
+        hooks.at_output(modules.ffn_output, done)
 
     def _scaled(self, output: torch.Tensor) -> torch.Tensor:
         output, scale = self.total(output), self.wiring.scale

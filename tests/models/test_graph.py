@@ -1,7 +1,7 @@
 import pytest
 
 from probe.errors import ProbeError
-from probe.models import Graph, Node
+from probe.models import Graph, Mixture, Node
 
 
 def test_nodes_in_the_published_order():
@@ -34,13 +34,26 @@ def test_mask_is_what_was_written_before(n_layers, granularity):
         assert found == written[target]
 
 
+def test_experts_write_each_by_itself():
+    graph = Graph.build(2, "expert", mixtures=[Mixture(0, False), Mixture(2, True)])
+    assert graph.sources == ("input", "a0", "m0", "a1", "m1.e0", "m1.e1", "m1.shared")
+    assert graph.targets == Graph.build(2, "qkv").targets
+    assert graph.mask.sum(0).tolist() == [1, 1, 1, 2, 3, 3, 3, 4, 7]
+    assert graph.attention == "qkv"
+    hybrid = Graph.build(1, "expert", mixtures=[Mixture(2, False)], splits=False)
+    assert hybrid.targets == ("a0", "m0", "logits")
+    assert hybrid.attention == "block"
+    with pytest.raises(ProbeError, match="needs the number of experts"):
+        Graph.build(1, "expert")
+
+
 def test_unknown_granularity_names_the_known_ones():
     with pytest.raises(ProbeError, match="qkv, block"):
         Graph.build(1, "neuron")
 
 
 @pytest.mark.parametrize(
-    ("name", "parts", "block", "of_heads"),
+    ("name", "parts", "block", "whole"),
     [
         ("input", ("input", -1, "", ""), "input", "input"),
         ("logits", ("logits", -1, "", ""), "logits", "logits"),
@@ -50,15 +63,19 @@ def test_unknown_granularity_names_the_known_ones():
         ("a3.k.h15", ("attention", 3, "k", "h15"), "a3", "a3.k"),
         ("a10.h2", ("attention", 10, "", "h2"), "a10", "a10"),
         ("a1.bias", ("attention", 1, "", "bias"), "a1", "a1"),
+        ("m2.e11", ("ffn", 2, "", "e11"), "m2", "m2"),
+        ("m2.shared", ("ffn", 2, "", "shared"), "m2", "m2"),
     ],
 )
-def test_names_are_read_in_one_place(name, parts, block, of_heads):
+def test_names_are_read_in_one_place(name, parts, block, whole):
     node = Node.parse(name)
     assert tuple(node) == parts
-    assert (node.block, node.of_heads) == (block, of_heads)
+    assert (node.block, node.whole) == (block, whole)
 
 
-@pytest.mark.parametrize("name", ["", "x3", "a", "a3.", "m3.q", "a3.h", "a3.q.q", "inputs", "a3\n"])
+@pytest.mark.parametrize(
+    "name", ["", "x3", "a", "a3.", "m3.q", "m3.e", "a3.e1", "a3.h", "a3.q.q", "inputs", "a3\n"]
+)
 def test_what_is_no_name_is_refused(name):
     with pytest.raises(ProbeError, match="is no node"):
         Node.parse(name)

@@ -294,7 +294,7 @@ def test_every_field_has_a_docstring():
         ({"selection.alpha": "[0.1, -1]"}, "greater than 0"),
         ({"selection.gamma": "inf"}, "finite"),
         ({"solutions.questions": "some"}, "solutions.questions is 'some': a whole number .*'all'"),
-        ({"attribution.granularity": "heads"}, "should be 'qkv', 'block' or 'head'"),
+        ({"attribution.granularity": "heads"}, "should be 'qkv', 'block', 'head' or 'expert'"),
         ({"compute.dtype": "int8"}, "'float32', 'bfloat16'"),
         ({"pairs.0.prompt": "Q: {quest}"}, r"a prompt needs \{question\} in it, or is just 'chat'"),
         ({"pairs.0.prompt": "chat: x"}, r"a prompt needs \{question\} in it, or is just 'chat'"),

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from small_models import save_small_model
 
 import probe
-from probe.report import build_report, read_strengths
+from probe.report import build_report, draw_circuit, read_strengths
 
 
 def test_strengths_of_a_run(half_run):
@@ -30,17 +31,22 @@ def test_the_largest_changes_come_first(half_run):
     assert strength.largest(3) == found[:3]
 
 
-def test_heads_are_added_up(half_run, llama):
-    """The scores of heads add up to those of their attention, which are computed on their own."""
+@pytest.mark.parametrize(("name", "fine"), [("llama", "head"), ("qwen3_moe-dense", "expert")])
+def test_parts_are_added_up(half_run, tmp_path, name, fine):
+    """The scores of heads, or of experts, add up to those of the whole, computed on its own."""
+    model = probe.load_model(str(save_small_model(tmp_path / "m", name)))
     sequences = [probe.Sequence([5, 16, 4], [5, 16, 4, 17]), probe.Sequence([7, 3], [9, 8])]
     found = {}
-    for granularity in ("head", "qkv"):
-        edges = probe.attribute(llama, sequences, granularity=granularity)
+    for granularity in (fine, "qkv"):
+        edges = probe.attribute(model, sequences, granularity=granularity)
         for side in ("before", "after"):
             path = half_run.edges_file("sft-grpo.tiny-math.alpha-0.5", side)
             half_run.write_edges(path, edges, ["a", "b"], "key")
         (found[granularity],) = read_strengths(build_report(half_run.path))
-    assert found["head"].graph == found["qkv"].graph
+    assert found[fine].graph == found["qkv"].graph
     torch.testing.assert_close(
-        torch.tensor(found["head"].before), torch.tensor(found["qkv"].before), rtol=1e-4, atol=1e-6
+        torch.tensor(found[fine].before), torch.tensor(found["qkv"].before), rtol=1e-4, atol=1e-6
     )
+    assert draw_circuit(found[fine]).axes
+    axes = probe.attribute(model, sequences, granularity=fine).plot()
+    assert axes.get_ylabel()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import probe.stats._overlap
-from probe.models import Graph, Heads
+from probe.models import Graph, Heads, Mixture
 from probe.stats import compare_circuits, jaccard, rank_biased_overlap
 
 
@@ -59,7 +59,12 @@ def strongest(graph, scores, share=0.1):
 
 @pytest.mark.parametrize(
     "graph",
-    [Graph.build(4, "qkv"), Graph.build(4, "block"), Graph.build(2, "head", Heads(4, 2, 8))],
+    [
+        Graph.build(4, "qkv"),
+        Graph.build(4, "block"),
+        Graph.build(2, "head", Heads(4, 2, 8)),
+        Graph.build(2, "expert", mixtures=[Mixture(0, False), Mixture(3, True)]),
+    ],
 )
 def test_sets_against_names(graph):
     generator = torch.Generator().manual_seed(3)
@@ -70,7 +75,7 @@ def test_sets_against_names(graph):
     assert found.edges == pytest.approx(len(left & right) / len(left | right))
 
     def ends(edges):
-        whole = graph.granularity != "qkv"
+        whole = graph.granularity not in ("qkv", "expert")
         return {s for s, _ in edges} | {t if whole else t.split(".")[0] for _, t in edges}
 
     left, right = ends(left), ends(right)
