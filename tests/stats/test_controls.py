@@ -1,9 +1,11 @@
+import json
 import math
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import recomputed
 from conftest import run_recorded
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,6 +92,31 @@ def test_a_side_is_what_the_api_gives(finished, edges):
     target = Target("loss", temperature=table["temperatures"])
     found = probe.attribute("probe:tiny-math/sft", texts, target=target)
     assert np.allclose(found.scores, edges["before-sharp"].scores, rtol=1e-4, atol=1e-7)
+
+
+def test_other_code_finds_the_same_in_the_files_of_a_run(finished):
+    report = json.loads((finished / "report.json").read_text())
+    checked = 0
+    for cell in report["cells"]:
+        if cell["control"] not in recomputed.ROWS:
+            continue
+        sides = recomputed.read_sides(finished, CELL, cell["control"])
+        change, interval, parts = recomputed.recompute(cell["metric"], *sides)
+        assert cell["samples"] == len(parts)
+        assert cell["change"] == pytest.approx(change, rel=1e-5, abs=1e-9)
+        assert cell["interval"] == pytest.approx(interval.tolist(), rel=1e-5, abs=1e-9)
+        # Two random estimates of one p-value: five standard errors of their difference.
+        p_value = recomputed.sign_flips(parts)
+        apart = 5 * math.sqrt(2 * max(p_value * (1 - p_value), 1e-4) / 20_000)
+        assert cell["p_value"] == pytest.approx(p_value, abs=apart)
+        checked += 1
+    assert checked == 6 + 3 * 5
+    adjusted = recomputed.holm([cell["p_value"] for cell in report["cells"]])
+    assert [cell["p_holm"] for cell in report["cells"]] == pytest.approx(adjusted)
+    assert [cell["significant"] for cell in report["cells"]] == [
+        p < 0.05 and abs(cell["change"]) >= 0.01
+        for p, cell in zip(adjusted, report["cells"], strict=True)
+    ]
 
 
 def test_the_controls_tell_a_sharpened_model_from_another_circuit(tmp_path):
