@@ -6,11 +6,28 @@ a bug and keeps its traceback. A message says what is wrong, where, and what to 
     raise ProbeError(f"{path}:{line}: not JSON; mend or remove the line")
 """
 
+import re
 from numbers import Integral
+
+LONGEST = 2000
+"""How many letters of a complaint are shown; what is foreign in it may be of any length."""
+
+_ENDS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 class ProbeError(Exception):
     """A mistake in what was asked for: a wrong name, a damaged file, two models that do not fit."""
+
+    def __str__(self) -> str:
+        """What is wrong, as one line that any file or terminal can take."""
+        text = _HALVES.sub("\ufffd", _ENDS.sub(" ", super().__str__().strip()))
+        half = LONGEST // 2
+        return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
+
+
+class UnknownNameError(ProbeError, KeyError):
+    """A name that a table does not have."""
 
 
 def reason(error: BaseException, line: int = 0) -> str:

@@ -11,7 +11,7 @@ A package that is installed can do so too: it names a module as an entry point o
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Generic, TypeVar, overload
 
-from probe.errors import ProbeError, reason
+from probe.errors import ProbeError, UnknownNameError, reason
 
 GROUP = "probe.plugins"
 """The entry points whose modules add to registries."""
@@ -75,9 +75,17 @@ class Registry(MutableMapping[str, Record], Generic[Record]):
         return record
 
     def __getitem__(self, name: str) -> Record:
-        """The record of a name."""
+        """The record of a name.
+
+        Raises:
+            UnknownNameError: There is none; it is a `KeyError` too.
+        """
         PLUGINS.load()
-        return self._rows[name]
+        try:
+            return self._rows[name]
+        except KeyError:
+            known = ", ".join(self._rows)
+            raise UnknownNameError(f"{self._kind} {name!r} is not known; one of: {known}") from None
 
     def __setitem__(self, name: str, record: Record) -> None:
         """Put a record in the place of another."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard, cast
 
 from probe.errors import ProbeError, check_count
-from probe.models import Model, encode_text, read_tokenizer
+from probe.models import Model, encode_text, read_tokenizer, tokens_of
 from probe.solutions import generate
 
 if TYPE_CHECKING:
@@ -252,8 +252,7 @@ def _asked(
 def _answered(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:
     if not isinstance(answer, str):
         raise ProbeError(f"{_kind(answer)} is no answer; give a text")
-    tokens: list[int] = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return tokens
+    return tokens_of(tokenizer, answer)
 
 
 def _plain(tokens: object, what: str) -> list[int]:

@@ -143,11 +143,11 @@ def missing_shards(folder: Path) -> list[str]:
     for index in folder.glob("*.index.json"):
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
         missing |= {str(name) for name in names if not (folder / str(name)).is_file()}
     for file in folder.iterdir():
-        numbered = re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\.safetensors|\.bin)", file.name)
+        numbered = re.fullmatch(r"(.*-)(\d+)(-of-)(\d{1,5})(\.safetensors|\.bin)", file.name)
         if numbered:
             start, width, of, count, end = numbered.groups()
             names = {f"{start}{n:0{len(width)}}{of}{count}{end}" for n in range(1, int(count) + 1)}

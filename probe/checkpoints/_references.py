@@ -123,8 +123,10 @@ def adapter_base(folder: Path) -> str:
     config = folder / ADAPTER_CONFIG
     try:
         table = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ProbeError(f"cannot read the config of the adapter {folder}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ProbeError(
+            f"cannot read the config of the adapter {folder}: {reason(error)}"
+        ) from error
     base = table.get("base_model_name_or_path") if isinstance(table, dict) else None
     if not isinstance(base, str) or not base:
         raise ProbeError(f"{config} names no base model; set base_model_name_or_path in it")
@@ -278,9 +280,12 @@ def _shards(index: Path) -> list[Path]:
     """The weight files that an index lists, if all are there."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        shards = sorted(index.parent / name for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ProbeError(f"{index}: not an index of weight files; fetch it again") from error
-    shards = sorted(index.parent / name for name in names)
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ProbeError(f"{index} names a file that is not beside it: {outside[0]!r}")
     return shards if all(shard.is_file() for shard in shards) else []
 
 

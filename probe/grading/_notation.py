@@ -298,7 +298,7 @@ _NUMBER = re.compile(
 )
 _PAIRED = re.compile(r"\$([^$]+)\$\s?(.*)", re.DOTALL)
 _BEHIND = re.compile(
-    r"\A(.*?)\s?((?:\\?%|\^\{\\circ\}|(?:\\(?:text|mathrm|mbox|textrm|rm|,|;|!|:)\s?)+"
+    r"\A(.*?)\s?((?:\\?%|\^\{\\circ\}|(?:\\(?:text|mathrm|mbox|textrm|rm|,|;|!|:)\s?){1,9}"
     r"(?:\{[~\s]*[^{}]*[A-Za-z%][^{}]*\}(?:\^\{?[23]\}?)?)|\\\$|[€£¥₹₩₽¢])\.?(?:\s?[CF])?)\Z",
     re.DOTALL,
 )

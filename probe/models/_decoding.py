@@ -153,7 +153,7 @@ def _read(file: Path) -> dict[str, object]:
         table = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ProbeError(f"{file}: not JSON; mend or remove it") from error
     if not isinstance(table, dict):
         raise ProbeError(f"{file}: not a JSON object; mend or remove it")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from probe.errors import ProbeError, reason
-from probe.models._templates import check_template
+from probe.models._templates import RefusalError, TooMuchError, fill
 from probe.recipe import CHAT
 
 if TYPE_CHECKING:
@@ -44,20 +44,34 @@ def encode_text(
     """
     if not chat:
         assert isinstance(text, str)
-        try:
-            return _without_what_follows(tokenizer, text)
-        except Exception as error:
-            # The tokenizers of Rust have no exception of their own; a vocabulary may lack a letter.
-            raise ProbeError(
-                f"{tokenizer.name_or_path}: the tokenizer cannot take the text {text[:60]!r}: "
-                f"{reason(error)}"
-            ) from error
+        return _without_what_follows(tokenizer, text)
     turns = [{"role": "user", "content": text}] if isinstance(text, str) else [*map(dict, text)]
     # A template writes special tokens itself.
-    tokens: list[int] = tokenizer(_filled(tokenizer, turns), add_special_tokens=False)["input_ids"]
+    tokens = tokens_of(tokenizer, _filled(tokenizer, turns))
     # One that does not open the model's turn may end in the token that closes the user's.
     while tokens and tokens[-1] == tokenizer.eos_token_id:
         tokens.pop()
+    return tokens
+
+
+def tokens_of(tokenizer: "PreTrainedTokenizerBase", text: str, special: bool = False) -> list[int]:
+    """Tokens of a text, as it stands.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The text.
+        special: Whether with what the tokenizer puts before and behind every text.
+
+    Raises:
+        ProbeError: The tokenizer cannot take it: its vocabulary may lack a letter.
+    """
+    try:
+        tokens: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    except Exception as error:  # the tokenizers of Rust have no exception of their own
+        raise ProbeError(
+            f"{tokenizer.name_or_path}: the tokenizer cannot take the text {text[:60]!r}: "
+            f"{reason(error)}"
+        ) from error
     return tokens
 
 
@@ -66,37 +80,28 @@ def _filled(tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]]) -
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
         raise ProbeError(no_template(name))
-    tokens = tuple(sorted((key, str(value)) for key, value in tokenizer.special_tokens_map.items()))
-    for template in _templates(tokenizer):
-        check_template(template, tokens, name)
     said = turns[-1]["content"].strip()
     parts: list[dict[str, object]]
     parts = [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns]
     fault = "it leaves the question out, as text and as a list of parts"
     for messages in (turns, parts):
         try:
-            text = tokenizer.apply_chat_template(
-                messages,  # type: ignore[arg-type]
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except Exception as error:
-            # Templates are programs of strangers: any exception may come out of one.
+            template = tokenizer.get_chat_template()
+            text = fill(template, messages, tokenizer.special_tokens_map)
+        except TooMuchError as error:
+            raise ProbeError(
+                f"{name}: the chat template {error} for a question; mend it, or give a prompt as "
+                "text"
+            ) from None
+        except (RefusalError, ValueError) as error:  # or there are several, and none of them is it
             if messages is turns:
                 fault = reason(error)
             continue
-        if isinstance(text, str) and said in text:
+        if said in text:
             return text
     raise ProbeError(
         f"{name}: the chat template refuses: {fault}; mend it, or give a prompt as text"
     )
-
-
-def _templates(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Its chat template; some have several by name."""
-    known = tokenizer.chat_template
-    found = known.values() if isinstance(known, dict) else [known]
-    return [template for template in found if isinstance(template, str)]
 
 
 def _without_what_follows(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
@@ -104,9 +109,8 @@ def _without_what_follows(tokenizer: "PreTrainedTokenizerBase", text: str) -> li
 
     An end token that closes a prompt would make an empty answer the likeliest one.
     """
-    tokens: list[int] = tokenizer(text)["input_ids"]
-    plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    around: list[int] = tokenizer("")["input_ids"]
+    tokens, plain = tokens_of(tokenizer, text, special=True), tokens_of(tokenizer, text)
+    around = tokens_of(tokenizer, "", special=True)
     found = [n for n in range(len(around) + 1) if tokens == [*around[:n], *plain, *around[n:]]]
     # Where the text itself begins or ends in such tokens, none that ends a text goes before it.
     likely = [n for n in found if tokenizer.eos_token_id not in around[:n]] or found

@@ -1,108 +1,93 @@
-"""Templates: a chat template is a stranger's program, and is tried where it can do no harm.
+"""Templates: a chat template is a stranger's program, and is filled in where it can do no harm.
 
-It may loop for ever or make texts of gigabytes, which jinja's sandbox lets it do. So each is run
-once, on short messages, in a process of its own with little memory and time.
+It may loop for ever or make texts of gigabytes, which jinja's sandbox lets it do, and for some
+questions only. So each question goes through it in a process of its own with little memory and
+time, which fills it in as transformers does.
 
-    >>> check_template("{{ messages[0]['content'] }}", (("eos_token", "</s>"),), "mine")
+    >>> fill("{{ messages[0]['content'] }}", [{"role": "user", "content": "1+1=?"}], {})
+    '1+1=?'
 """
 
-import json
-import subprocess
-import sys
+import os
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any, cast
 
-from probe.errors import ProbeError
-from probe.limits import end_after, limit_memory
+from probe.limits import NoAnswerError, Worker, serve
 
-SECONDS = 10
-"""How long it may take for a short question."""
+SECONDS = 10.0
+"""How long a template may take for one question."""
 
 MEMORY = 2**30
-"""How many bytes the process may have."""
+"""How many bytes the process may have; what it needs to start takes a seventh of them."""
 
 LETTERS = 100_000
-"""How long the text of a short question may be; the longest preambles known have some 20,000."""
-
-_STARTUP = 30
-_QUESTION = "What is 1+1?"
+"""How much longer than the messages a text may be; the longest preambles known have some 20,000."""
 
 
-@lru_cache(maxsize=16)
-def check_template(template: str, tokens: tuple[tuple[str, str], ...], name: str) -> None:
-    """Check that a template ends, and with a text of a sensible length.
+_Question = tuple[str, list[dict[str, object]], dict[str, str]]
 
-    A template that fails is none of its business: whoever uses it hears why.
+
+class TooMuchError(Exception):
+    """A template takes more time or memory than it may, or writes more; the message says which."""
+
+
+class RefusalError(Exception):
+    """A template fails, or refuses these messages; the message says why."""
+
+
+def fill(
+    template: str, messages: Sequence[Mapping[str, object]], tokens: Mapping[str, object]
+) -> str:
+    """The text of a chat, up to where the model is to go on.
 
     Args:
         template: The template.
+        messages: The messages, each a role and a content.
         tokens: Names and texts of special tokens that it may write.
-        name: Whose it is, for the complaint.
 
     Raises:
-        ProbeError: It takes too long, needs too much memory or writes too much.
+        TooMuchError: It does not end well.
+        RefusalError: It ends in an error of its own.
     """
+    question = [template, [*map(dict, messages)], dict(tokens)]
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "probe.models._templates"],
-            input=json.dumps([template, dict(tokens)]).encode(),
-            capture_output=True,
-            timeout=SECONDS + _STARTUP,
-        )
-    except subprocess.TimeoutExpired:
-        fault = f"takes more than {SECONDS} s"
-    else:
-        said = done.stdout.decode(errors="replace").strip()
-        fault = said if done.returncode == 0 else f"takes more than {SECONDS} s"
-    if fault:
-        raise ProbeError(
-            f"{name}: the chat template {fault} for a short question; mend it, or give a prompt as "
-            "text"
-        )
+        kind, text = cast(tuple[str, str], _worker(os.getpid()).ask(question))
+    except NoAnswerError as error:
+        raise TooMuchError(str(error)) from None
+    if kind == "filled":
+        return text
+    raise (TooMuchError if kind == "too much" else RefusalError)(text)
 
 
-def _try() -> None:
-    """Run the template that comes in, and say whether it takes too much."""
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+@lru_cache(maxsize=1)
+def _worker(process: int) -> Worker:
+    """The process that fills in; a fork has one of its own."""
+    del process
+    return Worker(__name__, SECONDS)
 
-    class Generation(Extension):
-        """The block that transformers adds to the language; here it is what is in it."""
 
-        tags = {"generation"}  # noqa: RUF012 - jinja's way
+def _filled(question: object) -> tuple[str, str]:
+    """What came of a template: `filled`, `too much` or `refused`, and the text or the reason."""
+    from transformers.utils.chat_template_utils import render_jinja_template
 
-        def parse(self, parser: "jinja2.parser.Parser") -> "list[jinja2.nodes.Node]":
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    from probe.errors import reason
 
-    def refuse(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
-
-    template, tokens = json.load(sys.stdin.buffer)
-    end_after(SECONDS)
-    limit_memory(MEMORY)
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda style: style}
-    parts = [{"type": "text", "text": _QUESTION}]
-    for content in (_QUESTION, parts):
-        messages = [{"role": "user", "content": content}]
-        try:
-            size = 0
-            compiled = environment.from_string(template)
-            for piece in compiled.generate(messages=messages, add_generation_prompt=True, **tokens):
-                size += len(piece)
-                if size > LETTERS:
-                    print(f"writes more than {LETTERS:,} letters")
-                    return
-        except MemoryError:
-            print(f"needs more than {MEMORY / 2**30:.0f} GiB of memory")
-            return
-        except Exception:  # a program of a stranger: any exception may come out of it
-            continue
+    template, messages, tokens = cast(_Question, question)
+    try:
+        options: dict[str, Any] = {**tokens, "add_generation_prompt": True}
+        found = render_jinja_template([messages], chat_template=template, **options)
+        text = cast(tuple[list[str], object], found)[0][0]  # not what its annotation says
+        most = LETTERS + sum(len(str(message)) for message in messages)
+        if len(text) > most:
+            return "too much", f"writes more than {LETTERS:,} letters"
+    except MemoryError:
+        return "too much", f"needs more than {MEMORY / 2**30:.0f} GiB of memory"
+    except Exception as error:  # a program of a stranger: any exception may come out of it
+        return "refused", reason(error)
+    return "filled", text
 
 
 if __name__ == "__main__":
-    _try()
+    _filled(["", [], {}])  # imports what it takes
+    serve(_filled, MEMORY)

@@ -10,10 +10,14 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from probe.errors import ProbeError
+from probe.errors import ProbeError, reason
 
-MOST_BYTES = 4 * 1024**3
+MOST_BYTES = 1024**3
 """Most bytes that the samples of a log may have unpacked."""
+
+USUAL_BYTES, DENSEST = 64 * 1024**2, 100
+"""From how many bytes on they must be no more than so many times as many as packed; what people
+write becomes a tenth."""
 
 _ZSTANDARD = 93
 _HEADER = struct.Struct("<26xHH")  # lengths of the name and of the extra field end a local header
@@ -32,14 +36,21 @@ def read_samples(path: Path) -> Iterator[tuple[str, bytes]]:
                 for member in archive.infolist()
                 if member.filename.startswith("samples/") and member.filename.endswith(".json")
             ]
-            if sum(member.file_size for member in members) > MOST_BYTES:
-                raise ProbeError(f"{path}: its samples unpack to more than {MOST_BYTES} bytes")
+            size = sum(member.file_size for member in members)
+            packed = sum(member.compress_size for member in members)
+            if size > MOST_BYTES or size > max(USUAL_BYTES, DENSEST * packed):
+                raise ProbeError(
+                    f"{path}: its samples of {packed / 2**20:.1f} MiB unpack to "
+                    f"{size / 2**20:.0f} MiB, which is too much; export fewer at once"
+                )
             for member in sorted(members, key=_order):
                 yield member.filename, _unpacked(archive, file, member)
     except OSError as error:
         raise ProbeError(f"cannot read {path}: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, struct.error, NotImplementedError, RuntimeError, EOFError) as error:
-        raise ProbeError(f"{path}: not a log of inspect_ai ({error})") from error
+    except ProbeError:
+        raise
+    except Exception as error:  # damaged archives raise nearly anything
+        raise ProbeError(f"{path}: not a log of inspect_ai ({reason(error)})") from error
 
 
 def _order(member: zipfile.ZipInfo) -> tuple[int, str]:

@@ -14,9 +14,17 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from probe.errors import ProbeError, reason
+
+if TYPE_CHECKING:
+    import pyarrow
+
+MOST_VALUES, MOST_BYTES = 50_000_000, 2**29
+"""Most values, and bytes as arrow holds them, of a parquet file; as Python's they are more."""
+
+_BATCH = 100
 
 
 class Row(NamedTuple):
@@ -210,15 +218,35 @@ def _separated(delimiter: str) -> Callable[[Path], Iterator[Row]]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
+    """A file of some bytes may say that it is a table of any size, so it is read part by part."""
     from pyarrow import ArrowException
-    from pyarrow.parquet import read_table
+    from pyarrow.parquet import ParquetFile
 
+    number, size = 0, 0
     try:
-        rows = read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
+        with ParquetFile(path) as file:
+            groups = [file.metadata.row_group(n) for n in range(file.num_row_groups)]
+            values = sum(g.column(n).num_values for g in groups for n in range(g.num_columns))
+            for batch in file.iter_batches(batch_size=_BATCH) if values <= MOST_VALUES else ():
+                size += sum(map(_plain_bytes, batch.columns))
+                if size > MOST_BYTES:
+                    break
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}, row {number}", row)
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise ProbeError(f"{path}: not a parquet file ({reason(error)})") from error
-    for number, row in enumerate(rows, start=1):
-        yield Row(f"{path}, row {number}", row)
+    if values > MOST_VALUES or size > MOST_BYTES:
+        raise ProbeError(
+            f"{path}: more than {MOST_VALUES:,} values or {MOST_BYTES / 2**20:.0f} MiB; "
+            "keep the columns that are needed"
+        )
+
+
+def _plain_bytes(column: "pyarrow.Array") -> int:
+    """The bytes of a column where each value stands by itself."""
+    decode = getattr(column, "dictionary_decode", None)
+    return int((decode() if decode else column).nbytes)
 
 
 FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {

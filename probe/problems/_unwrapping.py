@@ -10,6 +10,7 @@ several, is an error, never an empty answer.
 
 import ast
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 from probe.errors import ProbeError
@@ -33,6 +34,11 @@ _CONTENT = (
 _THOUGHTS = ("reasoning", "thinking", "redacted_thinking", "reasoning_text", "summary_text")
 _DEPTH = 8
 _LONGEST_LITERAL = 10**6
+_QUOTED = re.compile(
+    r"(?P<odd>'{3}|\"{3}|\#|(?:[fF][rR]?|[rR][fF])(?=['\"]))"
+    r"|'(?:[^'\\]|\\.)*(?:'|\Z)|\"(?:[^\"\\]|\\.)*(?:\"|\Z)",
+    re.DOTALL,
+)
 
 
 def one_text(value: object, depth: int = 0) -> str:
@@ -126,9 +132,14 @@ def _is_part(value: object) -> bool:
 
 
 def _literal(text: str) -> object:
-    for read in (json.loads, ast.literal_eval):
+    """What a text spells in JSON or else in Python; itself where it spells nothing."""
+    if len(text) > _LONGEST_LITERAL:
+        return text
+    # Python takes a minute to see that a long f-string is no plain value; no repr() has one.
+    odd = any(found["odd"] for found in _QUOTED.finditer(text))
+    for read in (json.loads,) if odd else (json.loads, ast.literal_eval):
         try:
-            return read(text) if len(text) <= _LONGEST_LITERAL else text
+            return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     return text

@@ -53,5 +53,5 @@ def _item(items: list[object], index: str, key: str, where: str) -> object:
 def _read_value(text: str) -> object:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, or what Python cannot hold
         return text

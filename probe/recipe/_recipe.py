@@ -21,7 +21,7 @@ from typing import Annotated, Literal, cast, get_type_hints
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from probe.errors import ProbeError
+from probe.errors import ProbeError, reason
 from probe.files import write_where_asked
 from probe.recipe._overrides import override
 from probe.recipe._sections import CHAT as CHAT
@@ -322,8 +322,8 @@ def _read_table(recipe: str | Path) -> tuple[Path, dict[str, object]]:
         return path, tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ProbeError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ProbeError(f"{path}: not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # no TOML, or what Python cannot hold
+        raise ProbeError(f"{path}: not TOML that can be read: {reason(error)}") from error
 
 
 def _complaint(error: ValidationError) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from probe.errors import ProbeError
 from probe.grading import Grader
-from probe.models import encode_prompt
+from probe.models import encode_prompt, tokens_of
 from probe.problems import Problem
 from probe.solutions._answer_files import Given, GivenAnswer
 from probe.solutions._selection import Solution
@@ -103,7 +103,10 @@ def imported(
             solutions = []
             for problem in left[start : start + GRADED_AT_ONCE]:
                 given = answers[problem.id]
-                before, answer = _tokens(tokenizer, prompt, problem, given)
+                try:
+                    before, answer = _tokens(tokenizer, prompt, problem, given)
+                except ProbeError as error:
+                    raise ProbeError(f"{given.where}: {error}") from error
                 text = given.text
                 if text is None:
                     text = str(tokenizer.decode(answer, skip_special_tokens=True))
@@ -118,7 +121,7 @@ def _tokens(
     for tokens in (given.prompt_tokens or (), given.tokens or ()):
         if tokens and not 0 <= min(tokens) <= max(tokens) < len(tokenizer):
             raise ProbeError(
-                f"{given.where}: token {max(tokens)} is none of the {len(tokenizer)} of the "
+                f"token {max(tokens)} is none of the {len(tokenizer)} of the "
                 "model's tokenizer; these are another model's solutions"
             )
     if given.prompt_tokens:
@@ -126,7 +129,7 @@ def _tokens(
     elif given.prompt:
         # A prompt that was made by a chat template begins with the special token already.
         special = not (tokenizer.bos_token and given.prompt.startswith(tokenizer.bos_token))
-        before = tokenizer(given.prompt, add_special_tokens=special)["input_ids"]
+        before = tokens_of(tokenizer, given.prompt, special)
     else:
         before = encode_prompt(tokenizer, prompt, problem.question)
     if given.tokens is not None:
@@ -134,16 +137,16 @@ def _tokens(
         # The text may lack a stop string that the tokens have.
         if given.text and not _plain(spelled).startswith(_plain(given.text)):
             raise ProbeError(
-                f"{given.where}: its token ids spell {_short(spelled)!r} with the model's "
+                f"its token ids spell {_short(spelled)!r} with the model's "
                 f"tokenizer, not its text {_short(given.text)!r}"
             )
         return before, list(given.tokens)
     # A word's first token can depend on what is before it, so the answer is read behind its prompt.
     text = str(tokenizer.decode(before)) + (given.text or "")
-    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = tokens_of(tokenizer, text)
     if whole[: len(before)] == before:
         return before, whole[len(before) :]
-    return before, tokenizer(given.text or "", add_special_tokens=False)["input_ids"]
+    return before, tokens_of(tokenizer, given.text or "")
 
 
 def _key(

@@ -151,8 +151,8 @@ def test_an_endless_comparison_is_wrong_and_the_next_one_is_graded():
 def test_a_dead_process_is_replaced():
     with Grader() as grader:
         assert grader.grade("1", "1")
-        grader._process.kill()
-        grader._process.wait()
+        grader._worker._process.kill()
+        grader._worker._process.wait()
         assert grader.grade("2", "2")
 
 
@@ -171,7 +171,7 @@ def test_the_grading_process_has_little_memory(grader):
     import resource
 
     grader.grade("1", "1")
-    limits = resource.prlimit(grader._process.pid, resource.RLIMIT_AS)
+    limits = resource.prlimit(grader._worker._process.pid, resource.RLIMIT_AS)
     assert limits == (MEMORY, MEMORY)
 
 

@@ -257,6 +257,41 @@ def test_shards(folder):
     refused(folder, "model-00002-of-00002.safetensors is a Git LFS pointer")
 
 
+def test_an_index_of_strangers(folder, tmp_path):
+    """What it names lies beside it, whatever it says; and it may be nonsense of any kind."""
+    (folder / "model.safetensors").rename(tmp_path / "other.safetensors")
+    index = folder / "model.safetensors.index.json"
+    for name in ("../other.safetensors", str(tmp_path / "other.safetensors")):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        refused(folder, "names a file that is not beside it: ")
+    for nonsense in (
+        '{"weight_map": {"a": 5}}',
+        '{"weight_map": {"a": []}}',
+        "[" * 100_000,
+        "9" * 5000,
+    ):
+        index.write_text(nonsense)
+        refused(folder, "not an index of weight files")
+    index.unlink()
+    (folder / "model-1-of-99999999999999.safetensors").touch()
+    refused(folder, "is empty; fetch it again")
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "adapter_config.json"])
+def test_json_that_is_nested_deeply(folder, file):
+    (folder / file).write_text("[" * 100_000)
+    if file == "adapter_config.json":
+        (folder / "config.json").unlink()
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(ProbeError, match=file.split("_")[0]):
+        probe.load_model(str(folder))
+
+
+def test_a_config_that_no_model_can_be_built_of(folder):
+    configure(folder, pad_token_id=10**6)
+    refused(folder, "cannot read the weights of .*[Pp]adding_idx")
+
+
 def test_numbers_that_are_none(folder):
     assert find_not_finite(weight_files(str(folder))) is None
     state = state_of(folder)

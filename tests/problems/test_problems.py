@@ -1,15 +1,28 @@
 import json
 import re
+import time
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow.parquet import write_table
 
 from probe.errors import ProbeError
 from probe.grading import last_boxed, same_answer
-from probe.problems import BENCHMARKS, Benchmark, Problem, load_problems, read_rows
+from probe.problems import (
+    BENCHMARKS,
+    Benchmark,
+    Problem,
+    _reading,
+    load_problems,
+    one_text,
+    read_rows,
+)
 
 REAL = Path(__file__).parents[3] / "shared" / "benchmarks"
 
@@ -377,3 +390,61 @@ def test_questions_may_share_a_cluster(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     found = load_problems("own", path, grading="math")
     assert [problem.cluster for problem in found] == ["sums", "7", None, None]
+
+
+def test_a_parquet_file_that_says_it_is_huge(tmp_path, monkeypatch):
+    """The same value, however often, takes a few hundred bytes there."""
+    path = tmp_path / "p.parquet"
+    monkeypatch.setattr(_reading, "MOST_VALUES", 10**6)
+    monkeypatch.setattr(_reading, "MOST_BYTES", 2**23)
+    words = pyarrow.array(["a" * 10**6])
+    for column, message in (
+        (pyarrow.nulls(2 * 10**6, "int8"), "more than 1,000,000 values or 8 MiB"),
+        (words.take([0] * 9), "more than 1,000,000 values or 8 MiB"),
+        (words.dictionary_encode().take([0] * 9), "more than 1,000,000 values or 8 MiB"),
+        (words.take([0] * 7), "no column with the answer"),
+    ):
+        write_table(pyarrow.table({"question": column}), path)
+        assert path.stat().st_size < 2 * 10**6
+        with pytest.raises(ProbeError, match=message):
+            load_problems("own", path, grading="math")
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_log(tmp_path, packing):
+    path = tmp_path / "l.eval"
+    with zipfile.ZipFile(path, "w", packing) as archive:
+        archive.writestr("samples/1_epoch_1.json", json.dumps({"input": "a" * 50, "id": 1}))
+    data = path.read_bytes()
+    for place in range(50, 80):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :])
+        with suppress(ProbeError):  # a few bits of a header mean nothing
+            read_rows(path)
+
+
+def test_a_log_that_unpacks_to_too_much(tmp_path):
+    path = tmp_path / "l.eval"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("samples/1_epoch_1.json", "[" + "{}," * 30_000_000)
+    with pytest.raises(ProbeError, match=r"samples of 0.* MiB unpack to 86 MiB"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "['a', f'" + "{a}" * 200_000 + "']",
+        "['''a'b''', f'" + "{a}" * 200_000 + "']",
+        "['a' # '\n, rF\"" + "{a}" * 200_000 + '"]',
+        "['" + "\\'" * 400_000 + "']",
+    ],
+)
+def test_a_text_that_looks_like_a_list_is_read_in_no_time(text):
+    start = time.monotonic()
+    one_text(text)
+    assert time.monotonic() - start < 5
+
+
+def test_a_list_as_python_writes_it_is_still_read():
+    content = "it's f'(x) \"\"\" ''' # $\\sqrt{2}$"
+    assert one_text(repr([{"role": "assistant", "content": content}])) == content

@@ -382,3 +382,13 @@ def test_the_option_is_checked(given, message):
     done = call("recipe", "tiny-math", "--solutions", given)
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_an_answer_with_letters_that_the_tokenizer_lacks_is_named(tiny, problems):
+    with pytest.raises(ProbeError, match=r"plain.jsonl:1: .*tokenizer cannot take the text 'Q: "):
+        solutions(tiny, problems, "plain")
+    file = problems[:1], "1+1=?", {"0": GivenAnswer("f.jsonl:7", None, "0", None, None, "é!", None)}
+    with pytest.raises(
+        ProbeError, match=r"f.jsonl:7: .*tokenizer cannot take the text '1\+1=\?é!'"
+    ):
+        list(imported(tiny.tokenizer, *file))
