@@ -323,13 +323,22 @@ def test_bad_files(tmp_path):
         read_recipe("zzz")
     with pytest.raises(ProbeError, match="cannot read the recipe"):
         read_recipe(tmp_path / "none.toml")
-    with pytest.raises(ProbeError, match="not TOML: Invalid value"):
+    with pytest.raises(ProbeError, match="not TOML that can be read: Invalid value"):
         read_recipe(write(tmp_path, "name = "))
     with pytest.raises(ProbeError, match="'pairs' is missing"):
         read_recipe(write(tmp_path, 'name = "x"\nbenchmarks = [{name = "gsm8k"}]'))
     twice = MINIMAL + '[[pairs]]\nname = "p"\nbefore = "a/b"\nafter = "a/c"\n'
     with pytest.raises(ProbeError, match="the name 'p' stands twice"):
         read_recipe(write(tmp_path, twice))
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 100_000, "[" * 100_000 + "]" * 100_000])
+def test_what_python_cannot_hold(tmp_path, value):
+    path = tmp_path / "r.toml"
+    path.write_text(f"name = {value}")
+    with pytest.raises(ProbeError, match="r.toml: not TOML that can be read: "):
+        read_recipe(path)
+    assert read_recipe("tiny-math", {"description": value}).description == value
 
 
 def test_overrides_are_toml_where_they_can_be(tmp_path):
