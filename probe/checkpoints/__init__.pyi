@@ -24,4 +24,6 @@ from ._tensor_files import open_tensors as open_tensors
 from ._tensor_files import read_headers as read_headers
 from ._weights import WeightChange as WeightChange
 from ._weights import by_kind as by_kind
+from ._weights import has_plain_weights as has_plain_weights
+from ._weights import tensor_changes as tensor_changes
 from ._weights import weight_changes as weight_changes

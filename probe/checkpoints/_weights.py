@@ -9,7 +9,7 @@ bfloat16 with a small step leaves many as they were, and what was frozen is 1.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,14 +79,39 @@ def weight_changes(before: str, after: str) -> list[WeightChange]:
             matrices.
     """
     places = [_places(reference) for reference in (before, after)]
-    names = [name for name in places[0] if name in places[1]]
-    if len(names) < max(map(len, places)):
-        alone = sorted(places[0].keys() ^ places[1].keys())
-        raise ProbeError(
-            f"{before} and {after} do not have the same matrices ({alone[0]!r} is in one of them "
-            "only), so their weights cannot be compared"
-        )
-    return [_change(name, places[0][name], places[1][name]) for name in names]
+    names = _common(places[0], places[1], f"{before} and {after}")
+    return [_change(name, _slices(name, places[0][name], places[1][name])) for name in names]
+
+
+def tensor_changes(
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+) -> list[WeightChange]:
+    """Compare every matrix of two models that are in memory, as `weight_changes` does of files.
+
+    Args:
+        before: The tensors of the model before, by their names.
+        after: Those of the model after.
+
+    Raises:
+        ProbeError: They do not have the same matrices.
+    """
+    sides = [{name: x for name, x in side.items() if x.ndim > 1} for side in (before, after)]
+    names = _common(sides[0], sides[1], "the two models")
+    found = []
+    for name in names:
+        old, new = sides[0][name], sides[1][name]
+        _check_shapes(name, list(old.shape), list(new.shape), "before", "after")
+        step = _rows_at_once(old.shape)
+        pairs = zip(old.split(step), new.split(step), strict=True)
+        found.append(_change(name, ((a.float(), b.float()) for a, b in pairs)))
+    return found
+
+
+def has_plain_weights(reference: str) -> bool:
+    """Whether a model's weights are safetensors files here, and all of it: no adapter."""
+    found, files = find_checkpoint(reference), weight_files(reference)
+    whole = bool(files) and all(path.suffix == ".safetensors" for path in files)
+    return whole and not (found and found.adapter)
 
 
 def by_kind(changes: Sequence[WeightChange]) -> list[KindChange]:
@@ -115,16 +140,13 @@ def by_kind(changes: Sequence[WeightChange]) -> list[KindChange]:
 
 def _places(reference: str) -> dict[str, Path]:
     """In which file each matrix of a checkpoint is."""
-    found, files = find_checkpoint(reference), weight_files(reference)
-    if found and found.adapter:
+    if not has_plain_weights(reference):
         raise ProbeError(
-            f"{reference!r} is an adapter, whose matrices are those of its base plus others; merge "
-            "it into a folder of its own to compare weights"
+            f"the weights of {reference!r} are not on this machine as safetensors files of their "
+            "own; load the models and use tensor_changes"
         )
-    if not files or any(path.suffix != ".safetensors" for path in files):
-        raise ProbeError(f"the weights of {reference!r} are not on this machine as safetensors")
     places = {}
-    for path in files:
+    for path in weight_files(reference):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
@@ -140,9 +162,24 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
-def _change(name: str, before: Path, after: Path) -> WeightChange:
+def _common(before: Mapping[str, object], after: Mapping[str, object], what: str) -> list[str]:
+    """The names that both sides have: all of them.
+
+    Raises:
+        ProbeError: One has a name that the other has not.
+    """
+    alone = sorted(before.keys() ^ after.keys())
+    if alone:
+        raise ProbeError(
+            f"{what} do not have the same matrices ({alone[0]!r} is in one of them only), so their "
+            "weights cannot be compared"
+        )
+    return list(before)
+
+
+def _change(name: str, slices: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> WeightChange:
     entries, equal, size, moved = 0, 0, 0.0, 0.0
-    for old, new in _slices(name, before, after):
+    for old, new in slices:
         entries += old.numel()
         equal += int((old == new).sum())
         size += float(old.double().square().sum())
@@ -154,12 +191,19 @@ def _slices(name: str, before: Path, after: Path) -> Iterator[tuple[torch.Tensor
     with safe_open(before, framework="pt") as old, safe_open(after, framework="pt") as new:
         sides = old.get_slice(name), new.get_slice(name)
         shapes = [list(side.get_shape()) for side in sides]
-        if shapes[0] != shapes[1]:
-            raise ProbeError(
-                f"{name} has shape {shapes[0]} in {before} and {shapes[1]} in {after}, so the "
-                "weights cannot be compared"
-            )
-        rows, *rest = shapes[0]
-        step = max(1, _ENTRIES // max(1, torch.Size(rest).numel()))
-        for start in range(0, rows, step):
+        _check_shapes(name, shapes[0], shapes[1], str(before), str(after))
+        step = _rows_at_once(shapes[0])
+        for start in range(0, shapes[0][0], step):
             yield sides[0][start : start + step].float(), sides[1][start : start + step].float()
+
+
+def _rows_at_once(shape: Sequence[int]) -> int:
+    return max(1, _ENTRIES // max(1, torch.Size(shape[1:]).numel()))
+
+
+def _check_shapes(name: str, old: list[int], new: list[int], before: str, after: str) -> None:
+    if old != new:
+        raise ProbeError(
+            f"{name} has shape {old} in {before} and {new} in {after}, so the weights cannot be "
+            "compared"
+        )

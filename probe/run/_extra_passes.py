@@ -1,7 +1,8 @@
 """Extra passes: what the tables of `probe.report` need beyond a run's edges.
 
 `states` lets both models of a pair read the same answers, those of the largest alpha, first the one
-model's and then the other's; `weights` compares the checkpoints' files. What comes out stands in
+model's and then the other's; `weights` compares the checkpoints' files, or the models where an
+adapter is to be merged first. What comes out stands in
 the run folder under `extras`, with what it was computed from, and is computed once.
 
     >>> PASSES["weights"](run, sides)
@@ -12,10 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 from probe.attribution import compare_states
-from probe.checkpoints import fingerprint, weight_changes
+from probe.checkpoints import (
+    WeightChange,
+    fingerprint,
+    has_plain_weights,
+    tensor_changes,
+    weight_changes,
+)
 from probe.errors import ProbeError
-from probe.models import Model, cpu_threads
-from probe.recipe import Comparison
+from probe.models import Model, cpu_threads, load_model
+from probe.recipe import Comparison, Pair
 from probe.run._choosing import Side
 from probe.run._session import Run
 from probe.store import TEXTS, Damaged, edges_key, states_file, weights_file
@@ -78,12 +85,28 @@ def measure_weights(run: Run, sides: Sequence[Side]) -> None:
             key = " ".join(map(fingerprint, (pair.before, pair.after)))
             if not _is_there(run, name, key):
                 try:
-                    found = [asdict(change) for change in weight_changes(pair.before, pair.after)]
+                    found = [asdict(change) for change in _moved(run, pair)]
                 except ProbeError as error:
                     run.say(f"{name}: {error}")
                 else:
                     run.folder.write_json(name, {"key": key, "matrices": found})
             bar.advance(1)
+
+
+def _moved(run: Run, pair: Pair) -> list[WeightChange]:
+    """How far each matrix of a pair moved: from the files, or where these are not all, in memory.
+
+    An adapter is merged into its base, as everywhere in the run, and in the run's precision.
+    """
+    references = pair.before, pair.after
+    if all(map(has_plain_weights, references)):
+        return weight_changes(*references)
+    dtype = run.recipe.compute.dtype
+    before, after = (
+        dict(load_model(each, dtype=dtype).network._module.named_parameters())
+        for each in references
+    )
+    return tensor_changes(before, after)
 
 
 PASSES: Mapping[str, Callable[[Run, Sequence[Side]], None]] = {

@@ -91,7 +91,7 @@ def test_what_cannot_be_compared(tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(one)}))
-    with pytest.raises(ProbeError, match="is an adapter"):
+    with pytest.raises(ProbeError, match="files of their own; load the models"):
         weight_changes(str(one), str(adapter))
     (other / "model.safetensors").write_bytes(b"no")
     with pytest.raises(ProbeError, match="damaged"):

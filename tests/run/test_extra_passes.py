@@ -1,15 +1,15 @@
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import scipy.stats
 import torch
 from conftest import run_recorded, save_dull_model
+from safetensors.torch import load_file, save_file
 
 import probe
 from probe.attribution import TokenSequence, compare_states
-from probe.checkpoints import by_kind, weight_changes
+from probe.checkpoints import by_kind, weight_changes, weight_files
 from probe.report import build_report
 from probe.run import run_faithfulness
 from probe.store import RunFolder
@@ -71,6 +71,28 @@ def test_the_tables_are_what_the_models_do(finished):
     assert {"states", "weights"} < record["seconds"].keys()
 
 
+def test_an_adapter_is_merged_to_see_how_far_the_weights_moved(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = weight_files("probe:tiny-math/sft")[0].parent
+    module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(0)
+    adapted = get_peft_model(module, LoraConfig(target_modules=["q_proj"], r=2))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 1e-3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    few = {"solutions.questions": 8, "selection.samples": 2, "selection.alpha": "[0.5]"}
+    run(tmp_path / "run", few | {"pairs.0.after": str(tmp_path / "adapter")})
+    (found,) = [json.loads(path.read_text()) for path in tmp_path.glob("run/extras/*grpo*weights*")]
+    truth = weight_changes("probe:tiny-math/sft", str(tmp_path / "merged"))
+    moved = {matrix["name"]: matrix["moved"] for matrix in found["matrices"]}
+    assert moved == pytest.approx({change.name: change.moved for change in truth})
+    assert {name.split(".")[-2] for name, size in moved.items() if size} == {"q_proj"}
+
+
 def test_running_again_measures_nothing(copy, monkeypatch):
     monkeypatch.setattr("probe.run._extra_passes.compare_states", None)
     monkeypatch.setattr("probe.run._extra_passes.weight_changes", None)
@@ -100,17 +122,15 @@ def test_what_is_not_measured_yet_is_missing(copy):
 
 
 def test_weights_that_cannot_be_compared_do_not_stop_a_run(copy, tmp_path):
-    models = tmp_path / "models"
-    for name in ("sft", "grpo"):
-        shutil.copytree(Path(probe.__file__).parent / "data" / "tiny-math" / name, models / name)
-    network = probe.load_model(str(models / "grpo")).network._module
-    shutil.rmtree(models / "grpo")
-    shutil.copytree(models / "sft", models / "grpo")
-    (models / "grpo" / "model.safetensors").unlink()
-    torch.save(network.state_dict(), models / "grpo" / "pytorch_model.bin")
-    pair = {f"pairs.{n}.after": str(models / "grpo") for n in (0, 1)}
+    folder = shutil.copytree(weight_files("probe:tiny-math/grpo")[0].parent, tmp_path / "grpo")
+    whole = load_file(folder / "model.safetensors")
+    whole["lm_head.weight"] = whole["model.embed_tokens.weight"].clone()
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    pair = {f"pairs.{n}.after": str(folder) for n in (0, 1)}
     report, said = run(tmp_path / "run", pair)
-    assert "are not on this machine as safetensors" in said
+    assert "do not have the same matrices ('lm_head.weight'" in said
     assert any("weights of sft-grpo" in line for line in report.missing)
     assert table(report, "Divergence")
 
