@@ -241,10 +241,12 @@ def family(
     count = Count()
     nulls = [part.null for part in parts]
     for _ in range(draws):
-        drawn: dict[str, Rows] = {}
+        drawn: dict[str, Array] = {}
         tests, large = [], []
         for null in nulls:
-            rows = drawn.setdefault(null.pair, random.integers(null.size, size=size))
+            # The same questions of a pair in all of its cells, but for one that has no value.
+            places = drawn.setdefault(null.pair, random.random(size))
+            rows = (places * null.size).astype(np.int64)
             found = contributions(null.form, *null.sides(rows))
             tests.append((found.to_difference, np.arange(size)))
             large.append(abs(found.change or 0) >= SMALLEST)
