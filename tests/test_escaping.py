@@ -37,6 +37,7 @@ def attacked(half_run, text):
     for pair in table["recipe"]["pairs"]:
         pair["method"] = text
     table["recipe"]["description"] = text
+    table.pop("_digest")
     (half_run.path / "run.json").write_text(json.dumps(table))
     report = build_report(half_run.path)
     return replace(report, missing=(*report.missing, text))

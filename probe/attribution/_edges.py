@@ -8,10 +8,11 @@ EdgeScores(2 sequences, 77 edges of qkv, mean loss 0.105 nats)
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -384,8 +385,14 @@ class EdgeScores:
         return replace(self._of(a + sign * b for a, b in pairs), residual_error=error)
 
 
-def write_edges(edges: EdgeScores, path: Path, key: str) -> None:
-    """Write edges to a safetensors file.
+def write_edges(edges: EdgeScores, path: Path, key: str, place: str = "") -> None:
+    """Write edges to a safetensors file, with a digest of them.
+
+    Args:
+        edges: The edges.
+        path: The file.
+        key: A name for what they were computed from.
+        place: What the file will be called, where it must not take another one's place.
 
     Raises:
         OSError: The file cannot be written.
@@ -396,12 +403,15 @@ def write_edges(edges: EdgeScores, path: Path, key: str) -> None:
         "graph": json.dumps(asdict(edges.graph)),
         "residual_error": repr(edges.residual_error),
     }
+    if place:
+        metadata["place"] = place
     numbers = (edges.scores, edges.losses, edges.entropies)
     tensors = dict(zip(_TENSORS, (n.contiguous() for n in numbers), strict=True))
     if not torch.equal(edges.values, edges.losses):
         tensors["values"] = edges.values.contiguous()
     if edges.gaps is not None:
         tensors["gaps"] = edges.gaps.contiguous()
+    metadata["digest"] = _digest(tensors, metadata)
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
@@ -411,22 +421,35 @@ def write_edges(edges: EdgeScores, path: Path, key: str) -> None:
         raise OSError(code, os.strerror(code), str(path)) from error
 
 
-def read_edges(path: Path) -> tuple[EdgeScores, str]:
-    """Read a file of edges, and the key that it was written with.
+def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """A digest of all numbers and texts of a file, but for one that is there already."""
+    digest = hashlib.sha256()
+    texts = {name: text for name, text in sorted(metadata.items()) if name != "digest"}
+    shapes = {name: (str(each.dtype), list(each.shape)) for name, each in sorted(tensors.items())}
+    digest.update(json.dumps([texts, shapes]).encode())
+    for name in shapes:
+        digest.update(tensors[name].numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def read_edges(path: Path) -> tuple[EdgeScores, dict[str, str]]:
+    """Read a file of edges, and the texts beside them; its digest is checked where it has one.
 
     Raises:
-        ValueError: The file is not there, torn, or of something else; the message says in which
-            way.
+        ValueError: The file is not there, torn, changed since, or of something else; the message
+            says in which way.
     """
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError("there is no such file")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            scores, losses, entropies = (file.get_tensor(name) for name in _TENSORS)
-            # Only of another target than the loss, and of an integrated method.
-            values, gaps = (
-                file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
-                for name in ("values", "gaps")
-            )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if "digest" in metadata and metadata["digest"] != _digest(tensors, metadata):
+            raise ValueError("not as it was written, by its digest")
+        scores, losses, entropies = (tensors[name] for name in _TENSORS)
+        # Only of another target than the loss, and of an integrated method.
+        values, gaps = tensors.get("values"), tensors.get("gaps")
         graph = TypeAdapter(Graph).validate_json(metadata["graph"])
         ids = tuple(map(str, json.loads(metadata["ids"])))
         error = float(metadata["residual_error"])
@@ -436,7 +459,7 @@ def read_edges(path: Path) -> tuple[EdgeScores, str]:
         raise ValueError(reason(damage)) from damage
     if not edges.scores.isfinite().all():
         raise ValueError("scores that are not finite")
-    return edges, metadata.get("key", "")
+    return edges, metadata
 
 
 def _node(kind: str, name: str, known: tuple[str, ...]) -> int:

@@ -20,7 +20,7 @@ from probe.notebook import html_table, records_frame
 from probe.recipe import Comparison, Recipe, recipe_from
 from probe.report._report import Report, build_report
 from probe.stats import CONTROLS, Accuracy, Cell, control_sides
-from probe.store import Damaged, RunFolder, model_names, run_path
+from probe.store import Damaged, Missing, RunFolder, model_names, run_path
 
 if TYPE_CHECKING:
     import pandas
@@ -139,8 +139,11 @@ class OpenRun:
     def _problems(self) -> Iterator[SolvedProblem]:
         for benchmark in (choice.name for choice in self.recipe.benchmarks):
             for asked, name in model_names(self.recipe).items():
-                file = self.folder.solutions_file(name, benchmark)
-                for one in self.folder.read_solutions(file)[0]:
+                try:
+                    solutions = self.folder.read_whole(name, benchmark)
+                except Missing as error:
+                    raise ProbeError(str(error)) from error
+                for one in solutions:
                     found = name, one.gold, one.extracted, one.correct, one.text, len(one.answer)
                     yield SolvedProblem(benchmark, one.id, asked.model, *found)
 

@@ -122,14 +122,15 @@ def build_report(path: str | Path) -> Report:
     flips = flips_for(planned) if recipe.report.resamples else 0
     flips = max(flips, recipe.report.resamples) if flips else 0
     cells, absent = _cells(folder, recipe, flips)
-    rows = judged_accuracy(_accuracies(folder, recipe, flips))
+    accuracies, unsolved = _accuracies(folder, recipe, flips)
+    rows = judged_accuracy(accuracies)
     faithfulness, unmeasured = _faithfulness(folder, recipe)
     extras, lacking = extra_tables(folder, recipe)
     return Report(
         recipe,
         tuple(_beside_published(cell, recipe) for cell in judged_cells(cells)),
         tuple(_beside_published(row, recipe) for row in rows),
-        (*absent, *unmeasured, *lacking),
+        (*absent, *unsolved, *unmeasured, *lacking),
         faithfulness,
         extras,
         path=folder.path,
@@ -160,14 +161,23 @@ def _cells(folder: RunFolder, recipe: Recipe, flips: int) -> tuple[list[Cell], l
     return cells, missing
 
 
-def _accuracies(folder: RunFolder, recipe: Recipe, flips: int) -> list[Accuracy]:
-    """The accuracies of every pair on every benchmark whose solutions are there."""
-    found = []
+def _accuracies(folder: RunFolder, recipe: Recipe, flips: int) -> tuple[list[Accuracy], list[str]]:
+    """The accuracies of every pair on every benchmark whose solutions are there.
+
+    And a line for each file of solutions of which some are damaged, or lost since it was whole.
+    """
+    found: list[Accuracy] = []
+    missing: dict[str, None] = {}
     for benchmark in (choice.name for choice in recipe.benchmarks):
         clusters = folder.read_clusters(benchmark)
         for pair in recipe.pairs:
-            found.append(_accuracy(folder, recipe, pair, benchmark, clusters, flips))
-    return [row for row in found if row]
+            try:
+                row = _accuracy(folder, recipe, pair, benchmark, clusters, flips)
+            except Missing as error:
+                missing[str(error)] = None
+                continue
+            found += [row] if row else []
+    return found, list(missing)
 
 
 def _controlled(
@@ -227,9 +237,9 @@ def _accuracy(
     flips: int,
 ) -> Accuracy | None:
     names = model_names(recipe)
-    files = (folder.solutions_file(names[asked], benchmark) for asked in pair.asked())
     before, after = (
-        {solution.id: solution for solution in folder.read_solutions(file)[0]} for file in files
+        {solution.id: solution for solution in folder.read_whole(names[asked], benchmark)}
+        for asked in pair.asked()
     )
     if not before or before.keys() != after.keys():
         return None

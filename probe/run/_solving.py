@@ -38,11 +38,16 @@ def solve_all(
     ]
     with run.phase("solutions"):
         found = run.on_each(work, "solutions", total)
-    return {
-        (name, benchmark): solutions
-        for name, of_model in zip(names.values(), found, strict=True)
-        for benchmark, solutions in of_model.items()
-    }
+        solved = {
+            (name, benchmark): solutions
+            for name, of_model in zip(names.values(), found, strict=True)
+            for benchmark, solutions in of_model.items()
+        }
+        # So that a report can tell when some of them are lost.
+        run.record["solved"] = {
+            run.folder.solutions_file(*names).name: len(part) for names, part in solved.items()
+        }
+    return solved
 
 
 def solve_with(

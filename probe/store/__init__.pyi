@@ -1,3 +1,4 @@
+from ._digests import Damaged as Damaged
 from ._lock import check_free as check_free
 from ._lock import locked as locked
 from ._record import check_goes_on as check_goes_on
@@ -8,7 +9,6 @@ from ._record import timed as timed
 from ._record import with_earlier_tables as with_earlier_tables
 from ._run_folder import FOLDERS as FOLDERS
 from ._run_folder import SCHEMA as SCHEMA
-from ._run_folder import Damaged as Damaged
 from ._run_folder import Missing as Missing
 from ._run_folder import RunFolder as RunFolder
 from ._run_folder import run_path as run_path

@@ -59,11 +59,14 @@ def open_record(
     table = recipe_table(recipe)
     models = {model: fingerprint(model) for model in recipe.models()}
     times: object = {}
+    digests: object = True
     if folder.record.exists() and not fresh:
-        times = check_goes_on(folder, recipe, models, solutions).get("seconds", {})
+        old = check_goes_on(folder, recipe, models, solutions)
+        times, digests = old.get("seconds", {}), old.get("digests", False)
     folder.open(fresh)
     record: dict[str, object] = {
         "schema": SCHEMA,
+        "digests": digests,
         "recipe": table,
         "models": models,
         "given_solutions": solutions,

@@ -34,6 +34,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -41,6 +42,7 @@ from probe.attribution import EdgeScores, read_edges, write_edges
 from probe.errors import ProbeError, reason
 from probe.files import UNFINISHED, append, read_file, write_whole
 from probe.solutions import Selection, Solution
+from probe.store._digests import Damaged, sealed, unsealed
 from probe.store._run_names import temperature_file
 
 SCHEMA = 1
@@ -49,10 +51,6 @@ PARTS = (*FOLDERS, "figures", "clusters.json", "report.json", "run.json")
 """What `--fresh` takes away, the record last: without it, the rest would be no run's."""
 
 LOCK = ".lock"
-
-
-class Damaged(Exception):
-    """A file of the run is not what it should be; the message says in which way."""
 
 
 class Missing(Exception):
@@ -206,18 +204,29 @@ class RunFolder:
             ) from error
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             raise ProbeError(f"{self.record}: not of schema {SCHEMA}; start over with --fresh")
-        return record
+        try:
+            return unsealed(record, self.record.name, needed=bool(record.get("digests")))
+        except Damaged as error:
+            raise ProbeError(
+                f"{self.record}: {error}; put the file back that the run wrote, or start over with "
+                "--fresh"
+            ) from error
 
-    def write_json(self, name: str, value: object) -> None:
-        """Write a JSON file whole or not at all."""
-        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-        self.write_text(self.path / name, text + "\n")
+    @property
+    def digested(self) -> bool:
+        """Whether everything in this run has a digest, by its record; in old ones nothing has."""
+        return self.record.exists() and bool(self.read_record().get("digests"))
+
+    def write_json(self, name: str, value: Mapping[str, object]) -> None:
+        """Write a JSON file whole or not at all, with its digest."""
+        table = sealed(value, Path(name).name)
+        self.write_text(self.path / name, _json(table, indent=1) + "\n")
 
     def read_json(self, name: str) -> dict[str, object] | None:
         """What a JSON file holds; None where there is no such file.
 
         Raises:
-            Damaged: It is no JSON object.
+            Damaged: It is no JSON object, or not as it was written.
         """
         try:
             table = json.loads(read_file(self.path / name))
@@ -227,7 +236,7 @@ class RunFolder:
             raise Damaged(f"damaged ({reason(error)})") from error
         if not isinstance(table, dict):
             raise Damaged("damaged (not a JSON object)")
-        return table
+        return unsealed(table, Path(name).name, self.digested)
 
     def solutions_file(self, model: str, benchmark: str) -> Path:
         """Where a model's solutions are."""
@@ -241,19 +250,17 @@ class RunFolder:
         """The solutions in a file, and how many of its lines are damaged."""
         if not path.exists():
             return [], 0
-        solutions, damaged = {}, 0
+        solutions, damaged, needed = {}, 0, self.digested
         try:
             lines = read_file(path).splitlines()
         except OSError as error:
             raise ProbeError(f"cannot read {path}: {error.strerror}; mend that") from error
         for line in lines:
             try:
-                solution = Solution(**json.loads(line))
-                sound = isinstance(solution.correct, bool) and all(
-                    isinstance(tokens, list) and all(type(token) is int for token in tokens)
-                    for tokens in (solution.prompt, solution.answer)
-                )
-            except (ValueError, TypeError, RecursionError):
+                fields: dict[str, Any] = unsealed(dict(json.loads(line)), path.name, needed)
+                solution = Solution(**fields)
+                sound = _is_sound(solution)
+            except (ValueError, TypeError, RecursionError, Damaged):
                 sound = False
             if sound and solution.id not in solutions:
                 solutions[solution.id] = solution
@@ -261,17 +268,34 @@ class RunFolder:
                 damaged += 1
         return list(solutions.values()), damaged
 
+    def read_whole(self, model: str, benchmark: str) -> list[Solution]:
+        """A model's solutions, as far as it has got; none damaged, none lost since it was through.
+
+        Raises:
+            Missing: Some are.
+        """
+        path = self.solutions_file(model, benchmark)
+        solutions, damaged = self.read_solutions(path)
+        solved = self.read_record().get("solved", {})
+        count = solved.get(path.name) if isinstance(solved, dict) else None
+        lost = count is not None and len(solutions) != count
+        if damaged or lost:
+            left = f"{len(solutions)} of {count} solutions are left"
+            what = left if lost else f"{damaged} damaged lines"
+            raise Missing(f"{path}: {what}; run the recipe again")
+        return solutions
+
     def append_solutions(self, path: Path, solutions: Iterable[Solution]) -> None:
         """Add solutions to a file; they are on the disk when this returns."""
         try:
             self.place(path)
-            append(path, "".join(map(_line, solutions)))
+            append(path, "".join(_line(solution, path) for solution in solutions))
         except OSError as error:
             raise self.unwritable(path, error) from error
 
     def write_solutions(self, path: Path, solutions: Iterable[Solution]) -> None:
         """Write a file of solutions anew."""
-        self.write_text(path, "".join(map(_line, solutions)))
+        self.write_text(path, "".join(_line(solution, path) for solution in solutions))
 
     def write_selection(self, cell: str, selection: Selection) -> None:
         """Write a cell's selection; a run that goes on selects anew."""
@@ -297,24 +321,25 @@ class RunFolder:
         return None if reason is None else str(reason)
 
     def write_clusters(self, clusters: Mapping[str, Mapping[str, str]]) -> None:
-        """Write the cluster of each question by benchmark; no file where none has one."""
-        if any(clusters.values()):
-            self.write_json("clusters.json", clusters)
-        else:
-            self.remove(self.path / "clusters.json")
+        """Write the cluster of each question that has one, by benchmark."""
+        self.write_json("clusters.json", clusters)
 
     def read_clusters(self, benchmark: str) -> dict[str, str]:
         """The cluster of each question of a benchmark that has one.
 
         Raises:
-            ProbeError: The file is damaged: without it, questions would pass for independent.
+            ProbeError: The file is damaged or lost: without it, questions would pass for
+                independent.
         """
         try:
-            table = (self.read_json("clusters.json") or {}).get(benchmark, {})
-            return TypeAdapter(dict[str, str]).validate_python(table)
+            table = self.read_json("clusters.json")
+            if table is None and self.digested:
+                raise Damaged("lost")
+            return TypeAdapter(dict[str, str]).validate_python((table or {}).get(benchmark, {}))
         except (Damaged, ValidationError) as error:
+            why = error if isinstance(error, Damaged) else "damaged"
             raise ProbeError(
-                f"{self.path / 'clusters.json'}: damaged; run the recipe again"
+                f"{self.path / 'clusters.json'}: {why}; run the recipe again"
             ) from error
 
     def edges_file(self, cell: str, side: str) -> Path:
@@ -348,7 +373,7 @@ class RunFolder:
             gaps=None if edges.gaps is None else edges.gaps.float(),
             ids=tuple(ids),
         )
-        self.write(path, lambda place: write_edges(floats, place, key))
+        self.write(path, lambda beside: write_edges(floats, beside, key, path.name))
 
     def read_edges(self, path: Path, key: str | None = None) -> EdgeScores | None:
         """Read scores, losses and entropies; None where there is no such file.
@@ -358,15 +383,19 @@ class RunFolder:
             key: What they should have been computed from; None to take any.
 
         Raises:
-            Damaged: The file is torn, or was computed from something else.
+            Damaged: The file is torn, not as it was written, or computed from something else.
         """
         if not path.exists():
             return None
         try:
-            edges, found = read_edges(path)
+            edges, metadata = read_edges(path)
         except ValueError as error:
             raise Damaged(f"damaged ({error})") from error
-        if key is not None and found != key:
+        if "digest" not in metadata and self.digested:
+            raise Damaged("damaged (it has no digest)")
+        if metadata.get("place", path.name) != path.name:
+            raise Damaged(f"damaged (it is {metadata['place']})")
+        if key is not None and metadata.get("key") != key:
             raise Damaged("computed from other solutions or settings")
         return edges
 
@@ -380,11 +409,12 @@ class RunFolder:
         Raises:
             Missing: A side is not there, damaged, or of other questions.
         """
-        files = [self.edges_file(comparison, side) for side in sides]
-        try:
-            found = [self.read_edges(file) for file in files]
-        except Damaged as error:
-            raise Missing(str(error)) from error
+        found = []
+        for file in (self.edges_file(comparison, side) for side in sides):
+            try:
+                found.append(self.read_edges(file))
+            except Damaged as error:
+                raise Missing(f"{file}: {error}; run the recipe again") from error
         edges = [side for side in found if side is not None]
         if len(edges) < len(found):
             raise Missing(self.left_out(comparison) or "not computed yet")
@@ -422,7 +452,7 @@ class RunFolder:
         try:
             table = self.read_json(file)
         except Damaged as error:
-            raise Missing(str(error)) from error
+            raise Missing(f"{self.path / file}: {error}; run the recipe again") from error
         if table is None:
             raise Missing("not measured yet; run the recipe again")
         return table
@@ -438,6 +468,19 @@ def run_path(inside: str | Path) -> Path:
     return path
 
 
+def _is_sound(solution: Solution) -> bool:
+    """Whether all fields of a solution are what they should be."""
+    texts = (solution.id, solution.text, solution.gold, solution.extracted or "")
+    return (
+        isinstance(solution.correct, bool)
+        and all(isinstance(text, str) for text in texts)
+        and all(
+            isinstance(tokens, list) and all(type(token) is int for token in tokens)
+            for tokens in (solution.prompt, solution.answer)
+        )
+    )
+
+
 def _is_ours(path: Path) -> bool:
     """Whether something may be in a folder where no run has begun: what a first moment leaves."""
     if path.name in FOLDERS:
@@ -445,5 +488,15 @@ def _is_ours(path: Path) -> bool:
     return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(UNFINISHED))
 
 
-def _line(solution: Solution) -> str:
-    return json.dumps(asdict(solution), ensure_ascii=False) + "\n"
+def _line(solution: Solution, path: Path) -> str:
+    return _json(sealed(asdict(solution), path.name)) + "\n"
+
+
+def _json(table: Mapping[str, object], indent: int | None = None) -> str:
+    """A table as JSON that people can read, but for halves of characters, as some paths have."""
+    text = json.dumps(table, indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(table, indent=indent, allow_nan=False)
+    return text

@@ -106,7 +106,8 @@ def test_what_is_damaged_or_of_other_answers_is_measured_again(copy):
     states = copy / "extras" / "sft-grpo.tiny-math.on-before.json"
     states.write_text(states.read_text()[:100])
     other = copy / "extras" / "sft-dpo.tiny-math.on-after.json"
-    other.write_text(json.dumps(json.loads(other.read_text()) | {"key": "another"}))
+    name = other.relative_to(copy).as_posix()
+    RunFolder(copy).write_json(name, RunFolder(copy).read_json(name) | {"key": "another"})
     half = build_report(copy)
     assert [line for line in half.missing if "token-kl of sft-grpo" in line]
     _, said = run(copy)

@@ -24,6 +24,7 @@ from probe.report import build_report, render
 from probe.report import view as report_view
 from probe.run import draw_edges, measure, run_faithfulness
 from probe.stats import Agreement, Estimate, agreement_from, compare, view
+from probe.store import RunFolder
 
 SMALL = {
     "solutions.questions": 60,
@@ -268,9 +269,7 @@ def test_the_sequences_are_those_of_the_largest_alpha_of_the_first_pair(measured
 
 def test_scores_are_those_of_the_run(measured):
     """The same sequences, cut the same way: one of the run's own edge matrices holds them."""
-    from probe.store import RunFolder
-
-    table = json.loads((measured / "faithfulness" / "tiny-math--grpo.json").read_text())
+    table = RunFolder(measured).read_json("faithfulness/tiny-math--grpo.json")
     assert documented("Faithfulness") == list(table)
     edges = RunFolder(measured).read_edges(measured / "edges" / f"{table['cell']}.safetensors")
     selection = RunFolder(measured).read_selection("sft-grpo.tiny-math.alpha-0.5")
@@ -327,10 +326,12 @@ def test_damaged_and_foreign_files_are_computed_again_and_said(copy):
     good = files(copy)
     cut, foreign, other = (copy / "faithfulness" / f"{model}.json" for model in MODELS)
     cut.write_bytes(cut.read_bytes()[:700])
-    table = json.loads(foreign.read_text())
+    folder, name = RunFolder(copy), f"faithfulness/{foreign.name}"
+    table = folder.read_json(name)
     table["sample"][0].pop("source")
-    foreign.write_text(json.dumps(table))
-    other.write_bytes(good["tiny-math--grpo.json"])
+    folder.write_json(name, table)
+    table = folder.read_json("faithfulness/tiny-math--grpo.json")
+    folder.write_json(f"faithfulness/{other.name}", table | {"key": "another"})
     (copy / "faithfulness" / "tiny-math--dpo.png").unlink()
     _, said = run(copy)
     assert files(copy) == good
@@ -449,8 +450,8 @@ def test_runs_that_cannot_be_measured(copy, tmp_path):
     (copy / "selection" / "sft-grpo.tiny-math.alpha-0.5.json").unlink()
     with pytest.raises(ProbeError, match="no whole selection or solutions of sft-grpo"):
         run(copy)
-    record = json.loads((copy / "run.json").read_text())
+    record = RunFolder(copy).read_record()
     record["models"]["probe:tiny-math/grpo"] = "another"
-    (copy / "run.json").write_text(json.dumps(record))
+    RunFolder(copy).write_json("run.json", record)
     with pytest.raises(ProbeError, match="weights of a model have changed"):
         run(copy)

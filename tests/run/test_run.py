@@ -47,7 +47,7 @@ def test_the_folder_holds_everything(finished):
     files = {p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()}
     cells = [f"{pair}.tiny-math.alpha-{a}" for pair in ("sft-grpo", "sft-dpo") for a in (0.1, 0.5)]
     assert files == {
-        *("run.json", "report.json", ".lock"),
+        *("run.json", "report.json", "clusters.json", ".lock"),
         *(f"solutions/tiny-math--{model}.tiny-math.jsonl" for model in ("sft", "grpo", "dpo")),
         *(f"selection/{cell}.json" for cell in cells),
         *(f"edges/{cell}.{side}.safetensors" for cell in cells for side in ("before", "after")),
@@ -129,7 +129,8 @@ def test_damaged_parts_are_computed_again_and_said(copy):
     text = foreign.read_text().splitlines()
     foreign.write_text("\n".join(["{}", '{"id": 3}', "\x00\xff", *text[2:]]))
     half = build_report(copy)
-    assert len(half.missing) == 2
+    assert len(half.missing) == 3
+    assert f"{solutions}: 29 of 60 solutions are left; run the recipe again" in half.missing
     assert len(half.cells) == 2 * len(METRICS | TOKEN_METRICS)
 
     _, said = run(copy)
@@ -243,7 +244,13 @@ def test_edges_of_other_solutions_are_computed_again(copy):
     edges = copy / "edges"
     first = edges / "sft-grpo.tiny-math.alpha-0.5.after.safetensors"
     old = {name: x.clone() for name, x in load_file(first).items()}  # not the file's own memory
-    shutil.copy(edges / "sft-dpo.tiny-math.alpha-0.5.after.safetensors", first)
+    other = edges / "sft-dpo.tiny-math.alpha-0.5.after.safetensors"
+    shutil.copy(other, first)
+    _, said = run(copy)
+    assert f"{first}: damaged (it is {other.name})" in said
+    folder = RunFolder(copy)
+    found = folder.read_edges(other)
+    folder.write_edges(first, found, found.ids, "key of others")
     _, said = run(copy)
     assert f"{first}: computed from other solutions" in said
     new = load_file(first)

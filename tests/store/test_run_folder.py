@@ -17,6 +17,13 @@ def test_a_model_has_one_name_for_each_way_of_asking():
     assert names == ["tiny-math--sft", "tiny-math--grpo", "place--sft", "tiny-math--grpo-2"]
 
 
+def test_halves_of_characters_come_back_as_they_were(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    folder.write_json("run.json", {"schema": 1, "models": {"/models/\udcff": "é"}})
+    assert folder.read_record()["models"] == {"/models/\udcff": "é"}
+
+
 @pytest.mark.parametrize(
     "graph",
     [
