@@ -292,6 +292,8 @@ def test_a_temperature_that_gives_a_loss(tiny, loss):
     assert matched_temperature(tiny, texts, float(own.mean())) == pytest.approx(1, rel=1e-4)
     with pytest.raises(probe.ProbeError, match="the lowest is"):
         matched_temperature(tiny, texts, lowest / 2)
+    with pytest.raises(probe.ProbeError, match="the lowest is"):
+        matched_temperature(tiny, texts, 0)
 
 
 def test_temperatures_that_give_each_sequence_its_loss(tiny):
