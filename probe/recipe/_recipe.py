@@ -222,7 +222,30 @@ def recipe_from(
         for name in names:
             if names.count(name) > 1:
                 raise ProbeError(f"{where}: {kind}: the name {name!r} stands twice; rename one")
+    _check_files(recipe, where)
     return recipe
+
+
+def _check_files(recipe: Recipe, where: str) -> None:
+    """Refuse a recipe of which two comparisons would have the same files."""
+    whose: dict[str, str] = {}
+    for pair, choice in itertools.product(recipe.pairs, recipe.benchmarks):
+        owner = f"pair {pair.name!r} on benchmark {choice.name!r}"
+        name = f"{pair.name}.{choice.name}"
+        if name in whose:
+            raise ProbeError(
+                f"{where}: {whose[name]} and {owner} would share the files {name}; rename one"
+            )
+        whose[name] = owner
+    printed: dict[str, float] = {}
+    for alpha in recipe.selection.alpha:
+        text = f"{alpha:g}"
+        if text in printed:
+            raise ProbeError(
+                f"{where}: selection.alpha: {printed[text]} and {alpha} would share the files "
+                f"alpha-{text}; keep one"
+            )
+        printed[text] = alpha
 
 
 def recipe_table(recipe: Recipe) -> dict[str, object]:

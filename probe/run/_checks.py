@@ -30,7 +30,7 @@ from probe.recipe import Recipe
 from probe.report import check_extras
 from probe.solutions import match, read_given
 from probe.stats import CONTROLS
-from probe.store import RunFolder, check_free, check_goes_on
+from probe.store import RunFolder, check_free, check_goes_on, check_names
 from probe.tracing import TARGETS
 
 
@@ -119,7 +119,9 @@ def check_output(recipe: Recipe, output: Path, fresh: bool = False) -> None:
             f"cannot write to the run folder {output}: {existing} is no folder that one may write "
             "to; give another one with --output"
         )
-    if folder.record.exists() and not fresh:
+    if fresh or not folder.record.exists():
+        check_names(recipe)
+    else:
         here = all(weight_files(model) for model in recipe.models())
         models = {model: fingerprint(model) for model in recipe.models()} if here else None
         check_goes_on(folder, recipe, models)

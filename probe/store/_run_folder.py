@@ -353,7 +353,8 @@ class RunFolder:
 
     def parts(self, path: Path) -> list[Path]:
         """The batches that wait for the rest of their file."""
-        return sorted(path.parent.glob(f"{glob.escape(path.stem)}.part-*.safetensors"))
+        found = path.parent.glob(f"{glob.escape(path.stem)}.part-*.safetensors")
+        return sorted(part for part in found if part.suffixes[-2][len(".part-") :].isdigit())
 
     def write_edges(self, path: Path, edges: EdgeScores, ids: Sequence[str], key: str) -> None:
         """Write scores, losses and entropies.

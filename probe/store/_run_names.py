@@ -5,11 +5,15 @@
 """
 
 import hashlib
+import itertools
 import json
+import os
+import unicodedata
 from collections.abc import Sequence
 from typing import Literal
 
 from probe.attribution import TokenSequence
+from probe.errors import ProbeError
 from probe.recipe import Asked, Pair, Recipe
 
 Text = Literal["before", "after"]
@@ -33,7 +37,50 @@ def model_names(recipe: Recipe) -> dict[Asked, str]:
                 while name in names.values():
                     name, number = f"{plain}-{number}", number + 1
                 names[asked] = name
+    whose: dict[str, str] = {}
+    for name, choice in itertools.product(names.values(), recipe.benchmarks):
+        file = f"{name}.{choice.name}"
+        if file in whose:
+            raise ProbeError(
+                f"{whose[file]} and {name} on benchmark {choice.name!r} would share the file "
+                f"{file}; rename a benchmark, or give a model as a folder of another name"
+            )
+        whose[file] = f"{name} on benchmark {choice.name!r}"
     return names
+
+
+LONGEST = 180
+"""So many bytes may a name have, as sides, parts and endings come to it; files may have 255."""
+
+
+def check_names(recipe: Recipe) -> None:
+    """Check that every file system can hold and tell apart the files of a new run.
+
+    Raises:
+        ProbeError: Names differ in capitals or in the way that accents are written only, or are too
+            long.
+    """
+    benchmarks = [choice.name for choice in recipe.benchmarks]
+    pairs = [pair.name for pair in recipe.pairs]
+    models = list(model_names(recipe).values())
+    comparisons = [f"{pair}.{each}" for pair in pairs for each in benchmarks]
+    solutions = [f"{model}.{each}" for model in models for each in benchmarks]
+    for kind, names in (("pairs and benchmarks", comparisons), ("models", models + solutions)):
+        seen: dict[str, str] = {}
+        for name in names:
+            size = len(os.fsencode(name))
+            if size > LONGEST:
+                raise ProbeError(
+                    f"{kind}: the files {name[:40]}... would have names of over {size} bytes, and "
+                    f"{LONGEST} are the most; give shorter names"
+                )
+            same = unicodedata.normalize("NFC", name).casefold()
+            other = seen.setdefault(same, name)
+            if other != name:
+                raise ProbeError(
+                    f"{kind}: the files {other} and {name} are one to file systems that do not "
+                    "tell capitals apart; rename one"
+                )
 
 
 def first_names(recipe: Recipe) -> dict[str, str]:
