@@ -39,15 +39,13 @@ class Group(click.Group):
         try:
             return super().invoke(context)
         except (ProbeError, OSError) as error:
-            from probe.escaping import one_line
-
             said = str(error)
             if isinstance(error, OSError):
                 # The machine's, not a bug of ours: a full disk, a name that is too long.
                 if error.errno not in _OF_THE_MACHINE:
                     raise
                 said = f"{error.filename}: " * bool(error.filename) + str(error.strerror)
-            click.echo(f"probe: {one_line(said)}", err=True)
+            click.echo(f"probe: {_plain(said)}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
             click.echo("probe: stopped; the same command goes on from here", err=True)
@@ -80,7 +78,13 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Where in the code a warning comes from is of no use to who types commands.
-    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"{_plain(str(message))}\n"
+
+
+def _plain(text: str) -> str:
+    from probe.escaping import one_line
+
+    return one_line(text)
 
 
 remote_option = click.option(
@@ -288,7 +292,7 @@ def compare(
         benchmark_paths=paths,
         overrides=_overrides(settings, solutions, keys),
         download=not dry_run,
-        say=lambda line: click.echo(line, err=True),
+        say=lambda line: click.echo(_plain(line), err=True),
     )
     if save_recipe:
         write_recipe(chosen, Path(save_recipe))
@@ -515,7 +519,7 @@ def plot(runs: tuple[str, ...], output: str | None) -> None:
     folder = Path(output) if output else RunFolder(reports[0].path).figures()
     with progress_bar(PlainConsole(stderr=True)) as progress:
         files = write_figures(reports, folder, progress)
-    click.echo(f"{len(files)} files in {folder}")
+    PlainConsole().print(f"{len(files)} files in {folder}", soft_wrap=True)
 
 
 if __name__ == "__main__":

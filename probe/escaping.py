@@ -18,12 +18,13 @@ from rich.segment import Segment
 
 _COMMANDS = re.compile(
     # Controls but the line's end, and what turns the direction of writing around.
-    r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+    r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 )
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
 _MARKDOWN = re.compile(r"[\\`*_\[\]|~$]")
 _MARK = re.compile(r"(?<= )(\*~?|~)$")  # that of a number, which opens and closes nothing
-_BLOCK = re.compile(r"^(\s*)(#|>|[-+](?=\s)|\d+(?=[.)]\s)|={2,}|-{2,})")
+_BLOCK = re.compile(r"^(\d*)(#|[-+=](?=\s|$)|(?<=\d)[.)](?=\s|$)|={2,}|-{2,})")
+_ADDRESS = re.compile(r"(?<=\w):(?=//)|(?<=www)\.", re.IGNORECASE)
 
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -60,13 +61,19 @@ def one_line(text: str) -> str:
     return " ".join(printable(text).split())
 
 
-def markdown(text: str) -> str:
-    """Any text as one line that Markdown shows letter by letter."""
+def markdown(text: str, cell: bool = False) -> str:
+    """Any text as one line that Markdown shows letter by letter, addresses too.
+
+    Args:
+        text: The text.
+        cell: Whether it is for a table's cell, where no list or heading can begin.
+    """
     line = escape(one_line(text), quote=False)
     end = _MARK.search(line)
     start = end.start() if end else len(line)
     found = _MARKDOWN.sub(r"\\\g<0>", line[:start]) + line[start:]
-    return _BLOCK.sub(lambda start: f"{start[1]}\\{start[2]}", found)
+    found = _ADDRESS.sub(r"\\\g<0>", found)
+    return found if cell else _BLOCK.sub(r"\1\\\2", found)
 
 
 def latex(text: str) -> str:
@@ -79,6 +86,11 @@ def latex(text: str) -> str:
 def html(text: str) -> str:
     """Any text between or inside tags."""
     return escape(printable(text))
+
+
+def figure(text: str) -> str:
+    """Any text as one line that matplotlib draws; between dollars it would set a formula."""
+    return one_line(text).replace("$", r"\$")
 
 
 class PlainConsole(Console):

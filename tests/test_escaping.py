@@ -4,13 +4,16 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from html import unescape
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
 from rich.table import Table
 
-from probe.escaping import PlainConsole, html, latex, markdown, one_line, printable
+from probe.escaping import PlainConsole, figure, html, latex, markdown, one_line, printable
 from probe.report import FORMATS, build_report, print_report, render
 
 ATTACKS = (
@@ -75,12 +78,46 @@ def test_a_console_shows_text_as_it_is(text):
 
 @given(st.text())
 def test_any_text_stays_one_line(text):
-    for escape in (one_line, markdown, latex):
+    for escape in (one_line, markdown, latex, figure):
         found = escape(text)
         assert len(found.splitlines()) <= 1
         assert not COMMANDS.search(found)
     assert "<" not in html(text)
     assert not re.search(r"(?<!\\)(\\\\)*[`*_|\[\]]", re.sub(r" \*~?$", "", markdown(text)))
+
+
+PIECES = [
+    *("a", "1", "1.", "1)", "-", "+", "*", "_", "#", "=", "==", "--", "~", "`", "[", "]", "(", ")"),
+    *("<", ">", "&", "&amp;", "\\", "|", "!", "$", "http://e.x", "www.e.com", " ", "\n", ":", '"'),
+    *("<!--", "<a href='x'>", "    x", "\t", "javascript:x", "[^1]", "\u202e", "\u061c"),
+]
+
+
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=6).map("".join))
+def test_markdown_shows_the_letters(text):
+    """By itself, below another line and in a table, as CommonMark with tables reads it."""
+    reader = MarkdownIt("commonmark").enable("table")
+    line, cell, letters = markdown(text), markdown(text, cell=True), one_line(text)
+    cells = f"| {cell} | b |\n| --- | --- |\n| {cell} | c |"
+    for source, expected, usual in (
+        (line, letters, {"p"}),
+        (f"first  \n{line}", f"first {letters}", {"p", "br"}),
+        (cells, f"{letters} b {letters} c", {"table", "thead", "tbody", "tr", "td", "th"}),
+    ):
+        page = reader.render(source)
+        assert set(re.findall(r"</?([a-z0-9]+)", page)) <= usual
+        assert unescape(re.sub("<[^>]+>", "", page)).split() == expected.split()
+
+
+def test_an_address_is_no_link():
+    shown = markdown("see http://evil.example and www.evil.example")
+    assert shown == r"see http\://evil.example and www\.evil.example"
+
+
+def test_a_figure_sets_no_formula(tmp_path):
+    canvas = Figure()
+    canvas.suptitle(figure(r"$\frac{$ \$ $x^{$"))
+    canvas.savefig(tmp_path / "f.png")
 
 
 def test_plain_words_stay_as_they_are():

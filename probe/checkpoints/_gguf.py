@@ -82,7 +82,10 @@ def _convert(file: Path, folder: Path) -> None:
     try:
         with redirect_stderr(io.StringIO()):  # its bar knows no switch
             packed: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                trust_remote_code=False,
             )
         config = packed.config
         if hasattr(config, "quantization_config"):
@@ -92,7 +95,9 @@ def _convert(file: Path, folder: Path) -> None:
         plain.load_state_dict(packed.state_dict(), assign=True)
         plain.tie_weights()
         plain.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False
+        ).save_pretrained(folder)
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -241,7 +241,7 @@ def read_config(reference: str, whole: bool = False) -> "PretrainedConfig":
 
     folder = fetch_checkpoint(reference, weights=False).folder
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # what a file of strangers holds may end in any
         raise ProbeError(_cannot_read("the config", reference, error)) from error
     return config if whole else config.get_text_config(decoder=True)
@@ -257,7 +257,9 @@ def read_tokenizer(reference: str) -> "PreTrainedTokenizerBase":
 
     folder = fetch_checkpoint(reference, weights=False).tokenizer
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
     except Exception as error:  # that of tokenizers is of no narrower kind
         raise ProbeError(_cannot_read("the tokenizer", reference, error)) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -490,4 +492,9 @@ def check_pair(before: str, after: str) -> None:
 
 
 def _cannot_read(what: str, reference: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"cannot read {what} of {reference!r}: it brings code of its own, which is not run; "
+            "save the model as a class that transformers has"
+        )
     return f"cannot read {what} of {reference!r}: {reason(error)}"

@@ -55,8 +55,11 @@ if TYPE_CHECKING:
 # Seconds for a server to take a connection, and to answer a plain question.
 _CONNECT, _ANSWER = 10.0, 60.0
 _LONGEST_PAUSE = 30.0
+_YEAR = 365 * 24 * 3600.0
 # How many letters of a refusal are repeated.
 _WORDS = 2_000
+# How many a job may take; one tells of each change of its state.
+_MESSAGES = 10_000
 
 T = TypeVar("T")
 
@@ -284,16 +287,15 @@ class Host:
             _in_time(wire, min(_ANSWER, self.timeout), connect)
             try:
                 assert wire.sock
-                counted = Counted(wire.sock, RESULT_BYTES)
-                wire.sock = cast(socket.socket, counted)
-                opening = _message(wire, counted, min(_ANSWER, self.timeout))
+                wire.sock = cast(socket.socket, Counted(wire.sock, RESULT_BYTES))
+                opening = _message(wire, min(_ANSWER, self.timeout))
                 session = json.loads(opening)["session_id"]
                 request = RequestModel(
                     model_key=model_key, session_id=session, compress=True, env=env
                 )
                 self._post(request, blob)
-                while True:
-                    response = read_response(_message(wire, counted, self.timeout))
+                for _ in range(_MESSAGES):
+                    response = read_response(_message(wire, self.timeout))
                     if response.status == "RUNNING":
                         state = self._move(state, "running")
                     elif response.status == "ERROR":
@@ -302,6 +304,7 @@ class Host:
                         saved = self._saved(response)
                         state = self._move(state, "done")
                         return saved
+                raise TooLargeError(f"more than {_MESSAGES:,} messages for a job")
             finally:
                 wire.close()
         except TooLargeError as error:
@@ -348,7 +351,7 @@ class Host:
             raise ValueError("neither a result nor a link to one")
         with self.lock:
             self.received += len(data)
-            self.seconds_there += (response.meta or {}).get("runtime") or 0
+            self.seconds_there += _seconds((response.meta or {}).get("runtime"))
         return read_saved(self.url, data)
 
     def _move(self, old: str | None, new: str | None) -> str | None:
@@ -361,10 +364,15 @@ class Host:
         return new
 
 
-def _message(wire: "WebSocket", counted: Counted, seconds: float) -> str | bytes:
-    """The next message, whole, in so many seconds and no larger than it may be."""
+def _seconds(told: object) -> float:
+    """How long a server says that something took; 0 where it says nothing of use."""
+    sound = isinstance(told, int | float) and 0 <= told < _YEAR
+    return float(told) if sound else 0.0  # type: ignore[arg-type]  # a number
+
+
+def _message(wire: "WebSocket", seconds: float) -> str | bytes:
+    """The next message, whole, in so many seconds."""
     wire.settimeout(seconds)
-    counted.renew()
     return _in_time(wire, seconds, wire.recv)
 
 

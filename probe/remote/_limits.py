@@ -81,7 +81,7 @@ def body(answer: "httpx.Response", most: int) -> bytes:
 
 
 class Counted:
-    """A socket that gives up to so many bytes, and otherwise is as the one in it."""
+    """A socket that gives so many bytes, and otherwise is as the one in it."""
 
     def __init__(self, inner: "socket.socket", most: int) -> None:
         """Begin to count."""
@@ -91,17 +91,13 @@ class Counted:
         """Read.
 
         Raises:
-            TooLargeError: More came than may since `renew`.
+            TooLargeError: More came than may.
         """
         data = self._inner.recv(size)
         self._left -= len(data)
         if self._left < 0:
-            raise TooLargeError(f"a message of more than {self._most / 2**20:.0f} MiB")
+            raise TooLargeError(f"messages of more than {self._most / 2**20:.0f} MiB")
         return data
-
-    def renew(self) -> None:
-        """Begin to count anew."""
-        self._left = self._most
 
     def __getattr__(self, name: str) -> object:
         """All else is the inner one's."""

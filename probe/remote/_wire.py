@@ -13,6 +13,7 @@ import pickle
 from typing import TYPE_CHECKING
 
 from probe.errors import ProbeError, reason
+from probe.escaping import printable
 from probe.remote._limits import TooLargeError, archive, check_tensors, unpack
 from probe.vocabulary import KEY_VARIABLE
 
@@ -82,7 +83,7 @@ def failure(url: str, text: str) -> Exception:
             f"store; {smaller}{GO_ON}"
         )
     if "Traceback" in text:
-        return RuntimeError(f"{url}: a job failed there:\n{text[-_WORDS:]}")
+        return RuntimeError(f"{url}: a job failed there:\n{printable(text[-_WORDS:])}")
     return ProbeError(f"{url}: {last}")
 
 
@@ -127,8 +128,11 @@ def too_large(url: str, error: TooLargeError) -> ProbeError:
     )
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Takes plain values and the status of a response, and nothing that could run."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Takes plain values and the status of a response, and nothing that could run.
+
+    Python's own: for a few bytes, the one in C makes room for billions of values to remember.
+    """
 
     def find_class(self, module: str, name: str) -> object:
         from nnsight.schema.response import Status

@@ -13,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from probe.escaping import figure as escape
+
 if TYPE_CHECKING:
     from probe.causes import Curve
 
@@ -63,7 +65,7 @@ def draw_curves(path: Path, model: str, curves: Sequence[Curve], questions: int)
     axes.set_ylim(max(-1.0, min(-0.1, low - 0.1)), 1.3)
     axes.set_xlabel("edges kept")
     axes.set_ylabel("faithfulness")
-    axes.set_title(f"{model}, {questions} held-out questions", fontsize=10)
+    axes.set_title(f"{escape(model)}, {questions} held-out questions", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     FigureCanvasAgg(figure).print_figure(path, format="png")
 

@@ -40,7 +40,9 @@ def table_lines(table: ExtraTable) -> list[str]:
     """Any table below its title, and its note below it."""
     lines = [f"### {escape(table.title)}", ""]
     rules = ["---:" if right else "---" for right in numeric(table)]
-    escaped = [map(escape, row) for row in (table.columns, *extra_texts(table))]
+    escaped = [
+        [escape(text, cell=True) for text in row] for row in (table.columns, *extra_texts(table))
+    ]
     for row in (escaped[0], rules, *escaped[1:]):
         lines += ["| " + " | ".join(row) + " |"]
     return [*lines, "", *([escape(table.note), ""] if table.note else [])]

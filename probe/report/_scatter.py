@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from probe.escaping import figure as escape
 from probe.stats import Agreement, MeasuredEdge, Stratum
 
 # Colours that colour-blind readers tell apart (Okabe and Ito), and shapes that need no colour.
@@ -62,7 +63,7 @@ def draw_scatter(
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(
-        f"{agreements[0].model}: {len(rows)} edges of {sequences} sequences, "
+        f"{escape(agreements[0].model)}: {len(rows)} edges of {sequences} sequences, "
         f"ranked by |{agreements[0].method}|"
     )
     FigureCanvasAgg(figure).print_figure(path, format="png")

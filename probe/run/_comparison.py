@@ -18,6 +18,7 @@ from rich.console import Console
 
 from probe.checkpoints import PACKAGE_PREFIX, find_checkpoint
 from probe.errors import ProbeError
+from probe.escaping import PlainConsole
 from probe.models import read_tokenizer
 from probe.problems import BENCHMARKS, FORMATS
 from probe.recipe import CHAT, Recipe, place_benchmarks, recipe_from, write_recipe
@@ -67,7 +68,7 @@ def compare(
     Raises:
         ProbeError: Anything that the user can mend.
     """
-    told = console or Console(stderr=True, highlight=False)
+    told = console or PlainConsole(stderr=True)
     recipe = compare_recipe(
         before,
         after,
@@ -78,7 +79,7 @@ def compare(
         benchmark_paths=benchmark_paths,
         overrides=overrides,
         download=True,
-        say=lambda line: told.print(line, soft_wrap=True, markup=False),
+        say=lambda line: told.print(line, soft_wrap=True),
     )
     if save_recipe is not None:
         write_recipe(recipe, Path(save_recipe))

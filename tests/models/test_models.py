@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 
@@ -146,3 +147,23 @@ def test_loading_shows_no_bar_of_its_own(capfd):
     finally:
         if not before:
             transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.mark.parametrize("what", ["config", "tokenizer"])
+def test_code_that_a_model_brings_is_not_run(tmp_path, what, monkeypatch):
+    """Nor does anything ask whether to."""
+    folder = save_random_model(tmp_path / "m")
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    file, changes = {
+        "config": ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}),
+        "tokenizer": (
+            "tokenizer_config.json",
+            {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}},
+        ),
+    }[what]
+    table = json.loads((folder / file).read_text()) | changes
+    (folder / file).write_text(json.dumps(table))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
+    with pytest.raises(ProbeError, match=rf"the {what} of .*: it brings code of its own, which is"):
+        probe.load_model(str(folder))
+    assert not (tmp_path / "ran").exists()

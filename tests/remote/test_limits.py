@@ -217,6 +217,20 @@ def much():
         yield bytes(2**20)
 
 
+def flood():
+    """News without an end."""
+    for _ in range(10**6):
+        yield frame(b'{"id": "1", "session_id": "1", "status": "RUNNING"}', 1) * 100
+
+
+def memory_of_a_pickle():
+    """A few bytes that would have C's unpickler remember two billion values."""
+    with io.BytesIO() as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("archive/data.pkl", b"\x80\x02}r" + struct.pack("<I", 2**30) + b".")
+        return file.getvalue()
+
+
 def slow():
     """A message that comes a byte now and then."""
     for byte in frame(bytes(1000)):
@@ -227,11 +241,13 @@ def slow():
 @pytest.mark.parametrize(
     ("then", "message"),
     [
-        ([much], "sends a message of more than 512 MiB"),
+        ([much], "sends messages of more than 512 MiB"),
         ([slow], "no sign of life"),
         ([frame(b"[" * 100_000, 1)], "not as an NDIF server does"),
         ([frame(b'{"id": "1"}', 1)], "not as an NDIF server does"),
         ([frame(bomb())], "unpacks to more than 512 MiB"),
+        ([flood], "sends more than 10,000 messages for a job"),
+        ([frame(memory_of_a_pickle())], "not as an NDIF server does"),
         ([finished(None)], "not as an NDIF server does"),
         ([finished("file:///etc/passwd")], "not as an NDIF server does"),
         ([finished("/env")], "not as an NDIF server does"),
@@ -260,6 +276,23 @@ def test_a_job_that_is_as_it_should_be(serve):
     host = Host(serve(job(finished(packed({"scores": torch.ones(3)})))))
     assert torch.equal(host.run("model", {}, b"blob")["scores"], torch.ones(3))
     assert host.table["jobs"] == 1
+
+
+@pytest.mark.parametrize("told", [float("inf"), float("nan"), -1, 10**400, "1", [], None, True])
+def test_a_time_that_is_none(serve, told):
+    """It goes into a record that holds no infinite number."""
+    host = Host(serve(job(finished(packed({"a": torch.ones(1)}), meta={"runtime": told}))))
+    host.run("model", {}, b"blob")
+    assert json.loads(json.dumps(host.table, allow_nan=False))["seconds_there"] in (0, 1)
+
+
+def test_a_traceback_of_a_server_is_no_command(serve):
+    words = "Traceback\n\x1b]0;owned\x07\x9b31m\u202eError: no"
+    response = ResponseModel(id="1", status=Status.ERROR, description=words)
+    host = Host(serve(job(frame(response.pickle()))))
+    with pytest.raises(RuntimeError, match="Error: no") as caught:
+        host.run("model", {}, b"blob")
+    assert str(caught.value).replace("\n", "").isprintable()
 
 
 def test_no_key_follows_a_redirection(serve):
