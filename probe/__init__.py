@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from probe.causes import Circuit as Circuit
     from probe.causes import Outcomes as Outcomes
     from probe.causes import answers_under as answers_under
+    from probe.causes import causal_test as causal_test
     from probe.causes import faithfulness_curves as faithfulness_curves
     from probe.causes import graft as graft
     from probe.causes import intervene as intervene
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from probe.report import Extra as Extra
     from probe.report import OpenRun as OpenRun
     from probe.report import open_run as open_run
+    from probe.run import causal as causal
     from probe.run import compare as compare
     from probe.run import run_circuits as run_circuits
     from probe.run import run_faithfulness as run_faithfulness
@@ -71,9 +73,11 @@ _MODULES = {
     "faithfulness_curves": "causes",
     "Outcomes": "causes",
     "answers_under": "causes",
+    "causal_test": "causes",
     "graft": "causes",
     "intervene": "causes",
     "run_circuits": "run",
+    "causal": "run",
     "compare": "run",
     "Edge": "attribution",
     "EdgeScores": "attribution",

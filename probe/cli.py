@@ -390,6 +390,38 @@ def circuit(
 
 
 @main.command()
+@click.argument("run", metavar="RUN")
+@click.option(
+    "--measure", default="eap", help="Whose shares of |score| rank the edges [default: eap]."
+)
+@click.option("--edges", type=click.IntRange(1), default=10, help="Edges of a set [default: 10].")
+@click.option(
+    "--sets", type=click.IntRange(1), default=500, help="Matched sets beside it [default: 500]."
+)
+@click.option("--questions", type=click.IntRange(4), help="Questions per pair [default: all].")
+@remote_option
+def causal(
+    run: str, measure: str, edges: int, sets: int, questions: int | None, remote: str | None
+) -> None:
+    """Test whether edges that training changed do more than others.
+
+    On half of a pair's questions edges are ranked by how much training strengthened them; on the
+    other half they are scaled, removed, and given what the model before writes, beside random sets
+    of edges like them. Everything goes to RUN/causal, and a test that was stopped goes on from
+    there.
+
+    \b
+    Example:
+      probe causal runs/tiny-math --edges 20
+    """
+    from probe.report import print_causal
+    from probe.run import causal as test
+
+    test(run, measure=measure, edges=edges, sets=sets, questions=questions, remote=remote)
+    print_causal(run)
+
+
+@main.command()
 @click.argument("before", metavar="MODEL")
 @click.argument("after", metavar="[MODEL]", required=False)
 def doctor(before: str, after: str | None) -> None:

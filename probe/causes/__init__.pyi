@@ -1,3 +1,7 @@
+from ._causal import INTERVENTIONS as INTERVENTIONS
+from ._causal import Causes as Causes
+from ._causal import Kept as Kept
+from ._causal import causal_test as causal_test
 from ._circuits import Circuit as Circuit
 from ._curves import Curve as Curve
 from ._curves import faithfulness_curves as faithfulness_curves
@@ -5,6 +9,7 @@ from ._curves import sizes_of as sizes_of
 from ._edge_sets import as_sets as as_sets
 from ._grafts import graft as graft
 from ._greedy import answers_under as answers_under
+from ._halves import halves as halves
 from ._interventions import Outcomes as Outcomes
 from ._interventions import intervene as intervene
 from ._plans import Do as Do

@@ -99,7 +99,7 @@ def intervene(
     changes, changed, texts = prepare(model, plan, sequences, sets, granularity, seed, batch_size)
     found = torch.zeros(len(OUTCOMES), 1 + len(changed), len(texts), dtype=exact_dtype(model))
     for place, text in enumerate(texts):
-        found[:, :, place] = _on_one(changes, changed, place, text, batch_size, progress)
+        found[:, :, place] = outcomes_of(changes, changed, place, text, batch_size, progress)
     if not found.isfinite().all():
         place = int((~found.isfinite()).any(0).any(0).nonzero()[0])
         raise ProbeError(f"sequence {texts[place].id}: an outcome is NaN or infinite")
@@ -121,13 +121,13 @@ def _named(
     return Outcomes(loss, margin, kl, accuracy, greedy, whole)
 
 
-def _on_one(
+def outcomes_of(
     changes: Changes,
     changed: torch.Tensor,
     place: int,
     text: TokenSequence,
     batch_size: BatchSize,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """All sets on one sequence, and the model as it is before them: [outcome, 1 + set]."""
     model, batch = changes.model, make_batch([text])

@@ -1,3 +1,6 @@
+from ._causal import causal_from as causal_from
+from ._causal import causal_sentence as causal_sentence
+from ._causal import causal_tables as causal_tables
 from ._circuit import STRONGER as STRONGER
 from ._circuit import WEAKER as WEAKER
 from ._circuit import draw_circuit as draw_circuit
@@ -17,6 +20,7 @@ from ._matched import matched_questions as matched_questions
 from ._opened import OpenRun as OpenRun
 from ._opened import open_run as open_run
 from ._rendering import FORMATS as FORMATS
+from ._rendering import print_causal as print_causal
 from ._rendering import print_faithfulness as print_faithfulness
 from ._rendering import print_report as print_report
 from ._rendering import render as render

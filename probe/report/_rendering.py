@@ -16,13 +16,16 @@ from pathlib import Path
 from probe.errors import ProbeError
 from probe.escaping import PlainConsole
 from probe.files import write_where_asked
+from probe.recipe import recipe_from
 from probe.report import _latex as latex
 from probe.report import _markdown as markdown
 from probe.report import _terminal as terminal
+from probe.report._causal import causal_tables
 from probe.report._report import Report
 from probe.report._wording import run_names
 from probe.stats import Agreement, Change, Influence
 from probe.stats import _agreement as agreement
+from probe.store import RunFolder, run_path
 
 
 def print_report(reports: Report | Sequence[Report], style: str = "table") -> None:
@@ -61,6 +64,15 @@ def write_report(reports: Sequence[Report], style: str, path: Path) -> None:
 def print_faithfulness(agreements: Sequence[Agreement]) -> None:
     """Print how near the methods come to the exact effects to standard output."""
     _console().print(agreement.view(agreements))
+
+
+def print_causal(run: str | Path) -> None:
+    """Print the causal tests of a run to standard output."""
+    folder = RunFolder(run_path(run))
+    recipe = recipe_from(folder.read_record()["recipe"], str(folder.record))
+    for table in causal_tables(folder, recipe)[0]:
+        _console().print(terminal.table_view(table))
+        _console().print("")
 
 
 def _console() -> PlainConsole:

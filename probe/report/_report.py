@@ -20,6 +20,7 @@ import numpy as np
 from probe.metrics import METRICS, TOKEN_METRICS
 from probe.notebook import html_table
 from probe.recipe import Pair, Recipe, recipe_from
+from probe.report._causal import causal_tables
 from probe.report._extras import ExtraTable as ExtraTable
 from probe.report._extras import extra_tables
 from probe.report._matched import matched_questions
@@ -126,13 +127,14 @@ def build_report(path: str | Path) -> Report:
     rows = judged_accuracy(accuracies)
     faithfulness, unmeasured = _faithfulness(folder, recipe)
     extras, lacking = extra_tables(folder, recipe)
+    tests, damaged = causal_tables(folder, recipe)
     return Report(
         recipe,
         tuple(_beside_published(cell, recipe) for cell in judged_cells(cells)),
         tuple(_beside_published(row, recipe) for row in rows),
-        (*absent, *unsolved, *unmeasured, *lacking),
+        (*absent, *unsolved, *unmeasured, *lacking, *damaged),
         faithfulness,
-        extras,
+        (*extras, *tests),
         path=folder.path,
     )
 

@@ -1,3 +1,4 @@
+from ._causal import causal as causal
 from ._checks import check_here as check_here
 from ._checks import check_output as check_output
 from ._choosing import cut as cut

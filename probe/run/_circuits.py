@@ -6,7 +6,6 @@
 """
 
 import gc
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -15,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from probe.attribution import EdgeScores, TokenSequence, attribute, method_named
-from probe.causes import Circuit, Curve, Leaves, faithfulness_curves, sizes_of
-from probe.errors import ProbeError, check_count
+from probe.causes import Circuit, Curve, Leaves, faithfulness_curves, halves, sizes_of
+from probe.errors import check_count
 from probe.escaping import PlainConsole
 from probe.models import Model
 from probe.recipe import Recipe
@@ -172,18 +171,3 @@ def _header(
         "greedy": greedy,
         "seed": seed,
     }
-
-
-def halves(
-    sequences: Sequence[TokenSequence], seed: int
-) -> tuple[list[TokenSequence], list[TokenSequence]]:
-    """Two halves of some questions, drawn by their ids.
-
-    Raises:
-        ProbeError: There are fewer than four.
-    """
-    if len(sequences) < 4:
-        raise ProbeError(f"{len(sequences)} questions cannot be halved; at least 4 are needed")
-    order = sorted(sequences, key=lambda sequence: sequence.id)
-    random.Random(seed).shuffle(order)
-    return order[: len(order) // 2], order[len(order) // 2 :]

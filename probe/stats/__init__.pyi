@@ -12,6 +12,17 @@ from ._agreement import compare_all as compare_all
 from ._agreement import explanation as explanation
 from ._agreement import shown_texts as shown_texts
 from ._agreement import view as view
+from ._causal import LABELS as LABELS
+from ._causal import CausalTest as CausalTest
+from ._causal import Damages as Damages
+from ._causal import EdgeTest as EdgeTest
+from ._causal import Label as Label
+from ._causal import Matching as Matching
+from ._causal import SetTest as SetTest
+from ._causal import judged_test as judged_test
+from ._causal import make_edge_test as make_edge_test
+from ._causal import make_set_test as make_set_test
+from ._causal import match_edges as match_edges
 from ._cells import LARGE_SHARE as LARGE_SHARE
 from ._cells import Accuracy as Accuracy
 from ._cells import Cell as Cell
@@ -29,6 +40,8 @@ from ._cross_text import SIDES as SIDES
 from ._cross_text import Control as Control
 from ._cross_text import cross_text as cross_text
 from ._cross_text import split as split
+from ._matching import UNBALANCED as UNBALANCED
+from ._matching import Places as Places
 from ._overlap import compare_circuits as compare_circuits
 from ._overlap import jaccard as jaccard
 from ._overlap import rank_biased_overlap as rank_biased_overlap

@@ -13,6 +13,7 @@ from ._run_folder import Missing as Missing
 from ._run_folder import RunFolder as RunFolder
 from ._run_folder import run_path as run_path
 from ._run_names import TEXTS as TEXTS
+from ._run_names import causal_file as causal_file
 from ._run_names import check_names as check_names
 from ._run_names import edges_key as edges_key
 from ._run_names import faithfulness_file as faithfulness_file

@@ -9,6 +9,7 @@
                                                  also before-on-after, after-on-before)
     faithfulness/MODEL.json, .png                exact effects of some edges, beside their scores
     circuits/MODEL.json, .png                    how faithful its circuits are, by size
+    causal/PAIR.BENCHMARK.json                   whether strengthened edges do more than others
     extras/PAIR.BENCHMARK.on-SIDE.json           both models' states on the answers of one
     extras/PAIR.BENCHMARK.alpha-A.SIDE.json      each question's temperature on a control's side
     extras/PAIR.weights.json                     how far each matrix moved
@@ -46,7 +47,7 @@ from probe.store._digests import Damaged, sealed, unsealed
 from probe.store._run_names import temperature_file
 
 SCHEMA = 1
-FOLDERS = ("solutions", "selection", "edges", "faithfulness", "extras", "circuits")
+FOLDERS = ("solutions", "selection", "edges", "faithfulness", "extras", "circuits", "causal")
 PARTS = (*FOLDERS, "figures", "clusters.json", "report.json", "run.json")
 """What `--fresh` takes away, the record last: without it, the rest would be no run's."""
 

@@ -96,6 +96,11 @@ def faithfulness_file(model: str) -> str:
     return f"faithfulness/{model}.json"
 
 
+def causal_file(pair: Pair, benchmark: str) -> str:
+    """Where in the run folder the causal test of a pair on a benchmark is."""
+    return f"causal/{pair.name}.{benchmark}.json"
+
+
 def edges_key(model: str, settings: Sequence[str], sequences: Sequence[TokenSequence]) -> str:
     """A short name for all that a set of edges depends on: weights, settings, every token."""
     parts = [model, list(settings), [[s.id, list(s.prompt), list(s.answer)] for s in sequences]]

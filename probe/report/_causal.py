@@ -1,0 +1,159 @@
+"""Causal tests of a run: their tables, and what each of them says in a sentence.
+
+>>> tables, missing = causal_tables(RunFolder(Path("runs/tiny-math")), recipe)
+>>> tables[0].title
+'Causal test: single edges'
+"""
+
+from collections.abc import Mapping
+
+from pydantic import TypeAdapter, ValidationError
+
+from probe.recipe import Recipe
+from probe.report._extras import ExtraTable
+from probe.stats import UNBALANCED, CausalTest, EdgeTest, Interval, SetTest
+from probe.store import Damaged, RunFolder, causal_file
+
+_EDGES_NOTE = (
+    "Do edges do more damage the more they were strengthened? Partial rank correlation of both, "
+    "given the edge's level, among edges read by the same kind of branch of one layer and as "
+    "strong; p: by exchanging strengthening among these, and by Holm's method for all tests of the "
+    "pair. Seen: the smallest correlation that is found in 4 of 5 cases."
+)
+
+_SETS_NOTE = (
+    "The edges most strengthened or weakened, changed together, beside random sets of as many "
+    "edges that are like them, in reader kind, layer and level; or in kind and level; or in level "
+    "alone (alike: how many). Balance: how far their mean log level is from that of all other "
+    "edges, and of the matched sets, in standard deviations; beyond "
+    f"{UNBALANCED:g} there is no verdict. Nats: rise of the loss of right answers, of the set and "
+    "of matched ones, and the difference with its 95 % interval; lost: share of right answers not "
+    "written any more. Seen: the smallest difference that is found in 4 of 5 cases. Needed: so "
+    "many questions for 3 points; -: sets differ by more among themselves, or lose all or nothing."
+)
+
+
+def causal_from(table: Mapping[str, object]) -> CausalTest:
+    """A test as its file has it.
+
+    Raises:
+        Damaged: It is none.
+    """
+    parts = {name: table.get(name) for name in ("edges", "sets")}
+    try:
+        return TypeAdapter(CausalTest).validate_python(parts)
+    except ValidationError as error:
+        raise Damaged("damaged (not a causal test)") from error
+
+
+def causal_tables(
+    folder: RunFolder, recipe: Recipe
+) -> tuple[tuple[ExtraTable, ...], tuple[str, ...]]:
+    """The tables of all tests in a run folder; and a line for each that is damaged."""
+    found: dict[tuple[str, str], CausalTest] = {}
+    sentences, missing = [], []
+    for benchmark in recipe.benchmarks:
+        for pair in recipe.pairs:
+            name = causal_file(pair, benchmark.name)
+            try:
+                table = folder.read_json(name)
+                if table is None:
+                    continue
+                test = causal_from(table)
+            except Damaged as damage:
+                missing.append(f"{name}: {damage}")
+                continue
+            found[benchmark.name, pair.name] = test
+            sentences.append(causal_sentence(test, benchmark.name, pair.method or pair.name))
+    if not found:
+        return (), tuple(missing)
+    return (
+        ExtraTable(
+            "Causal test: single edges",
+            " ".join((*sentences, _EDGES_NOTE)),
+            ("benchmark", "pair", "done", *_EDGE_COLUMNS),
+            tuple((*where, *_edge_row(row)) for where, test in found.items() for row in test.edges),
+        ),
+        ExtraTable(
+            "Causal test: sets of edges",
+            _SETS_NOTE,
+            ("benchmark", "pair", "done", *_SET_COLUMNS),
+            tuple((*where, *_set_row(row)) for where, test in found.items() for row in test.sets),
+        ),
+    ), tuple(missing)
+
+
+_UNFAIR = ("unbalanced", "no comparison")
+_EDGE_COLUMNS = ("edges", "correlation", "seen", "p", "p Holm", "verdict")
+_SET_COLUMNS = (
+    *("treated", "edges", "alike", "balance", "nats", "matched", "difference", "interval", "seen"),
+    *("lost %", "matched %", "points", "interval", "seen %", "needed", "p", "p Holm", "verdict"),
+)
+
+
+def _edge_row(row: EdgeTest) -> tuple[str | float | None, ...]:
+    numbers = (row.edges, f"{row.correlation:+.2f}", f"{row.detectable:.2f}")
+    return (row.intervention, *numbers, row.p_value, row.p_holm, row.verdict)
+
+
+def _set_row(row: SetTest) -> tuple[str | float | None, ...]:
+    nats = (row.damage, row.matched, row.damage - row.matched)
+    points = (row.lost, row.lost_matched, row.lost - row.lost_matched)
+    return (
+        *(row.intervention, row.treated, row.edges, "/".join(map(str, row.alike))),
+        f"{row.level_before:+.2f} → {row.level_after:+.2f}",
+        *(f"{value:+.4f}" for value in nats),
+        _ends(row.interval, "+.4f"),
+        f"{row.detectable:.4f}",
+        *(f"{100 * value:+.1f}" for value in points),
+        _ends(row.lost_interval, "+.1f", 100),
+        f"{100 * row.lost_detectable:.1f}",
+        "-" if row.questions_needed is None else str(row.questions_needed),
+        *(row.p_value, row.p_holm, row.verdict),
+    )
+
+
+def _ends(interval: Interval | None, form: str, times: float = 1) -> str:
+    return "-" if interval is None else "..".join(f"{times * end:{form}}" for end in interval)
+
+
+def causal_sentence(test: CausalTest, benchmark: str, subject: str) -> str:
+    """What a test says.
+
+    Args:
+        test: The test.
+        benchmark: Where.
+        subject: What it was that changed the model: `GRPO`.
+    """
+    start = f"On {benchmark}, of the edges that {subject} changed:"
+    said = [
+        f"{row.intervention}, edges do {row.verdict} damage the more it strengthened them "
+        f"(rank correlation {row.correlation:+.2f}, p = {row.p_holm:.2g})"
+        for row in test.edges
+        if row.verdict in ("more", "less")
+    ]
+    said += [
+        f"{row.intervention}, the {row.edges} most {row.treated} cost "
+        f"{abs(row.damage - row.matched):.2g} nats {row.verdict} than matched ones "
+        f"(p = {row.p_holm:.2g})"
+        for row in test.sets
+        if row.verdict in ("more", "less")
+    ]
+    rows: list[EdgeTest | SetTest] = [*test.edges, *test.sets]
+    fair = [row for row in rows if row.verdict not in _UNFAIR]
+    if not said and fair:
+        least = min(row.p_holm for row in fair)
+        said.append(
+            f"no sign that they do more or less than others as strong ({len(fair)} tests, smallest "
+            f"p {least:.2g})"
+        )
+    if len(fair) < len(rows):
+        said.append(f"{len(rows) - len(fair)} of {len(rows)} tests have no fair comparison")
+    seen = [row for row in test.sets if row.verdict not in _UNFAIR]
+    power = [
+        f"{row.detectable:.2g} nats and {100 * row.lost_detectable:.1f} points {row.intervention}"
+        for row in seen
+        if row.treated == "strengthened"
+    ]
+    more = f" Found in 4 of 5 cases: {'; '.join(power)}." if power else ""
+    return f"{start} {'; '.join(said)}.{more}"
