@@ -7,14 +7,16 @@
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from probe.attribution import EdgeScores, TokenSequence, attribute, method_named
 from probe.causes import Circuit, Curve, Leaves, faithfulness_curves, halves, sizes_of
+from probe.checkpoints import fingerprint
 from probe.errors import check_count
 from probe.escaping import PlainConsole
 from probe.models import Model
@@ -22,8 +24,8 @@ from probe.recipe import Recipe
 from probe.report import draw_curves
 from probe.run._choosing import Side, measured_sides, read_sides
 from probe.run._finished import check_unchanged, recorded
-from probe.run._session import recipe_host, running, said_on
-from probe.store import SCHEMA, RunFolder, locked, run_path
+from probe.run._session import Run, recipe_host, running, said_on
+from probe.store import SCHEMA, Damaged, RunFolder, edges_key, locked, run_path
 from probe.vocabulary import Granularity
 
 METHODS = ("eap", "eap-ig", "relp", "exact")
@@ -46,6 +48,7 @@ def run_circuits(
     """Measure the circuits of every model of a run, into its folder.
 
     Edges are ranked on one half of a model's questions, and its circuits are run on the other.
+    Models that are measured already stay: a measurement that was stopped goes on from there.
 
     Args:
         run: A run folder with solutions and selections.
@@ -69,6 +72,7 @@ def run_circuits(
             has changed since the run.
     """
     names = _checked(methods, {"n_random": n_random, "edges": edges, "questions": questions})
+    options = Options(names, granularity, ablation, n_random, greedy, questions, edges, seed)
     folder = RunFolder(run_path(run))
     recipe, record = recorded(folder, remote)
     check_unchanged(folder, recipe, record)
@@ -80,37 +84,84 @@ def run_circuits(
         running(recipe, held, record, host, console) as session,
     ):
         held.open()
-        total, models = 0, measured_sides(recipe, sides)
-        bar = session.bar("circuits", 0)
-        for number, (name, side) in enumerate(models.items()):
-            model = session.load(side.model, session.devices[number % len(session.devices)])
-            ranked, held_out = halves(side.sequences[:questions], seed)
-            level = granularity or recipe.attribution.granularity
-            n_sizes = len(sizes_of(int(model.graph(level).mask.sum())))
-            total += len(held_out) * n_sizes * (2 * len(names) + n_random)
-            bar.resize(total)
-            scores = _scored(model, ranked, names, level, recipe, ablation)
-            curves = faithfulness_curves(
-                model,
-                held_out,
-                scores,
-                ablation=ablation,
-                n_random=n_random,
-                greedy=greedy,
-                seed=seed,
-                progress=bar.advance,
-            )
-            rows = [asdict(curve) | _shown(scores[curve.method], edges) for curve in curves]
-            found[name] = curves
-            header = _header(side, ranked, held_out, ablation, n_random, greedy, seed)
-            held.write_json(f"circuits/{name}.json", header | {"curves": rows})
-            held.write(
-                held.path / "circuits" / f"{name}.png",
-                partial(draw_curves, model=name, curves=curves, questions=len(held_out)),
-            )
-            del model
+        for number, (name, side) in enumerate(measured_sides(recipe, sides).items()):
+            device = session.devices[number % len(session.devices)]
+            found[name] = _measured(session, side, name, device, options)
             gc.collect()
     return found
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of the circuits."""
+
+    methods: tuple[str, ...]
+    """What ranks the edges."""
+
+    granularity: Granularity | None
+    """That of the edges; None for the recipe's."""
+
+    ablation: Leaves
+    """What is left of a removed output."""
+
+    n_random: int
+    """How many random circuits of each size stand beside."""
+
+    greedy: bool
+    """Whether circuits grow from the logits back."""
+
+    questions: int
+    """How many questions are used, both halves together, at most."""
+
+    edges: int
+    """How many of the strongest edges are kept in the file by name."""
+
+    seed: int
+    """Seed of the halves and of random circuits."""
+
+
+def _measured(run: Run, side: Side, name: str, device: str, options: Options) -> tuple[Curve, ...]:
+    """The curves of one model, measured or from before, with its file and its picture."""
+    recipe, folder, file = run.recipe, run.folder, f"circuits/{name}.json"
+    ranked, held_out = halves(side.sequences[: options.questions], options.seed)
+    level = options.granularity or recipe.attribution.granularity
+    scoring = (str(recipe.attribution.ig_steps), recipe.compute.dtype)
+    settings = ("circuits", level, *map(str, asdict(options).values()), *scoring)
+    key = edges_key(fingerprint(side.model), settings, [*ranked, *held_out])
+    curves = _known(run, file, key)
+    if curves is None:
+        model = run.load(side.model, device)
+        n_sizes = len(sizes_of(int(model.graph(level).mask.sum())))
+        rows = len(held_out) * n_sizes * (2 * len(options.methods) + options.n_random)
+        scores = _scored(model, ranked, options.methods, level, recipe, options.ablation)
+        curves = faithfulness_curves(
+            model,
+            held_out,
+            scores,
+            ablation=options.ablation,
+            n_random=options.n_random,
+            greedy=options.greedy,
+            seed=options.seed,
+            progress=run.bar(f"circuits of {name}", rows).advance,
+        )
+        table = [asdict(curve) | _shown(scores[curve.method], options.edges) for curve in curves]
+        header = _header(side, ranked, held_out, options) | {"key": key}
+        folder.write_json(file, header | {"curves": table})
+    draw = partial(draw_curves, model=name, curves=curves, questions=len(held_out))
+    folder.write((folder.path / file).with_suffix(".png"), draw)
+    return curves
+
+
+def _known(run: Run, file: str, key: str) -> tuple[Curve, ...] | None:
+    """The curves in a file, if they are those that are asked for."""
+    try:
+        table = run.folder.read_json(file)
+        if table is None or table.get("key") != key:
+            return None
+        return TypeAdapter(tuple[Curve, ...]).validate_python(table.get("curves"))
+    except (Damaged, ValidationError):
+        run.say(f"{run.folder.path / file}: damaged; computing it again")
+        return None
 
 
 def _checked(methods: str | Sequence[str] | None, counts: Mapping[str, object]) -> tuple[str, ...]:
@@ -155,10 +206,7 @@ def _header(
     side: Side,
     ranked: Sequence[TokenSequence],
     held_out: Sequence[TokenSequence],
-    ablation: str,
-    n_random: int,
-    greedy: bool,
-    seed: int,
+    options: Options,
 ) -> dict[str, object]:
     return {
         "schema": SCHEMA,
@@ -166,8 +214,8 @@ def _header(
         "cell": f"{side.comparison}.{side.side}",
         "ranked_on": [sequence.id for sequence in ranked],
         "measured_on": [sequence.id for sequence in held_out],
-        "ablation": ablation,
-        "n_random": n_random,
-        "greedy": greedy,
-        "seed": seed,
+        "ablation": options.ablation,
+        "n_random": options.n_random,
+        "greedy": options.greedy,
+        "seed": options.seed,
     }

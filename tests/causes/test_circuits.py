@@ -11,6 +11,7 @@ from probe.attribution import EdgeScores
 from probe.causes import Circuit, faithfulness_curves, intervene
 from probe.errors import ProbeError
 from probe.models import Graph, Heads
+from probe.run import _circuits as of_run
 
 SEQUENCES = [
     probe.Sequence([5, 61, 33, 7, 90, 12], [44, 8, 71, 29, 55], "a"),
@@ -161,8 +162,25 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_the_circuits_of_a_run(run):
-    found = probe.run_circuits(run, methods="eap", n_random=2, questions=8)
+def test_the_circuits_of_a_run(run, monkeypatch):
+    """Stopped behind the first model, the measurement goes on with the second."""
+    asked = {"methods": "eap", "n_random": 2, "questions": 8}
+    measure, times = of_run.faithfulness_curves, []
+
+    def stopped(*given, **more):
+        if len(times) == 1:
+            times.append(0)
+            raise KeyboardInterrupt
+        times.append(0)
+        return measure(*given, **more)
+
+    monkeypatch.setattr(of_run, "faithfulness_curves", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        probe.run_circuits(run, **asked)
+    found = probe.run_circuits(run, **asked)
+    assert len(times) == 1 + 1 + 2
+    assert probe.run_circuits(run, **asked) == found
+    assert len(times) == 4
     assert list(found) == ["tiny-math--sft", "tiny-math--grpo", "tiny-math--dpo"]
     for name, (curve,) in found.items():
         table = json.loads((run / "circuits" / f"{name}.json").read_text())
