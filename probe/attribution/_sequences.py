@@ -79,7 +79,8 @@ Pair = tuple[str | Messages, str]
 """A prompt and its answer, as texts."""
 
 One = str | Messages | Pair | TokenSequence
-"""What can be scored: a text that the model answers itself, a chat, a pair, or tokens."""
+"""What can be scored: a text that the model answers itself, a chat that it answers unless the
+assistant spoke last, a pair, or tokens."""
 
 Given = One | Sequence[One] | Iterator[One]
 """One of these, or several."""
@@ -98,6 +99,7 @@ def as_sequences(
     Args:
         model: The model that will read them.
         given: A text, a chat, a pair of prompt and answer, a `TokenSequence`, or several of these.
+            What the assistant said at the end of a chat is its answer.
         answer: The answer, or one for each of several; for texts and chats only.
         max_new_tokens: The longest answer that the model writes itself.
 
@@ -167,14 +169,15 @@ def _tokenised(
     model: Model, item: One, answer: str | None, index: str
 ) -> tuple[TokenSequence, bool]:
     """One sequence with a name and plain numbers as tokens, and whether it has an answer."""
-    own = isinstance(item, TokenSequence) or _is_pair(item)
+    pair = _as_pair(item)
+    own = isinstance(item, TokenSequence) or pair is not None
     name = (str(item.id) if isinstance(item, TokenSequence) else "") or index
     if own and answer is not None:
         raise ProbeError(f"sequence {name} has an answer already; leave answer out")
     if isinstance(item, TokenSequence):
         tokens, scored = item.prompt, item.answer
     else:
-        prompt, answer = item if _is_pair(item) else (cast(str | Messages, item), answer)
+        prompt, answer = pair or (cast(str | Messages, item), answer)
         tokens = _asked(model.tokenizer, prompt, None)
         scored = [] if answer is None else _answered(model.tokenizer, answer)
     what = f"sequence {name}: the"
@@ -226,6 +229,15 @@ def _is_pair(item: object) -> TypeGuard[Pair]:
     if not isinstance(item, tuple) or isinstance(item, TokenSequence) or len(item) != 2:
         return False
     return isinstance(item[1], str) and (isinstance(item[0], str) or _is_messages(item[0]))
+
+
+def _as_pair(item: object) -> Pair | None:
+    """A pair, or a chat that ends with what the assistant said, as prompt and answer."""
+    if _is_pair(item):
+        return item
+    if _is_messages(item) and item[-1].get("role") == "assistant":
+        return item[:-1], item[-1].get("content", "")
+    return None
 
 
 def _kind(value: object) -> str:

@@ -60,6 +60,13 @@ def test_a_chat_template_is_used_where_there_is_one(llama, monkeypatch):
     assert chat.prompt == tokens_of(llama, f"{bos}<s>1<u>2<a>")
     assert as_sequences(llama, messages, "7") == as_sequences(llama, [(messages, "7")])
     assert as_sequences(llama, messages, "7")[0].prompt == chat.prompt
+    # What the assistant said last is an answer, and nothing that is answered once more.
+    said = [*messages, {"role": "assistant", "content": "7"}]
+    assert as_sequences(llama, said) == as_sequences(llama, [(messages, "7")])
+    with pytest.raises(ProbeError, match="has an answer already"):
+        as_sequences(llama, said, "8")
+    with pytest.raises(ProbeError, match="is no prompt"):
+        as_sequences(llama, said[-1:])
     # A text is what the user says, whatever a recipe would read into it.
     odd = TokenSequence.from_text(llama, "chat: {question}", "7")
     assert odd.prompt == tokens_of(llama, f"{bos}<u>chat: {{question}}<a>")

@@ -28,7 +28,6 @@ CHAT = [
         "in April and May. The answer is 72.",
     },
 ]
-"""Of a shorter text bfloat16 can make anything: 17 + 25 gives scores that are 98 % off."""
 
 
 def packaged(path):
@@ -107,7 +106,7 @@ def test_real_models_are_understood(request, name):
     found = check(request.getfixturevalue(name))
     assert found.sound
     refused = [key for key, part in found.granularities.items() if part.refusal]
-    assert refused == (["head"] if name == "gemma3" else [])
+    assert refused == (["head", "expert"] if name == "gemma3" else ["expert"])
     assert all(part.gap < 5e-3 for part in found.granularities.values())
     assert all(refusal is None for refusal in found.methods.values())
 
@@ -115,7 +114,7 @@ def test_real_models_are_understood(request, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "most"), [("smollm2", 0.1), ("gemma3", 0.04)])
 def test_real_models_in_bfloat16(request, name, most):
-    """7.2 and 2.1 % were measured; rounding of another machine may differ by a little."""
+    """7.8 and 2.4 % were measured; rounding of another machine may differ by a little."""
     reference = request.getfixturevalue(name)
     text = CHAT if name == "smollm2" else ("The capital of France is", " Paris.")
     exact, rounded = (
