@@ -85,6 +85,11 @@ def open_own(path: Path, flags: int) -> int:
     return file
 
 
+def at_home(path: str | Path) -> Path:
+    """A path with a user's folder in place of `~`; as it stands where there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
 def read_file(path: Path) -> bytes:
     """All of a file; a pipe or a device, which may have no end, is none.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probe.errors import ProbeError, install, reason
-from probe.files import name_and_end
+from probe.files import at_home, name_and_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +35,7 @@ def is_gguf(reference: str) -> bool:
 
 def gguf_remark(reference: str) -> str:
     """Say what is done with one."""
-    file = Path(reference).expanduser()
+    file = at_home(reference)
     kinds = ", ".join(_kinds(file))
     return f"{reference}: GGUF ({kinds}), dequantised to float32 in {_place(file)}"
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from probe.checkpoints._foreign import missing_shards, no_model, no_weights
 from probe.checkpoints._gguf import gguf_folder, is_gguf
 from probe.errors import ProbeError, reason
-from probe.files import name_and_end
+from probe.files import at_home, name_and_end
 
 PACKAGE_DATA = Path(__file__).parent.parent / "data"
 PACKAGE_PREFIX = "probe:"
@@ -65,7 +65,7 @@ def local_folder(reference: str) -> Path | None:
             )
             raise ProbeError(f"no model {reference!r} ships with probe; there are: {names}")
         return folder
-    folder = Path(reference).expanduser()
+    folder = at_home(reference)
     if is_gguf(reference):
         return gguf_folder(folder)
     if folder.is_dir():
@@ -132,7 +132,7 @@ def adapter_base(folder: Path) -> str:
         raise ProbeError(f"{config} names no base model; set base_model_name_or_path in it")
     # A path that is not absolute may be meant from where the adapter lies.
     beside = [place / base for place in (folder, folder.parent)]
-    if not Path(base).expanduser().is_dir():
+    if not at_home(base).is_dir():
         base = next((str(path.resolve()) for path in beside if path.is_dir()), base)
     try:
         inner = local_folder(base)

@@ -99,8 +99,12 @@ def open_host(
             raise ProbeError(
                 f"the hosted NDIF asks for a key: set {KEY_VARIABLE}; see docs/remote.md"
             )
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # half of an IPv6 address, a port that is no number
+        sound = False
+    if not sound or parts.query or parts.fragment or not url.isprintable() or " " in url:
         raise ProbeError(f"remote is {remote!r}; give {HOSTED} or an address, http://host:8001")
     if parts.username or parts.password:
         raise ProbeError(

@@ -379,6 +379,10 @@ def check_dtype(dtype: str) -> None:
         raise ProbeError(f"dtype {dtype!r} is not known; one of: {', '.join(get_args(DType))}")
 
 
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+_KNOWN = "auto, cpu, cuda or cuda:0,cuda:1"
+
+
 def resolve_devices(device: str) -> "list[torch.device]":
     """Turn `auto`, `cpu`, `cuda` or `cuda:0,cuda:1` into devices that exist.
 
@@ -398,8 +402,9 @@ def resolve_devices(device: str) -> "list[torch.device]":
         try:
             place = torch.device(name.strip())
         except RuntimeError as error:
-            known = "auto, cpu, cuda or cuda:0,cuda:1"
-            raise ProbeError(f"device {name!r} is not known; use {known}") from error
+            raise ProbeError(f"device {name!r} is not known; use {_KNOWN}") from error
+        if place.type not in _DEVICES:
+            raise ProbeError(f"device {name!r} runs no models here; use {_KNOWN}")
         count = torch.cuda.device_count()
         if place.type == "cuda" and (place.index or 0) >= count:
             raise ProbeError(f"device {name!r} is not on this machine ({count} CUDA devices here)")

@@ -52,8 +52,16 @@ def _prompt(value: str) -> str:
     return value
 
 
-Count = Annotated[int, BeforeValidator(whole_number), Field(ge=1)]
-Seed = Annotated[int, BeforeValidator(whole_number), Field(ge=0)]
+def _place(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("a name without a zero byte was expected, as no file has one")
+    return value
+
+
+Number = Annotated[int, BeforeValidator(whole_number), Field(ge=1)]
+Count = Annotated[int, BeforeValidator(whole_number), Field(ge=1, lt=2**31)]
+Seed = Annotated[int, BeforeValidator(whole_number), Field(ge=0, lt=2**63)]
+Place = Annotated[str, AfterValidator(_place)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
@@ -81,10 +89,10 @@ class Asked(NamedTuple):
 class SolutionFiles:
     """Solutions that were generated elsewhere; see `probe.solutions` for what is understood."""
 
-    before: str | None = None
+    before: Place | None = None
     """A file or folder with those of the model before; None to generate them here."""
 
-    after: str | None = None
+    after: Place | None = None
     """Likewise of the model after."""
 
 
@@ -92,7 +100,7 @@ class SolutionFiles:
 class Shape:
     """How large the two models of a pair are, so that a plan needs neither of them."""
 
-    parameters: Count
+    parameters: Number
     """How many numbers one model has."""
 
     n_layers: Count
@@ -112,10 +120,10 @@ class Pair:
     name: Name
     """Its name in tables and file names."""
 
-    before: str
+    before: Place
     """The model before: a folder, a hub id, or `probe:...` for one that ships with the package."""
 
-    after: str
+    after: Place
     """The model after."""
 
     method: str = ""
@@ -176,7 +184,7 @@ class BenchmarkChoice:
     name: Name
     """A name in `probe.problems.BENCHMARKS`; any name for a file of one's own."""
 
-    path: str | None = None
+    path: Place | None = None
     """A local file or folder with its problems, instead of the benchmark's own source."""
 
     grading: Grading | None = None

@@ -13,6 +13,7 @@ from pathlib import Path
 from probe.attribution import METHODS
 from probe.checkpoints import check_folder, find_checkpoint, fingerprint, weight_files
 from probe.errors import ProbeError
+from probe.files import at_home
 from probe.metrics import METRICS, TOKEN_METRICS
 from probe.models import (
     architecture_of,
@@ -63,7 +64,7 @@ def check_here(recipe: Recipe) -> None:
             check_pair(pair.before, pair.after)
         for asked in pair.asked():
             if asked.given is not None:
-                given = read_given(Path(asked.given).expanduser())
+                given = read_given(at_home(asked.given))
                 for benchmark in problems:
                     match(given, problems, benchmark)
 
@@ -136,7 +137,7 @@ def _problems_here(recipe: Recipe) -> dict[str, list[Problem]]:
         known = BENCHMARKS.get(choice.name)
         if known and known.source and not choice.path and not data_set_here(known.source):
             continue
-        path = Path(choice.path).expanduser() if choice.path else None
+        path = at_home(choice.path) if choice.path else None
         found[choice.name] = load_problems(
             choice.name, path, questions, options.seed, choice.grading
         )

@@ -19,6 +19,7 @@ from rich.console import Console
 from probe.checkpoints import PACKAGE_PREFIX, find_checkpoint
 from probe.errors import ProbeError
 from probe.escaping import PlainConsole
+from probe.files import at_home
 from probe.models import read_tokenizer
 from probe.problems import BENCHMARKS, FORMATS
 from probe.recipe import CHAT, Recipe, place_benchmarks, recipe_from, write_recipe
@@ -144,7 +145,7 @@ def _choices(benchmarks: Sequence[str], grading: Grading | None) -> list[dict[st
     for benchmark in benchmarks:
         choice: dict[str, object] = {"name": benchmark}
         is_path = "/" in benchmark or Path(benchmark).suffix in FORMATS
-        if benchmark not in BENCHMARKS and (is_path or Path(benchmark).expanduser().exists()):
+        if benchmark not in BENCHMARKS and (is_path or at_home(benchmark).exists()):
             stem = name = _short(Path(benchmark.rstrip("/")).stem)
             number = 2
             while name in [other["name"] for other in choices]:

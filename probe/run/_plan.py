@@ -31,6 +31,7 @@ from probe.checkpoints import (
     weight_files,
 )
 from probe.errors import ProbeError
+from probe.files import at_home
 from probe.fitted import Fitted, open_table
 from probe.models import read_config, resolve_devices
 from probe.problems import BENCHMARKS, data_set_here, load_problems
@@ -205,7 +206,7 @@ def make_plan(recipe: Recipe) -> Plan:
             here = data_set_here(known.source)
             benchmarks.append(BenchmarkNeed(choice.name, known.source, questions, here))
             continue
-        path = Path(choice.path).expanduser() if choice.path else None
+        path = at_home(choice.path) if choice.path else None
         problems = load_problems(choice.name, path, questions, options.seed, choice.grading)
         source = choice.path or "ships with probe"
         benchmarks.append(BenchmarkNeed(choice.name, source, len(problems), True))

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from probe.checkpoints import fetch_checkpoint, weight_files
 from probe.escaping import PlainConsole
+from probe.files import at_home
 from probe.models import check_model, check_pair, encode_prompt, read_tokenizer
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
@@ -154,7 +155,7 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
     problems = {
         benchmark.name: load_problems(
             benchmark.name,
-            Path(benchmark.path).expanduser() if benchmark.path else None,
+            at_home(benchmark.path) if benchmark.path else None,
             questions,
             options.seed,
             benchmark.grading,
@@ -178,7 +179,7 @@ def _read_given(
     answers: dict[tuple[str, str], dict[str, GivenAnswer]] = {}
     for asked, name in model_names(recipe).items():
         if asked.given is not None:
-            given[name] = read_given(Path(asked.given).expanduser())
+            given[name] = read_given(at_home(asked.given))
             for benchmark in problems:
                 answers[name, benchmark] = match(given[name], problems, benchmark)
     return given, answers

@@ -10,12 +10,12 @@ each; the rest is arithmetic. Nothing is downloaded, and nothing kept.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple, TypeVar
 
 from probe.attribution import TokenSequence, attribute, method_named
 from probe.checkpoints import weight_files
+from probe.files import at_home
 from probe.grading import Grader
 from probe.models import Model, load_model, resolve_devices
 from probe.problems import load_problems
@@ -128,7 +128,7 @@ def time_batches(plan: Plan) -> Timing | None:
 def _write(model: Model, recipe: Recipe, pair: Pair) -> _Written:
     """Let a model answer questions of the first benchmark, more and more at once."""
     choice, options = recipe.benchmarks[0], recipe.solutions
-    path = Path(choice.path).expanduser() if choice.path else None
+    path = at_home(choice.path) if choice.path else None
     asked = None if options.questions == "all" else options.questions
     problems = load_problems(choice.name, path, asked, options.seed, choice.grading)
     problems = problems[: min(MOST, max(2, options.batch_size))]

@@ -52,6 +52,10 @@ def test_bad_device_and_dtype():
         probe.load_model(SFT, dtype="int8")
     with pytest.raises(ProbeError, match="device 'gpu' is not known"):
         probe.load_model(SFT, device="gpu")
+    with pytest.raises(ProbeError, match="device 'meta' runs no models here"):
+        probe.load_model(SFT, device="meta")
+    with pytest.raises(ProbeError, match="model folder '~nobody-here/x' does not exist"):
+        probe.load_model("~nobody-here/x")
     with pytest.raises(ProbeError, match="only CUDA devices can share a model"):
         probe.load_model(SFT, device="cpu,cpu")
     with pytest.raises(ProbeError, match="not on this machine"):

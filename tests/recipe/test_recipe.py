@@ -423,3 +423,19 @@ def test_a_published_value_is_a_number(tmp_path, number):
     path.write_text(f"{text}[[published]]\n{value}")
     with pytest.raises(ProbeError, match=r"published\.0\.before"):
         read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"pairs.0.before": "a\0b"},
+        {"benchmarks.0.path": "\0"},
+        {"pairs.0.solutions.before": "x\0"},
+        {"solutions.seed": "9" * 30},
+        {"compute.threads": 2**31},
+        {"attribution.batch_size": "9" * 30},
+    ],
+)
+def test_what_no_file_and_no_machine_has(overrides):
+    with pytest.raises(ProbeError, match=f"{next(iter(overrides))} is "):
+        read_recipe("tiny-math", overrides)
