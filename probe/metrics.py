@@ -68,7 +68,7 @@ class Entries:
         )
         """The mean entropy of the next token of each sequence."""
         self._known: dict[Parts, Array] = {}
-        self._counts: dict[tuple[Parts, int], Array] = {}
+        self._counts: dict[tuple[Parts, int], tuple[Array, Array]] = {}
 
     def __len__(self) -> int:
         """How many sequences there are."""
@@ -87,10 +87,11 @@ class Entries:
 
     def counted(self, function: "Parts", bins: int) -> Array:
         """Histograms [sequence, bin] of what a function makes of these entries, computed once."""
-        parts = self.parts(function)
-        if (function, bins) not in self._counts:
-            self._counts[function, bins] = histograms(parts, bins)
-        counts = self._counts[function, bins].copy()
+        parts, key = self.parts(function), (function, bins)
+        # With and without zeros, a function may see the same parts.
+        if key not in self._counts or self._counts[key][0] is not parts:
+            self._counts[key] = parts, histograms(parts, bins)
+        counts = self._counts[key][1].copy()
         counts[:, 0] += self.zeros_of(parts)
         return counts
 
@@ -114,7 +115,6 @@ class Entries:
         other.__dict__ |= self.__dict__ | {
             "size": self.values.shape[1],
             "_known": {},
-            "_counts": {},
         }
         return other
 

@@ -141,8 +141,9 @@ def control_rows(case: Case) -> list[Row]:
 def split_rows(case: Case) -> list[Row]:
     """How much of each change by ratios is sharpness, and how much is left at equal loss."""
     names = ("before", "before-matched", "after-matched", "after")
-    sides = [edges_of(side) for side in case.sides(*names)]
-    ids = case.sides("before")[0].ids
+    scored = case.sides(*names)
+    sides, ids = [edges_of(side) for side in scored], scored[0].ids
+    units = units_of(case.clusters(ids), len(ids))
     counted = np.array(matched_questions(case.folder, case.name, "loss-matched", ids))
     old, new = (temperatures_of(case.folder, case.name, side) for side in names[1:3])
     ratios = [(new[name] or 1) / (old[name] or 1) for name in np.array(ids)[counted]]
@@ -159,7 +160,7 @@ def split_rows(case: Case) -> list[Row]:
         rest = after - before
         row: list[float | None] = [100 * float(np.expm1((end - raw).mean()))]
         for part in (end - raw - rest, rest):
-            ends = t_interval(part, case.units[known])
+            ends = t_interval(part, units[known])
             row += [100 * float(np.expm1(x)) for x in (part.mean(), *(ends or ()))]
             row += [None] * (0 if ends else 2)
         rows.append((metric.estimand.label, *row, temperature))
