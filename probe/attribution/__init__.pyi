@@ -25,6 +25,7 @@ from ._sequences import as_sequences as as_sequences
 from ._states import compare_states as compare_states
 from ._states import divergence as divergence
 from ._states import linear_cka as linear_cka
+from ._temperature import LEAST_SLOPE as LEAST_SLOPE
 from ._temperature import SMALLEST_LOSS as SMALLEST_LOSS
 from ._temperature import NoTemperature as NoTemperature
 from ._temperature import matched_temperature as matched_temperature

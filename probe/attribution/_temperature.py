@@ -24,6 +24,10 @@ from probe.tracing import MemoryMode, temperature_losses
 RANGE = 64.0
 """Temperatures are looked for from 1 / 64 to 64."""
 
+LEAST_SLOPE = 0.1
+"""A single loss must follow the temperature at least as its tenth root. Where two tokens nearly tie
+it does not: no temperature breaks a tie, while slopes grow with 1 / temperature."""
+
 SMALLEST_LOSS = 1e-6
 """Smaller losses count as this one: float32 hardly tells them apart."""
 
@@ -132,7 +136,8 @@ def matched_temperatures(
         batch_size: How many sequences run at once.
 
     Returns:
-        [sequence]: the temperature, between 1 / 64 and 64; None where none gives the loss.
+        [sequence]: the temperature, between 1 / 64 and 64; None where none gives the loss, or where
+        the loss hardly follows it on the way from 1, by less than `LEAST_SLOPE` says.
 
     Raises:
         ProbeError: Not as many losses as sequences, or a sequence that cannot be read.
@@ -142,8 +147,16 @@ def matched_temperatures(
     if len(losses) != len(texts):
         raise ProbeError(f"{len(losses)} losses were given for {len(texts)} sequences")
     found = mean_losses(model, texts, _grid().exp().tolist(), batch_size)
-    wanted = (max(loss, SMALLEST_LOSS) for loss in losses)
-    return [_where(curve, loss) for curve, loss in zip(found.T, wanted, strict=True)]
+    own = found[_POINTS // 2]  # at temperature 1
+    places: list[float | None] = []
+    for curve, loss, first in zip(found.T, losses, own.tolist(), strict=True):
+        wanted = max(loss, SMALLEST_LOSS)
+        place = _where(curve, wanted)
+        moved = abs(log(wanted / max(first, SMALLEST_LOSS)))
+        # Of a loss that is there already, rounding is all that moves.
+        sound = place and moved >= LEAST_SLOPE * (abs(log(place)) - 1e-6)
+        places.append(place if sound else None)
+    return places
 
 
 def _grid() -> torch.Tensor:

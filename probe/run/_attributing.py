@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from probe.attribution import (
+    LEAST_SLOPE,
     SMALLEST_LOSS,
     EdgeScores,
     NoTemperature,
@@ -127,7 +128,9 @@ def _settings(recipe: Recipe, side: Side, like: Sequence[float] | None) -> tuple
     rule = rule_of(steps, zero=options.ablation == "zero")
     points = str(steps) if steps == 1 else f"{steps} {rule}"
     # Nothing of the loss at temperature 1: keys of old runs stay.
-    target = Target(_what(recipe, side)).key if like is None else ("at losses", *map(repr, like))
+    target = Target(_what(recipe, side)).key
+    if like is not None:
+        target += ("at losses", repr(LEAST_SLOPE), *map(repr, like))
     settings = (options.method, options.granularity, options.ablation, points)
     return (*settings, *target, recipe.compute.dtype)
 

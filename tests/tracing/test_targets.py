@@ -324,6 +324,19 @@ def test_temperatures_that_give_each_sequence_its_loss(tiny):
         Target("kl", [1, 2])
 
 
+def test_a_loss_that_hardly_follows_the_temperature_has_none(tiny, monkeypatch):
+    slopes = torch.tensor([0.05, 0.2])  # losses that are so powers of the temperature
+
+    def powers(model, sequences, temperatures, batch_size):
+        return torch.tensor(temperatures).double()[:, None] ** slopes
+
+    monkeypatch.setattr("probe.attribution._temperature.mean_losses", powers)
+    found = matched_temperatures(
+        tiny, [probe.TokenSequence([5, 16], [4])] * 2, (0.5**slopes).tolist()
+    )
+    assert found == [None, pytest.approx(0.5, rel=1e-4)]
+
+
 def test_a_model_without_any_slope_is_no_wrong_row(tiny):
     """At a temperature as low as this it is so sure that every gradient is 0."""
     tokens = tiny.tokenizer("50-7-67-53=?50-7=43;")["input_ids"]
