@@ -76,6 +76,7 @@ INTERVENTIONS = {
     "scaled by 0.75": Intervention("scale", 0.75, "after"),
     "removed": Intervention("remove", None, "after"),
     "patched": Intervention("patch", None, "both"),
+    "swapped": Intervention("swap", None, "both"),
 }
 """Every intervention by what tables call it; the one place to add one."""
 
@@ -135,7 +136,8 @@ def causal_test(
     """Test whether the edges that a training strengthened, or weakened, do more than others.
 
     Both models read the same texts. Everything is done in the model after; `patched` edges carry
-    what the model before writes.
+    what the model before writes, `swapped` ones what its source makes of what the model after
+    holds: the source's own change, without what comes through it from further up.
 
     Args:
         before: The model before training.
@@ -176,7 +178,9 @@ def causal_test(
     total = len(held_out) * sum(len(design.rows(way)) for way in INTERVENTIONS.values())
     measured = {}
     for name, way in INTERVENTIONS.items():
-        plan = Plan.of(way.do, way.factor, ablation, before if way.do == "patch" else None)
+        plan = Plan.of(
+            way.do, way.factor, ablation, before if way.do in ("patch", "swap") else None
+        )
         rows = design.rows(way)
         union = _matrices(graph, design.places, [np.unique(np.concatenate(rows))])
         changes = Changes(after, graph, plan, held_out, union, seed, batch_size)

@@ -73,7 +73,9 @@ def intervene(
         sets: Sets of edges, each a list of pairs (source, target), by name or place, or a matrix
             bool [source, target]; an empty set is one too.
         do: `remove` the edges of a set; `keep` them, and remove all others; `scale` them by a
-            factor; `patch` in what the other model's source writes on the same tokens; `add` the
+            factor; `patch` in what the other model's source writes on the same tokens; `swap` the
+            source for the other model's, which then reads what this model's stream holds, so that
+            nothing comes through from further up; `add` the
             other model's value less this one's, both of the models as they are, times a factor.
         granularity: That of the edges.
         ablation: B, what is left of a removed output: `zero`; its `mean` over all positions of
@@ -81,7 +83,7 @@ def intervene(
             of these sequences, or at its last one where that is shorter.
         factor: What O is multiplied by, 1 - factor of B taking the place of the rest; for `add`
             what the difference is multiplied by, 1 if not given.
-        other: The other model of the pair, for `patch` and `add`.
+        other: The other model of the pair, for `patch`, `swap` and `add`.
         judge: Says whether an answer is right that the model writes greedily while its edges are
             changed: `judge(place of the sequence, its tokens)`. None for no writing.
         max_new_tokens: The longest answer.

@@ -8,6 +8,7 @@ Every intervention gives edges kept O + given B instead of O, what their source 
 | keep   | all that are not      | 0      | 1          | likewise                           |
 | scale  | those of the set      | factor | 1 - factor | likewise                           |
 | patch  | those of the set      | 0      | 1          | O of the other model               |
+| swap   | those of the set      | 0      | 1          | O of its source on what is read here |
 | add    | those of the set      | 1      | factor     | O of the other model, less O here  |
 """
 
@@ -30,10 +31,10 @@ from probe.attribution import (
 from probe.causes._edge_sets import Sets, as_sets
 from probe.errors import ProbeError
 from probe.models import Graph, Model, cpu_threads
-from probe.tracing import Batch, ChangedBatch, changed_outcomes, written_values
+from probe.tracing import Batch, ChangedBatch, changed_outcomes, read_values, written_values
 from probe.vocabulary import Granularity
 
-Do = Literal["remove", "keep", "scale", "patch", "add"]
+Do = Literal["remove", "keep", "scale", "patch", "swap", "add"]
 """What is done with edges."""
 
 Leaves = Literal["zero", "mean", "resample"]
@@ -72,7 +73,7 @@ class Plan:
             if value not in get_args(known):
                 names = ", ".join(get_args(known))
                 raise ProbeError(f"{what} {value!r} is not known; one of: {names}")
-        if (other is not None) != (do in ("patch", "add")):
+        if (other is not None) != (do in ("patch", "swap", "add")):
             needed = "needs" if other is None else "has no use for"
             raise ProbeError(f"{do} {needed} the other model")
         if do not in ("scale", "add"):
@@ -144,8 +145,8 @@ class Changes:
         if not self.wanted:
             return None
         if self.plan.other is not None:
-            there = self._written(self.plan.other, batch)
-            if self.plan.do == "patch":
+            there = self._written(self.plan.other, batch, self.plan.do == "swap")
+            if self.plan.do != "add":
                 return there
             here = self._written(self.model, batch)
             return {key: value.to(here[key].device) - here[key] for key, value in there.items()}
@@ -157,9 +158,13 @@ class Changes:
             return {key: value[:, at.to(value.device)] for key, value in found.items()}
         return self._means
 
-    def _written(self, model: Model, batch: Batch) -> dict[int, torch.Tensor]:
+    def _written(
+        self, model: Model, batch: Batch, swapped: bool = False
+    ) -> dict[int, torch.Tensor]:
+        """What sources of a model write; if `swapped`, of what this model's stream holds."""
         with cpu_threads(model.threads):
-            return written_values(model, batch, self.graph, self.wanted)
+            read = read_values(self.model, batch) if swapped else None
+            return written_values(model, batch, self.graph, self.wanted, read)
 
 
 def prepare(

@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -33,6 +34,38 @@ _SETS_NOTE = (
 )
 
 
+_THROUGH_NOTE = (
+    "The treated edges that are patched, one by one. Nats: rise of the loss of right answers where "
+    "the edge carries what the model before writes; own: where its source alone is that of the "
+    "model before. Upstream: the rest, as a share: what comes through the source from further up."
+)
+
+
+@dataclass(frozen=True)
+class _Edge:
+    """An edge, as a test's file has it."""
+
+    source: str
+    """What writes."""
+
+    target: str
+    """What reads."""
+
+    damage: dict[str, float | None]
+    """Rise of the loss by it alone, by intervention; None where it was not changed."""
+
+
+@dataclass(frozen=True)
+class _Through:
+    """What a test's file has of edges."""
+
+    treated: dict[str, dict[str, list[tuple[str, str]]]]
+    """The treated ones, by intervention and label."""
+
+    every_edge: list[_Edge]
+    """All of them."""
+
+
 def causal_from(table: Mapping[str, object]) -> CausalTest:
     """A test as its file has it.
 
@@ -52,6 +85,7 @@ def causal_tables(
     """The tables of all tests in a run folder; and a line for each that is damaged."""
     found: dict[tuple[str, str], CausalTest] = {}
     sentences, missing = [], []
+    through: list[tuple[str | float | None, ...]] = []
     for benchmark in recipe.benchmarks:
         for pair in recipe.pairs:
             name = causal_file(pair, benchmark.name)
@@ -64,6 +98,7 @@ def causal_tables(
                 missing.append(f"{name}: {damage}")
                 continue
             found[benchmark.name, pair.name] = test
+            through += [(benchmark.name, pair.name, *row) for row in _through_rows(table)]
             sentences.append(causal_sentence(test, benchmark.name, pair.method or pair.name))
     if not found:
         return (), tuple(missing)
@@ -80,7 +115,32 @@ def causal_tables(
             ("benchmark", "pair", "done", *_SET_COLUMNS),
             tuple((*where, *_set_row(row)) for where, test in found.items() for row in test.sets),
         ),
+        ExtraTable(
+            "Causal test: what comes through an edge",
+            _THROUGH_NOTE,
+            ("benchmark", "pair", "treated", "edge", "nats", "own", "upstream"),
+            tuple(through),
+        ),
     ), tuple(missing)
+
+
+def _through_rows(table: Mapping[str, object]) -> list[tuple[str | float | None, ...]]:
+    """Each treated edge with its patched effect, its own part, and the share of the rest."""
+    parts = {name: table.get(name) for name in ("treated", "every_edge")}
+    try:
+        found = TypeAdapter(_Through).validate_python(parts)
+    except ValidationError as error:
+        raise Damaged("damaged (not a causal test)") from error
+    damages = {(edge.source, edge.target): edge.damage for edge in found.every_edge}
+    rows: list[tuple[str | float | None, ...]] = []
+    for label, edges in found.treated["patched"].items():
+        for source, target in edges:
+            whole, own = (damages[source, target][name] for name in ("patched", "swapped"))
+            if whole is None or own is None:
+                continue
+            share = f"{100 * (1 - own / whole):+.0f} %" if whole else "-"
+            rows.append((label, f"{source} -> {target}", f"{whole:+.5f}", f"{own:+.5f}", share))
+    return rows
 
 
 _UNFAIR = ("unbalanced", "no comparison")

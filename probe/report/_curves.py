@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from rich.table import Table
 
 from probe.escaping import figure as escape
@@ -31,7 +32,7 @@ def draw_curves(path: Path, model: str, curves: Sequence[Curve], questions: int)
         curves: Its curves.
         questions: On how many questions they were measured.
     """
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained", dpi=120)
+    figure = Figure(figsize=(7.2, 5.0), layout="constrained", dpi=120)
     axes = figure.subplots()
     for number, curve in enumerate(curves):
         colour, marker = LOOKS[number % len(LOOKS)]
@@ -59,14 +60,19 @@ def draw_curves(path: Path, model: str, curves: Sequence[Curve], questions: int)
         zorder=0,
     )
     axes.axhline(1, color="0.6", linewidth=0.8)
-    axes.set_xscale("symlog", linthresh=1)
+    # Linear up to the smallest circuit, so that none of no edge has a place.
+    first, last = next((size for size in sizes if size), 1), max(sizes[-1], 1)
+    axes.set_xscale("symlog", linthresh=first)
+    axes.set_xlim(-0.3 * first, 1.2 * last)
+    axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=8, rotation=45)
+    axes.xaxis.set_minor_locator(NullLocator())
     # A circuit may do worse than no edge at all, by far: what is shown ends somewhere.
     low = min(point.faithfulness for curve in curves for point in curve.points)
     axes.set_ylim(max(-1.0, min(-0.1, low - 0.1)), 1.3)
     axes.set_xlabel("edges kept")
     axes.set_ylabel("faithfulness")
     axes.set_title(f"{escape(model)}, {questions} held-out questions", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     FigureCanvasAgg(figure).print_figure(path, format="png")
 
 

@@ -9,6 +9,7 @@ from ._contexts import changed_outcomes as changed_outcomes
 from ._contexts import describe as describe
 from ._contexts import edge_scores as edge_scores
 from ._contexts import generate_tokens as generate_tokens
+from ._contexts import read_values as read_values
 from ._contexts import send_module as send_module
 from ._contexts import source_sums as source_sums
 from ._contexts import states as states

@@ -13,8 +13,8 @@ One forward and one backward pass give all edges of a batch. Two rules keep that
 
 `edge_scores` is behind the gradient methods, `ablated_values` behind the exact one, `source_sums`
 behind mean ablation; all are called through `probe.attribution`, which makes the batches.
-`changed_outcomes` and `written_values` are behind the interventions of `probe.causes`. `states`
-is behind `probe.attribution`. Where a model's modules are is in `_layers`.
+`changed_outcomes`, `written_values` and `read_values` are behind the interventions of
+`probe.causes`. `states` is behind `probe.attribution`. Where a model's modules are is in `_layers`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,7 +55,7 @@ from probe.tracing._readout import Readout, bring, losses_at, settle
 from probe.tracing._relp_rules import follow_rules
 from probe.tracing._row_outcomes import RowOutcomes
 from probe.tracing._targets import Target, loss
-from probe.tracing._wiring import Writes
+from probe.tracing._wiring import Readings, Writes
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, StoppingCriteriaList
@@ -400,14 +400,31 @@ def _births(graph: Graph, changed: torch.Tensor) -> list[int]:
 
 
 def written_values(
-    model: Model, batch: Batch, graph: Graph, wanted: Sequence[int]
+    model: Model,
+    batch: Batch,
+    graph: Graph,
+    wanted: Sequence[int],
+    read: torch.Tensor | None = None,
 ) -> dict[int, torch.Tensor]:
     """What some sources write: [sequence, position, d_model] of each by its index.
 
-    It is the one place where activations leave a trace: they are on their way into another.
+    Here and in `read_values` activations leave a trace: they are on their way into another.
+
+    Args:
+        model: The model.
+        batch: What it is fed.
+        graph: Its graph.
+        wanted: The sources.
+        read: What every block reads instead of the stream, as `read_values` gives it.
     """
-    values = _written(model, batch, Writes(wiring_of(model, graph), wanted=set(wanted)))
+    writes = Writes(wiring_of(model, graph), wanted=set(wanted))
+    values = _written(model, batch, writes, Readings(read) if read is not None else None)
     return dict(zip(sorted(set(wanted)), values, strict=True))
+
+
+def read_values(model: Model, batch: Batch) -> torch.Tensor:
+    """What every block reads of the residual stream: [block, sequence, position, d_model]."""
+    return _written(model, batch, Readings())
 
 
 def temperature_losses(model: Model, batch: Batch, temperatures: torch.Tensor) -> torch.Tensor:
@@ -436,8 +453,10 @@ def source_sums(model: Model, batch: Batch, graph: Graph) -> torch.Tensor:
     return _written(model, batch, writes).cpu()
 
 
-def _written(model: Model, batch: Batch, writes: Writes) -> torch.Tensor:
-    """What sources write, as `writes` keeps it, in the order of their indices: [source, ...]."""
+def _written(
+    model: Model, batch: Batch, kept: Writes | Readings, given: Readings | None = None
+) -> torch.Tensor:
+    """What `kept` keeps, in the order of its places: [place, ...]."""
     network, layers = model.network, layers_of(model)
     away = model.deployment is not None
     input_ids = batch.input_ids.to(model.device)
@@ -448,9 +467,9 @@ def _written(model: Model, batch: Batch, writes: Writes) -> torch.Tensor:
         with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=backend):
             settle(away, network.device)
             try:
-                writes.watch_input(hooks, layers[0].module, found.__setitem__)
-                for number, layer in enumerate(layers):
-                    writes.watch(hooks, number, layer, found.__setitem__)
+                kept.hang(hooks, layers, found.__setitem__)
+                if given is not None:
+                    given.hang(hooks, layers, found.__setitem__)
                 # Here the model runs.
                 network.output.logits  # noqa: B018 - waits for it
             finally:

@@ -219,6 +219,12 @@ class Writes:
         self.summed = summed
         self.checks = checks
 
+    def hang(self, hooks: Hooks, layers: Sequence[SimpleNamespace], write: Write) -> None:
+        """Let a function take what all sources write."""
+        self.watch_input(hooks, layers[0].module, write)
+        for number, layer in enumerate(layers):
+            self.watch(hooks, number, layer, write)
+
     def watch_input(self, hooks: Hooks, first: SimpleNamespace, write: Write) -> None:
         """Let a function take what enters the first layer: the source `input`."""
         if self._wants(0):
@@ -340,3 +346,32 @@ class Writes:
             else:
                 bias = bias * self.summed.sum().to(bias.device)
             write(first + wiring.n_heads, bias)
+
+
+class Readings:
+    """What every block reads of the residual stream: as it is, or as it is given."""
+
+    def __init__(self, given: torch.Tensor | None = None) -> None:
+        """Say what blocks are to read, [block, sequence, position, d_model]; None to watch only."""
+        self.given = given
+
+    def hang(self, hooks: Hooks, layers: Sequence[SimpleNamespace], write: Write) -> None:
+        """Let a function take what blocks read, or give it to them."""
+        place = 0
+        for layer in layers:
+            readers = [layer.attention_norm or layer.attention]
+            if not (layer.shared_norm and layer.attention_norm):
+                readers.append(layer.ffn_norm or layer.ffn)
+            for reader in readers:
+                if reader is not None:
+                    self._read(hooks, reader, place, write)
+                    place += 1
+
+    def _read(self, hooks: Hooks, reader: SimpleNamespace, place: int, write: Write) -> None:
+        def read(stream: torch.Tensor) -> torch.Tensor | None:
+            if self.given is None:
+                write(place, stream.detach())
+                return None
+            return self.given[place].to(stream.device, stream.dtype)
+
+        hooks.at_input(reader, read)

@@ -79,7 +79,7 @@ def test_a_test_that_was_stopped_goes_on(model, sequences, few):
     found = causal_test(
         model, other, sequences, kept=kept, progress=lambda *n: counted.append(n), **asked
     )
-    assert kept.wrote == 3 * 5 - 10
+    assert kept.wrote == 4 * 5 - 10
     assert sum(count for count, _ in counted) == counted[0][1]
     again = causal_test(model, other, sequences, **asked)
     assert found.test == again.test
@@ -92,6 +92,7 @@ def test_a_test_that_was_stopped_goes_on(model, sequences, few):
         ("scaled by 0.75", "scale", {"factor": 0.75}),
         ("removed", "remove", {}),
         ("patched", "patch", {"other": model}),
+        ("swapped", "swap", {"other": model}),
     ):
         sets = [found.treated[name][label] for label in ("strengthened", "weakened")]
         outcomes = intervene(other, texts, sets, do, granularity="head", **more)
@@ -185,7 +186,7 @@ def test_the_causal_test_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(RunFolder, "write_json", counted)
     found = probe.causal(run, **asked)
     assert list(found) == ["sft-grpo.tiny-math", "sft-dpo.tiny-math"]
-    assert len(parts) == 2 * 3 * 3 + 1
+    assert len(parts) == 2 * 4 * 3 + 1
     assert not list(run.glob("causal/*.part-*"))
     monkeypatch.setattr(of_run, "causal_test", None)  # all is there
     assert probe.causal(run, **asked) == found
@@ -196,9 +197,18 @@ def test_the_causal_test_of_a_run(tmp_path, monkeypatch):
         assert not set(table["ranked_on"]) & set(table["measured_on"])
     (run / "causal" / "sft-dpo.tiny-math.json").write_text("{")
     report = probe.open_run(run).report
-    titles = [table.title for table in report.extras]
-    assert titles[-2:] == ["Causal test: single edges", "Causal test: sets of edges"]
-    assert "of the edges that GRPO changed" in report.extras[-2].note
+    single, sets, through = report.extras[-3:]
+    assert [table.title for table in (single, sets)] == [
+        "Causal test: single edges",
+        "Causal test: sets of edges",
+    ]
+    assert "of the edges that GRPO changed" in single.note
+    assert len(single.rows) == 4
+    assert len(sets.rows) == 8
+    for *_, edge, whole, own, share in through.rows:
+        if edge.startswith("input"):  # nothing is further up
+            assert whole == own
+            assert share in ("-", "+0 %", "-0 %")
     assert any("sft-dpo.tiny-math.json: damaged" in line for line in report.missing)
     shown = CliRunner().invoke(main, ["report", str(run), "--format", "html"])
     assert "Causal test: sets of edges" in shown.output

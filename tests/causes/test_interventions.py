@@ -1,8 +1,12 @@
 """Interventions against plain torch, and against themselves."""
 
+import copy
+import re
+from operator import attrgetter
+
 import pytest
 import torch
-from plain import _run, edges
+from plain import ANATOMIES, _run, edges
 from small_models import MODELS, save_small_model, small_model
 
 import probe
@@ -222,6 +226,43 @@ def test_mean_and_resampling_are_what_plain_torch_says(some):
         beside = {name: runs[partner][name][:, at] for name in names}
         for number, chosen in enumerate(sets):
             compare(found, number, place, SEQUENCES[place], module, removals(graph, chosen), beside)
+
+
+def crossed(module, beside, source):
+    """A model with that block of another which writes a source, and all else its own."""
+    anatomy, mixed = ANATOMIES[module.config.model_type], copy.deepcopy(module)
+    number = int(re.search(r"\d+", source)[0])
+    here, there = (attrgetter(anatomy.layers)(one)[number] for one in (mixed, beside))
+    if anatomy.one_block:
+        here.load_state_dict(there.state_dict())
+        return mixed
+    of_attention = (anatomy.attention, anatomy.attention_norm, anatomy.attention_post_norm)
+    norm = anatomy.attention_norm if anatomy.one_norm else anatomy.ffn_norm
+    of_ffn = (anatomy.ffn, norm, anatomy.ffn_post_norm)
+    for name in of_attention if source.startswith("a") else of_ffn:
+        name = anatomy.mixer if name == anatomy.attention and not hasattr(here, name) else name
+        if name and hasattr(here, name):
+            getattr(here, name).load_state_dict(getattr(there, name).state_dict())
+    return mixed
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_swapping_is_what_plain_torch_says(some, level):
+    """The source's own weights are the other's, what it reads is not."""
+    model, module, other, beside = some
+    graph = graph_of(model, level)
+    blocks = [place for place, name in enumerate(graph.sources) if name != "input"]
+    chosen = [(s, t) for s in blocks for t in range(len(graph.targets)) if graph.mask[s, t]]
+    sets = [chosen[:1], chosen[-1:], chosen[1::7]]
+    found = intervene(model, SEQUENCES, sets, "swap", granularity=level, other=other)
+    names = {graph.sources[source] for one in sets for source, _ in one}
+    for place, sequence in enumerate(SEQUENCES):
+        with torch.no_grad():
+            written = {n: _run(crossed(module, beside, n), sequence).outputs[n] for n in names}
+        for number, edges_of in enumerate(sets):
+            compare(found, number, place, sequence, module, removals(graph, edges_of), written)
+    same = intervene(model, SEQUENCES, sets, "swap", granularity=level, other=model)
+    assert (same.loss - same.whole.loss).abs().max() <= 1e-5
 
 
 def test_adding_a_difference_to_one_edge_is_patching_it(some):
