@@ -255,6 +255,8 @@ class Host:
                 raise PassingError(self.clean(connection_reason(error))) from None
         if answer.is_success and not own:
             return content
+        if self.key:  # it may come back in any word, which may be shown
+            content = content.replace(self.key.encode(), b"***")
         try:
             found = json.loads(content)
             if answer.is_success:

@@ -278,6 +278,14 @@ def test_a_job_that_is_as_it_should_be(serve):
     assert host.table["jobs"] == 1
 
 
+def test_a_key_that_comes_back_is_not_shown(serve):
+    table = {"packages": {"torch": "k3y"}, "python_version": "k3y k3y", "deployments": {}}
+    host = Host(serve(lambda _: [answer(json.dumps(table))]), "k3y")
+    server = read_server(host)
+    assert "k3y" not in str(server)
+    assert server.python == "***"
+
+
 @pytest.mark.parametrize("told", [float("inf"), float("nan"), -1, 10**400, "1", [], None, True])
 def test_a_time_that_is_none(serve, told):
     """It goes into a record that holds no infinite number."""
