@@ -2,24 +2,29 @@
 
 A wrong row gives scores that look like any others, so what comes with a batch is compared with
 what the model itself did: the sources' sum, the logits, and, in the first batch, what every branch
-reads (`probe.tracing`).
+reads (`probe.tracing`). Before what scores nothing, as removing edges does, a few tokens are.
 
     >>> check_row(model, graph, batch)           # raises, or all is well
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from probe.attribution._methods import make_batch
+from probe.attribution._sequences import TokenSequence
 from probe.errors import ProbeError
-from probe.models import GUIDE, Graph, Model, Node
-from probe.tracing import EdgeBatch, role_faults
+from probe.models import GUIDE, Graph, Model, Node, cpu_threads
+from probe.tracing import EdgeBatch, edge_scores, role_faults
 
 # A relative distance from what the model itself computes that is no rounding any more.
 _LARGEST = {torch.bfloat16: 3e-2, torch.float16: 3e-2}
 # Gradients of many branches, each rounded, are added up in the model's precision.
 _LARGEST_OF_GRADIENTS = {torch.bfloat16: 0.1, torch.float16: 0.1}
 _LARGEST_ELSE = 1e-3
+
+TOKENS = 16
+"""So many are fed where a row is checked before anything else runs."""
 
 CLEARLY = 0.5
 """Where another sum is nearer to what a branch reads than this share, it is that one."""
@@ -51,6 +56,27 @@ def check_row(model: Model, graph: Graph, batch: EdgeBatch) -> None:
                 f"{limit:g}): the row {model.config.model_type!r} of the architecture table is "
                 f"wrong for this checkpoint; see {GUIDE}"
             )
+    if errors.numel():
+        model.readings_known.add(graph.granularity)
+
+
+def check_before(model: Model, graph: Graph, sequences: Sequence[TokenSequence]) -> None:
+    """Check a row before something runs that compares nothing itself, if nobody has yet.
+
+    A few tokens of the first sequence are scored; what is not finite there is told by what runs.
+
+    Raises:
+        ProbeError: The row does not describe the model.
+    """
+    check_roles(model, graph)
+    if graph.granularity in model.readings_known or not sequences:
+        return
+    tokens = [*sequences[0].prompt, *sequences[0].answer][: TOKENS + 1]
+    few = make_batch([TokenSequence(tokens[:-1], tokens[-1:])])
+    with cpu_threads(model.threads):
+        batch = edge_scores(model, few, graph)
+    if bool(batch.losses.isfinite().all()) and bool(batch.scores.isfinite().all()):
+        check_row(model, graph, batch)
 
 
 def check_roles(model: Model, graph: Graph) -> None:

@@ -21,7 +21,7 @@ import torch
 from probe.attribution._batching import Batching, BatchSize
 from probe.attribution._edges import Edge, EdgeScores, checked_edges
 from probe.attribution._methods import Method, Options, edge_effects, make_batch, method_named
-from probe.attribution._row_checks import check_roles, check_row
+from probe.attribution._row_checks import check_before, check_roles, check_row
 from probe.attribution._sequences import (
     MAX_NEW_TOKENS,
     Given,
@@ -308,12 +308,11 @@ def exact_effects(
     """
     model = as_model(model)
     graph = model.graph(granularity)
-    model = as_model(model)
-    graph = model.graph(granularity)
     sequences = as_sequences(model, sequences)
     edges, target = checked_edges(edges, graph, len(sequences)), Target.of(target)
     texts = _corrupted(model, corrupted, sequences, ablation)
     _check_target(model, target, sequences, method_named("exact"), 1)
+    check_before(model, graph, sequences)
     if baseline is None:
         baseline = ablation_means(model, sequences, graph, ablation, batch_size)
     index = {edge: number for number, edge in enumerate(dict.fromkeys(edges))}

@@ -26,6 +26,7 @@ from probe.attribution import (
     TokenSequence,
     ablation_means,
     as_sequences,
+    check_before,
     make_batch,
 )
 from probe.causes._edge_sets import Sets, as_sets
@@ -180,6 +181,8 @@ def prepare(
     graph = same_graph(model, plan.other, granularity)
     changed = plan.changed(graph, as_sets(graph, sets))
     texts = as_sequences(model, sequences)
+    for one in filter(None, (model, plan.other)):
+        check_before(one, graph, texts)
     return Changes(model, graph, plan, texts, changed, seed, batch_size), changed, texts
 
 

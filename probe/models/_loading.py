@@ -78,6 +78,11 @@ class Model:
     """At which granularities its row was found to take no query, key or head for another: a matter
     of the row, so it is asked once."""
 
+    readings_known: set[Granularity] = field(
+        default_factory=set, init=False, repr=False, compare=False
+    )
+    """At which granularities its branches were found to read what the graph says."""
+
     @property
     def jobs(self) -> int:
         """How many batches of it may run at once."""

@@ -7,6 +7,9 @@ import torch
 from small_models import save_small_model
 
 import probe
+import probe.attribution._row_checks
+from probe.attribution import Edge, exact_effects
+from probe.causes import answers_under, intervene
 from probe.errors import ProbeError
 from probe.models import ARCHITECTURES, Architecture
 
@@ -122,6 +125,64 @@ def test_it_is_refused_whatever_is_asked(load, method, granularity):
     model = load("gpt_neox", parallel=False)
     with pytest.raises(ProbeError, match="m0 reads what is in the residual stream behind"):
         probe.attribute(model, SEQUENCES[1:], method=method, granularity=granularity)
+
+
+REFUSED_BEFORE = {
+    **{
+        key: WRONG[key]
+        for key in (
+            "a parallel layer as a sequential one",
+            "an offset that the norms do not have",
+            "no scale",
+        )
+    },
+    "query and key": ("qwen3", {"projections": _named("v", "k", "q")}, "no query|as in a value"),
+}
+
+
+EDGE = [("input", "logits")]
+UNSCORED = {
+    "effects": lambda right, wrong: exact_effects(
+        wrong, SEQUENCES, [Edge(0, 0, wrong.graph("qkv").mask.shape[1] - 1)]
+    ),
+    "sets": lambda right, wrong: intervene(wrong, SEQUENCES, [EDGE]),
+    "answers": lambda right, wrong: answers_under(wrong, SEQUENCES, [EDGE], max_new_tokens=2),
+    "another model's": lambda right, wrong: intervene(
+        right, SEQUENCES, [EDGE], do="patch", other=wrong
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BEFORE)
+@pytest.mark.parametrize("what", UNSCORED)
+def test_it_is_refused_where_nothing_is_scored(load, case, what):
+    name, changes, message = REFUSED_BEFORE[case]
+    if what == "another model's" and "parallel" in changes:
+        pytest.skip("the graph is that of the first model, which is right")
+    right = load(name, same_heads=name == "qwen3")
+    wrong = load(name, same_heads=name == "qwen3", **changes)
+    with pytest.raises(ProbeError, match=message) as error:
+        UNSCORED[what](right, wrong)
+    assert "\n" not in str(error.value)
+
+
+def test_what_was_checked_is_not_checked_again(load, monkeypatch):
+    model, calls = load("llama"), []
+    counted = probe.attribution._row_checks.edge_scores
+    monkeypatch.setattr(
+        "probe.attribution._row_checks.edge_scores", lambda *args: calls.append(1) or counted(*args)
+    )
+    edge = [Edge(0, 0, model.graph("qkv").mask.shape[1] - 1)]
+    found = [exact_effects(model, SEQUENCES, edge) for _ in range(2)]
+    assert len(calls) == 1
+    assert torch.equal(*found)
+    intervene(model, SEQUENCES, [[("input", "logits")]])
+    assert len(calls) == 1
+    exact_effects(model, SEQUENCES, edge[:0], "head")
+    assert len(calls) == 2
+    probe.attribute(model, SEQUENCES, granularity="block")
+    exact_effects(model, SEQUENCES, edge[:0], "block")
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("ablation", ["mean", "corrupted"])
