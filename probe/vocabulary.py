@@ -32,6 +32,9 @@ Granularity = Literal["qkv", "block", "head", "expert"]
 Ablation = Literal["zero", "mean"]
 """What removing an edge leaves of its source's output: nothing, or its mean."""
 
+Steps = int | Literal["auto"]
+"""Points of an integral; `auto` also chooses a way on which they come near it."""
+
 BINS = 100
 """Bins of the histogram behind the entropies."""
 

@@ -16,6 +16,7 @@ from probe.errors import ProbeError
 from probe.models import Graph, Model
 from probe.registry import Registry
 from probe.tracing import (
+    AUTO_STEPS,
     FASTEST,
     HERE,
     LOSS,
@@ -26,16 +27,17 @@ from probe.tracing import (
     Target,
     ablated_values,
     edge_scores,
+    even,
     from_zero,
-    radau,
 )
+from probe.vocabulary import Steps
 
 
 @dataclass(frozen=True)
 class Options:
     """What a method may be told; each takes what concerns it."""
 
-    ig_steps: int = 5
+    ig_steps: Steps = "auto"
     """Points of the integral of `eap-ig`; 1 is `eap`."""
 
     baseline: torch.Tensor | None = None
@@ -73,12 +75,19 @@ def eap_ig(
     """EAP with the gradient integrated on the way from the ablated to the real embedding.
 
     Hanna et al. 2024 (arXiv 2403.17806), "EAP-IG inputs". The scores out of `input` sum to the
-    target with an ablated embedding, minus the target, as the steps become many: hundreds, on the
-    way from zero. How near they came is told with them.
+    target with an ablated embedding, minus the target, as the steps become many. How near they
+    came is told with them. From a zero embedding they hardly come near (`from_zero`), so where the
+    number of steps is not said either, the way begins at the mean embedding, and that is what is
+    left of `input`.
     """
     zero = options.baseline is None and options.corrupted is None
-    path = (from_zero if zero else radau)(options.ig_steps)
+    path = (from_zero if zero else even)(steps_of(options.ig_steps))
     return _gradients(model, sequences, graph, options, path)
+
+
+def steps_of(ig_steps: Steps) -> int:
+    """How many points an integral has."""
+    return AUTO_STEPS if ig_steps == "auto" else ig_steps
 
 
 def relp(
@@ -128,14 +137,14 @@ def exact(
     return first._replace(scores=scores)
 
 
-def one_pass(ig_steps: int) -> int:
+def one_pass(ig_steps: Steps) -> int:
     """A forward and backward pass for each sequence."""
     return 1
 
 
-def pass_a_step(ig_steps: int) -> int:
+def pass_a_step(ig_steps: Steps) -> int:
     """A forward and backward pass for each point of the integral."""
-    return ig_steps
+    return steps_of(ig_steps)
 
 
 @dataclass(frozen=True)
@@ -145,7 +154,7 @@ class Method:
     score: Callable[[Model, Sequence[TokenSequence], Graph, Options], EdgeBatch]
     """Scores a few sequences: about how much the target grows when an edge is removed."""
 
-    passes: Callable[[int], int] | None = one_pass
+    passes: Callable[[Steps], int] | None = one_pass
     """How many forward and backward passes a sequence takes with so many `ig_steps`; None for a
     forward pass for each edge, in batches that the method makes itself."""
 
@@ -158,7 +167,7 @@ class Method:
     kernels: tuple[str, ...] = ("eager", "liger")
     """What it runs with; see `probe.models`."""
 
-    def steps(self, ig_steps: int) -> int:
+    def steps(self, ig_steps: Steps) -> int:
         """How many rows a sequence has in a batch."""
         return self.passes(ig_steps) if self.passes else 1
 

@@ -41,7 +41,7 @@ from probe.tracing import (
     send_module,
     source_sums,
 )
-from probe.vocabulary import Ablation, Granularity
+from probe.vocabulary import Ablation, Granularity, Steps
 
 LARGEST_GAP = 0.05
 """A share of what an integral should give that is more than a matter of a few points."""
@@ -55,7 +55,7 @@ def attribute(
     batch_size: BatchSize = "auto",
     *,
     ablation: Ablation = "zero",
-    ig_steps: int = 5,
+    ig_steps: Steps = "auto",
     target: Target | str | Value = LOSS,
     corrupted: Given | None = None,
     answer: str | Sequence[str] | None = None,
@@ -78,7 +78,9 @@ def attribute(
             it faster and fit into memory.
         ablation: What is left of a removed output: `zero`, or its `mean` over all positions of
             these sequences.
-        ig_steps: Points of the integral of `eap-ig`.
+        ig_steps: Points of the integral of `eap-ig`, on the way from what an ablation leaves of the
+            embedding. `auto`: 60; with zero ablation, the way then begins at the mean embedding of
+            these sequences, and that is what an edge out of `input` leaves.
         target: What is differentiated: a name in `probe.tracing.TARGETS`, a `Target`, or a function
             of logits [token, vocabulary] and labels [token] that gives a value for each token.
         corrupted: A text beside each sequence with a prompt as long as its own. A removed output
@@ -97,7 +99,8 @@ def attribute(
             length, or a target without a slope.
     """
     way, target = method_named(method), Target.of(target)
-    check_count("ig_steps", ig_steps)
+    if ig_steps != "auto":
+        check_count("ig_steps", ig_steps, " or auto")
     model = as_model(model)
     _check_method(model, method, way)
     graph = model.graph(granularity)
@@ -109,6 +112,10 @@ def attribute(
     names = [sequence.id for sequence in sequences]
     found = _Collected(model, graph, names, finished, integrated=steps > 1)
     baseline = ablation_means(model, sequences, graph, ablation, batch_size)
+    if steps > 1 and ig_steps == "auto" and baseline is None and texts is None:
+        baseline = ablation_means(model, sequences, graph, "mean", batch_size)
+        if baseline is not None:
+            baseline[1:] = 0
     rows = steps + (steps > 1 or texts is not None)
     batching = Batching(model, graph, batch_size if way.passes else 1, rows, way.may_recompute)
     unchecked = [True]  # until one batch has been
@@ -125,7 +132,7 @@ def attribute(
         return batch
 
     found.add_all(batching.run([s.length for s in sequences], score, done))
-    found.warn(method, ig_steps)
+    found.warn(method, steps, zero=baseline is None and texts is None)
     return found.edges
 
 
@@ -206,13 +213,13 @@ class _Collected:
         if self.finished:
             self.finished(indices, part)
 
-    def warn(self, method: str, ig_steps: int) -> None:
+    def warn(self, method: str, steps: int, zero: bool) -> None:
         """Say so where an integral is far from what it should be."""
         gap = self.edges.completeness_gap
         if gap > LARGEST_GAP:
+            what = "leave ig_steps at auto, or take ablation mean" if zero else "take more ig_steps"
             warnings.warn(
-                f"{method}: {ig_steps} steps miss {gap:.0%} of what the integral should give; "
-                "take more ig_steps (hundreds on the way from zero), or ablation mean",
+                f"{method}: {steps} steps miss {gap:.0%} of what the integral should give; {what}",
                 stacklevel=3,
             )
 
@@ -249,7 +256,7 @@ def _check_method(model: Model, name: str, way: Method) -> None:
 
 
 def _check_target(
-    model: Model, target: Target, sequences: Sequence[TokenSequence], way: Method, ig_steps: int
+    model: Model, target: Target, sequences: Sequence[TokenSequence], way: Method, ig_steps: Steps
 ) -> None:
     """Check that a target fits the sequences, and that a method can take it."""
     if target.compares_itself and way.passes and way.steps(ig_steps) == 1:

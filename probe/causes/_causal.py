@@ -39,7 +39,7 @@ from probe.stats import (
     units_of,
 )
 from probe.tracing import OUTCOMES
-from probe.vocabulary import Ablation, Granularity
+from probe.vocabulary import Ablation, Granularity, Steps
 
 MEASURED = 1000
 """So many edges are changed one by one, at most."""
@@ -126,7 +126,7 @@ def causal_test(
     edges: int = 10,
     sets: int = 500,
     ablation: Ablation = "zero",
-    ig_steps: int = 5,
+    ig_steps: Steps = "auto",
     clusters: Mapping[str, str] | None = None,
     batch_size: BatchSize = "auto",
     seed: int = 42,

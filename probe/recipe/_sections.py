@@ -285,8 +285,9 @@ class AttributionOptions:
     ablation: Ablation = "zero"
     """What is left of a removed output: nothing, or its `mean` over a side's sequences."""
 
-    ig_steps: Count = 5
-    """Points of the integral of `eap-ig`."""
+    ig_steps: Count | Literal["auto"] = "auto"
+    """Points of the integral of `eap-ig` from the embedding that the ablation leaves. `auto`: 60,
+    with zero ablation from the mean embedding."""
 
     target: str = "loss"
     """What is differentiated: a name in `probe.tracing.TARGETS`."""

@@ -124,9 +124,9 @@ def attribute_with(
 def _settings(recipe: Recipe, side: Side, like: Sequence[float] | None) -> tuple[str, ...]:
     """What edges depend on beside weights and texts."""
     options = recipe.attribution
-    steps = method_named(options.method).steps(options.ig_steps)
-    rule = rule_of(steps, zero=options.ablation == "zero")
-    points = str(steps) if steps == 1 else f"{steps} {rule}"
+    steps, auto = method_named(options.method).steps(options.ig_steps), options.ig_steps == "auto"
+    rule = rule_of(steps, zero=options.ablation == "zero" and not auto)
+    points = str(steps) if steps == 1 else f"{steps} {rule}{' auto' * auto}"
     # Nothing of the loss at temperature 1: keys of old runs stay.
     target = Target(_what(recipe, side)).key
     if like is not None:

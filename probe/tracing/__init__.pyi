@@ -16,9 +16,12 @@ from ._contexts import states as states
 from ._contexts import temperature_losses as temperature_losses
 from ._contexts import written_values as written_values
 from ._edge_product import GRADIENT_GROUPS as GRADIENT_GROUPS
+from ._integration import AUTO_STEPS as AUTO_STEPS
+from ._integration import ENOUGH as ENOUGH
 from ._integration import HERE as HERE
 from ._integration import MANY as MANY
 from ._integration import Path as Path
+from ._integration import even as even
 from ._integration import from_zero as from_zero
 from ._integration import radau as radau
 from ._integration import rule_of as rule_of

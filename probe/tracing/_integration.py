@@ -1,7 +1,9 @@
 """Integration: where on the way from an ablated input to the real one gradients are taken.
 
 The integral of the gradient along the way is the target's difference between its ends. Sums over
-points come near it, the nearer the more points; how near is told with the scores.
+points come near it, the nearer the more points; how near is told with the scores. Few points count
+as Gauss-Radau quadrature says, which is best where the target is smooth. In trained models it is
+rough all along the way, and there evenly spaced points are, once there are enough to follow it.
 
     >>> radau(3).points
     tensor([0.1551, 0.6449, 1.0000], dtype=torch.float64)
@@ -28,8 +30,17 @@ HERE = Path(torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float6
 """No way: the gradient at the input as it is."""
 
 
+ENOUGH = 20
+"""From so many steps on, a way between two inputs that have a size is followed evenly."""
+
+AUTO_STEPS = 60
+"""On such a way, so many miss one to two percent in the models that ship."""
+
 MANY = 50
 """So many steps can follow the way from zero; fewer stay where the input still has a size."""
+
+_FIRST = (1 / 12, -1 / 8, 1 / 24)
+_LAST = (3 / 8 - 1, 7 / 6 - 1, 23 / 24 - 1)
 
 _STRETCH = 30.0
 
@@ -53,6 +64,26 @@ def radau(steps: int) -> Path:
     points = np.append((inner + 1) / 2, 1.0)
     weights = np.append(weights, 2.0 / steps**2) / 2
     return Path(torch.tensor(points), torch.tensor(weights))
+
+
+@cache
+def even(steps: int) -> Path:
+    """Evenly spaced points from half a distance after the start up to the end, 1.
+
+    Beyond the sum of all, the three at each side count more or less, so that it is exact for
+    polynomials up to degree 2 (the end-point corrections of Gregory, and of the midpoint rule).
+    Up to `ENOUGH` steps these are the points of `radau`.
+
+    Args:
+        steps: How many points.
+    """
+    if steps < ENOUGH:
+        return radau(steps)
+    points = (torch.arange(steps, dtype=torch.float64) + 0.5) / (steps - 0.5)
+    weights = torch.ones(steps, dtype=torch.float64)
+    weights[:3] += torch.tensor(_FIRST, dtype=torch.float64)
+    weights[-3:] += torch.tensor(_LAST[::-1], dtype=torch.float64)
+    return Path(points, weights / (steps - 0.5))
 
 
 @cache
@@ -84,4 +115,6 @@ def rule_of(steps: int, zero: bool) -> str:
         steps: How many points.
         zero: Whether the way begins at zero.
     """
-    return "radau-log" if zero and steps >= MANY else "radau"
+    if zero:
+        return "radau-log" if steps >= MANY else "radau"
+    return "even" if steps >= ENOUGH else "radau"

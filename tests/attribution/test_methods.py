@@ -64,9 +64,15 @@ def test_methods_agree_on_a_linear_model(tmp_path, granularity, ablation):
     model = wrap(linear_module(), folder)
     options = {"granularity": granularity, "ablation": ablation, "batch_size": 50}
     found = {
-        method: probe.attribute(model, SEQUENCES, method=method, **options).scores
+        method: probe.attribute(model, SEQUENCES, method=method, ig_steps=5, **options).scores
         for method in ("eap", "eap-ig", "exact")
     }
+    # By default the input leaves its mean, and all else what the ablation says.
+    auto = probe.attribute(model, SEQUENCES, method="eap-ig", **options).scores
+    rows = slice(None) if ablation == "mean" else slice(1, None)
+    assert (auto - found["exact"])[:, rows].abs().max() <= 1e-11
+    by_mean = probe.attribute(model, SEQUENCES, method="exact", **options | {"ablation": "mean"})
+    assert (auto - by_mean.scores)[:, 0].abs().max() <= 1e-11
     size = found["exact"].abs().max()
     assert size > 1e-3
     for method in ("eap", "eap-ig"):

@@ -15,7 +15,17 @@ from probe.attribution import (
     matched_temperatures,
     mean_losses,
 )
-from probe.tracing import MANY, TARGETS, Target, from_zero, radau, rule_of
+from probe.tracing import (
+    AUTO_STEPS,
+    ENOUGH,
+    MANY,
+    TARGETS,
+    Target,
+    even,
+    from_zero,
+    radau,
+    rule_of,
+)
 
 SEQUENCES = [
     probe.TokenSequence([5, 61, 33, 7, 90, 12], [44, 8, 71]),
@@ -405,10 +415,50 @@ def test_an_integral_from_zero_closes_with_many_steps(tiny):
 def test_few_points_of_a_way_from_zero_stay_where_the_input_has_a_size():
     few, many = from_zero(MANY - 1), from_zero(MANY)
     assert few is radau(MANY - 1)
-    assert rule_of(MANY - 1, zero=True) == rule_of(MANY, zero=False) == "radau"
+    assert rule_of(MANY - 1, zero=True) == rule_of(ENOUGH - 1, zero=False) == "radau"
     assert rule_of(MANY, zero=True) == "radau-log"
     assert float(many.points[0]) < 1e-11
     assert float(many.points[-1]) == 1
     for power in (0, 1, 3):  # integrals of t^power
         found = (many.weights * many.points**power).sum()
         assert float(found) == pytest.approx(1 / (power + 1), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo", "dpo"])
+def test_an_integral_closes_by_default(name):
+    """The input's edges sum to the loss with every embedding the mean one, minus the loss."""
+    model = probe.load_model(f"probe:tiny-math/{name}", dtype="float32")
+    tokens = model.tokenizer("50-7-67-53=?50-7=43;")["input_ids"]
+    text = probe.TokenSequence(tokens[:12], tokens[12:])
+    network = model.network._module
+    embedded = network.get_input_embeddings()(torch.tensor([tokens[:-1]]))
+    means = embedded.mean(1, keepdim=True).expand_as(embedded)
+    with torch.no_grad():
+        mean, whole = (
+            torch.nn.functional.cross_entropy(
+                network(inputs_embeds=start).logits[0, 11:], torch.tensor(tokens[12:])
+            )
+            for start in (means, embedded)
+        )
+    edges = probe.attribute(model, [text], "eap-ig")
+    assert float(edges.scores[0, 0].sum()) == pytest.approx(float(mean - whole), rel=0.05)
+    assert edges.completeness_gap < 0.05
+    # Every other output is ablated to zero.
+    by_mean = probe.attribute(model, [text], "eap-ig", ablation="mean")
+    assert torch.allclose(by_mean.scores[0, 0], edges.scores[0, 0], atol=1e-5)
+    assert not torch.allclose(by_mean.scores[0, 1:], edges.scores[0, 1:], atol=1e-2)
+
+
+def test_even_points_are_exact_for_parabolas_and_follow_what_is_rough():
+    points, weights = even(AUTO_STEPS)
+    for power in range(3):
+        assert float((weights * points**power).sum()) == pytest.approx(1 / (power + 1), abs=1e-12)
+    assert float(points[-1]) == 1
+    assert even(ENOUGH - 1) is radau(ENOUGH - 1)
+    rough, smooth = ([], [])
+    for rule, errors in ((even, rough), (radau, smooth)):
+        for place in (0.21, 0.37, 0.52, 0.66, 0.83):
+            step = torch.special.expit((rule(AUTO_STEPS).points - place) / 0.008)
+            slopes = step * (1 - step) / 0.008
+            errors.append(abs(float((rule(AUTO_STEPS).weights * slopes).sum()) - 1))
+    assert max(rough) < max(smooth)
