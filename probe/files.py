@@ -100,11 +100,3 @@ def read_file(path: Path) -> bytes:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no file", str(path))
         return file.read()
-
-
-def name_and_end(path: Path) -> bytes:
-    """A file's name, its size and its last MiB: what tells large files apart, and is quick."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(0, size - 2**20))
-        return f"{path.name} {size}".encode() + file.read()

@@ -2,6 +2,8 @@ from ._adapters import check_adapter as check_adapter
 from ._adapters import merge_adapter as merge_adapter
 from ._gguf import gguf_remark as gguf_remark
 from ._gguf import is_gguf as is_gguf
+from ._inputs import model_inputs as model_inputs
+from ._inputs import unread_inputs as unread_inputs
 from ._quantized import dequantized as dequantized
 from ._references import ADAPTER_CONFIG as ADAPTER_CONFIG
 from ._references import CONFIG as CONFIG

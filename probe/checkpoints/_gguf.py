@@ -8,9 +8,7 @@ cache (`PROBE_CACHE`, by default `probe` in the user's cache), where everything 
     PosixPath('~/.cache/probe/gguf/SmolLM2-135M-Instruct.Q4_1-6f0d6e6fd42b')
 """
 
-import hashlib
 import io
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -19,8 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from probe.checkpoints._file_digests import cache_folder, file_digests
 from probe.errors import ProbeError, install, reason
-from probe.files import at_home, name_and_end
+from probe.files import at_home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,11 +103,8 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _place(file: Path) -> Path:
-    """Where its folder is: by name, size and the end of its content."""
-    digest = hashlib.sha256(name_and_end(file))
-    root = os.environ.get("PROBE_CACHE")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "probe"
-    return (Path(root) if root else cache) / "gguf" / f"{file.stem}-{digest.hexdigest()[:12]}"
+    """Where its folder is: by name and content."""
+    return cache_folder() / "gguf" / f"{file.stem}-{file_digests([file])[file][:12]}"
 
 
 def _kinds(file: Path) -> list[str]:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from probe.checkpoints._foreign import missing_shards, no_model, no_weights
 from probe.checkpoints._gguf import gguf_folder, is_gguf
 from probe.errors import ProbeError, reason
-from probe.files import at_home, name_and_end
+from probe.files import at_home
 
 PACKAGE_DATA = Path(__file__).parent.parent / "data"
 PACKAGE_PREFIX = "probe:"
@@ -229,11 +229,15 @@ def fingerprint(reference: str) -> str:
     """A short name for the weights themselves, so that a retrained folder is not taken for the old.
 
     Of each weight file its name, its size and its last MiB are hashed: enough to notice any
-    training step, and quick for a model of many gigabytes.
+    training step, and quick for a model of many gigabytes. `model_inputs` takes all of them, and
+    whole.
     """
     digest = hashlib.sha256()
     for path in weight_files(reference):
-        digest.update(name_and_end(path))
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - 2**20))
+            digest.update(f"{path.name} {size}".encode() + file.read())
     return digest.hexdigest()[:16]
 
 

@@ -46,6 +46,7 @@ from probe.store import (
     first_names,
     model_names,
     run_path,
+    version_lines,
 )
 
 REPORT_SCHEMA = 2
@@ -76,6 +77,9 @@ class Report:
     extras: tuple[ExtraTable, ...] = ()
     """What else was asked for, a table each."""
 
+    versions: tuple[str, ...] = ()
+    """A line for each package of which it was computed with several versions."""
+
     path: Path = Path()
     """The run folder that it was computed from."""
 
@@ -91,6 +95,7 @@ class Report:
             "faithfulness": [agreement.table for agreement in self.faithfulness],
             "extras": [asdict(table) for table in self.extras],
             "missing": list(self.missing),
+            "versions": list(self.versions),
         }
 
     def __repr__(self) -> str:
@@ -135,6 +140,7 @@ def build_report(path: str | Path) -> Report:
         (*absent, *unsolved, *unmeasured, *lacking, *damaged),
         faithfulness,
         (*extras, *tests),
+        version_lines(folder.read_record()),
         path=folder.path,
     )
 

@@ -252,6 +252,7 @@ def caveats(report: Report) -> list[str]:
             "direction; ✗: it did not."
         )
     lines += _cut_off_lines(report)
+    lines += [f"{line[0].upper()}{line[1:]}." for line in report.versions]
     if report.missing:
         lines.append(f"Not in this report ({len(report.missing)}): " + "; ".join(report.missing))
     return lines

@@ -256,7 +256,7 @@ class _Parts:
         """Throw all of them away."""
         stem = glob.escape(self.file.removesuffix(".json"))
         for path in self.folder.path.glob(f"{stem}.part-*.json"):
-            path.unlink()
+            self.folder.remove(path)
 
     def _part(self, name: str) -> str:
         return f"{self.file.removesuffix('.json')}.part-{name.replace(' ', '-')}.json"

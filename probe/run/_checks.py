@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from probe.attribution import METHODS
-from probe.checkpoints import check_folder, find_checkpoint, fingerprint, weight_files
+from probe.checkpoints import check_folder, find_checkpoint, fingerprint, model_inputs, weight_files
 from probe.errors import ProbeError
 from probe.files import at_home
 from probe.metrics import METRICS, TOKEN_METRICS
@@ -29,6 +29,7 @@ from probe.models import (
 from probe.problems import BENCHMARKS, Problem, data_set_here, load_problems
 from probe.recipe import Recipe
 from probe.report import check_extras
+from probe.run._plan import reading_lines
 from probe.solutions import match, read_given
 from probe.stats import CONTROLS
 from probe.store import RunFolder, check_free, check_goes_on, check_names
@@ -125,7 +126,10 @@ def check_output(recipe: Recipe, output: Path, fresh: bool = False) -> None:
     else:
         here = all(weight_files(model) for model in recipe.models())
         models = {model: fingerprint(model) for model in recipe.models()} if here else None
-        check_goes_on(folder, recipe, models)
+        # What takes long to read is left to the run, which says so first.
+        quick = here and not reading_lines(recipe)
+        inputs = {model: model_inputs(model) for model in recipe.models()} if quick else None
+        check_goes_on(folder, recipe, models, inputs=inputs)
 
 
 def _problems_here(recipe: Recipe) -> dict[str, list[Problem]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from probe.checkpoints import fingerprint
+from probe.checkpoints import fingerprint, model_inputs
 from probe.errors import ProbeError
 from probe.escaping import PlainConsole
 from probe.recipe import (
@@ -28,7 +28,7 @@ from probe.run._measuring import measure_models
 from probe.run._run import run_recipe
 from probe.run._session import recipe_host, running, said_on
 from probe.stats import Agreement
-from probe.store import RunFolder, locked, run_path
+from probe.store import RunFolder, check_inputs, locked, run_path
 
 
 def run_faithfulness(
@@ -124,8 +124,9 @@ def check_unchanged(folder: RunFolder, recipe: Recipe, record: Mapping[str, obje
     """Check that the models are those that a run was made with.
 
     Raises:
-        ProbeError: The weights of one are others.
+        ProbeError: A file of one is another.
     """
+    check_inputs(folder, record, {model: model_inputs(model) for model in recipe.models()})
     if record["models"] != {model: fingerprint(model) for model in recipe.models()}:
         raise ProbeError(
             f"the weights of a model have changed since {folder.path} was made; start over: "

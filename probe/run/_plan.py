@@ -28,6 +28,7 @@ from probe.checkpoints import (
     hub_reachable,
     is_gguf,
     unreachable,
+    unread_inputs,
     weight_files,
 )
 from probe.errors import ProbeError
@@ -51,6 +52,11 @@ OPERATIONS_PER_SECOND = 5e14
 PASS_SECONDS = 0.08 / 32
 """What scoring reaches on one H200 at that shape with fused kernels, of 4 operations per parameter
 and token; and the least time that a batch takes, for each layer (docs/performance.md)."""
+
+
+MUCH, READ_PER_SECOND = 2_000_000_000, 700_000_000
+"""From how many bytes on it is said that weights are read whole, and how many a second one core
+digests."""
 
 
 @dataclass(frozen=True)
@@ -328,7 +334,8 @@ def _work(recipe: Recipe) -> str:
 
 def _needs(plan: Plan) -> list[str]:
     """Memory and time, where sizes are known, and what they assume."""
-    recipe, lines = plan.recipe, []
+    recipe = plan.recipe
+    lines = reading_lines(recipe)
     lines += [f"{gguf_remark(name)}." for name in recipe.models() if is_gguf(name)]
     shapes = {model.reference: model for model in plan.models}
     needs = []
@@ -364,6 +371,17 @@ def _needs(plan: Plan) -> list[str]:
             f"({', '.join(map(str, lengths))} tokens)."
         )
     return lines
+
+
+def reading_lines(recipe: Recipe) -> list[str]:
+    """What is said before weights are read whole for the first time, where that takes a while."""
+    size = sum(unread_inputs(name) for name in recipe.models() if weight_files(name))
+    if size < MUCH:
+        return []
+    return [
+        f"All {_size(size)} of weights are read once, so that a change is noticed: about "
+        f"{duration(size / READ_PER_SECOND)}."
+    ]
 
 
 def _on_cpu(recipe: Recipe) -> bool:

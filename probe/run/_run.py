@@ -10,6 +10,7 @@ finds in the folder what is done already and goes on from there, and ends in the
 """
 
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 
 from rich.console import Console
@@ -27,18 +28,28 @@ from probe.run._checks import check_here, check_output
 from probe.run._choosing import select_all
 from probe.run._extra_passes import PASSES
 from probe.run._measuring import measure_models
-from probe.run._plan import check_reach, lengths_line, make_plan, plan_lines, took_line
+from probe.run._plan import (
+    check_reach,
+    lengths_line,
+    make_plan,
+    plan_lines,
+    reading_lines,
+    took_line,
+)
 from probe.run._session import recipe_host, running, said_on
 from probe.run._solving import solve_all
 from probe.run._timing import time_line, worth_timing
 from probe.solutions import Given, GivenAnswer, match, read_given
 from probe.store import (
+    QUESTIONS,
     RunFolder,
+    check_questions,
     locked,
     model_names,
     now,
     open_record,
     phase_seconds,
+    version_lines,
     with_earlier_tables,
 )
 
@@ -71,6 +82,8 @@ def run_recipe(
     folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
     check_output(recipe, folder.path, fresh)
     problems = check_recipe(recipe)
+    for line in reading_lines(recipe):
+        console.print(line, soft_wrap=True)
     given, answers = _read_given(recipe, problems)
     host = recipe_host(recipe, console)
     for reference in recipe.models():
@@ -101,7 +114,16 @@ def _run(
     if not fresh:
         recipe = with_earlier_tables(folder, recipe)
     tables = {name: file.table for name, file in given.items()}
+    questions: Mapping[str, Mapping[str, str]] = {
+        name: {p.id: sha256(p.question.encode()).hexdigest()[:16] for p in part}
+        for name, part in problems.items()
+    }
+    if not new:
+        questions = check_questions(folder, questions)
     record = open_record(folder, recipe, fresh, tables)
+    for line in version_lines(record):
+        console.print(line, soft_wrap=True)
+    folder.write_json(QUESTIONS, questions)
     folder.write_clusters(
         {name: {p.id: p.cluster for p in part if p.cluster} for name, part in problems.items()}
     )

@@ -2,12 +2,16 @@ from ._digests import Damaged as Damaged
 from ._lock import check_free as check_free
 from ._lock import locked as locked
 from ._record import check_goes_on as check_goes_on
+from ._record import check_inputs as check_inputs
+from ._record import check_questions as check_questions
 from ._record import now as now
 from ._record import open_record as open_record
 from ._record import phase_seconds as phase_seconds
 from ._record import timed as timed
+from ._record import version_lines as version_lines
 from ._record import with_earlier_tables as with_earlier_tables
 from ._run_folder import FOLDERS as FOLDERS
+from ._run_folder import QUESTIONS as QUESTIONS
 from ._run_folder import SCHEMA as SCHEMA
 from ._run_folder import Missing as Missing
 from ._run_folder import RunFolder as RunFolder

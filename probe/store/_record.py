@@ -17,13 +17,15 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 import probe
-from probe.checkpoints import fingerprint
+from probe.checkpoints import fingerprint, model_inputs
 from probe.errors import ProbeError
 from probe.models import resolve_devices
 from probe.recipe import Recipe, recipe_from, recipe_table
-from probe.store._run_folder import SCHEMA, RunFolder
+from probe.store._digests import Damaged
+from probe.store._run_folder import QUESTIONS, SCHEMA, RunFolder
 
 # Keys of a recipe that do not change what comes out, only how fast or how it is shown.
 _FREE_KEYS = {
@@ -58,23 +60,23 @@ def open_record(
     solutions = {name: dict(table) for name, table in (given or {}).items()}
     table = recipe_table(recipe)
     models = {model: fingerprint(model) for model in recipe.models()}
+    inputs = {model: model_inputs(model) for model in recipe.models()}
     times: object = {}
     digests: object = True
+    earlier: list[object] = []
     if folder.record.exists() and not fresh:
-        old = check_goes_on(folder, recipe, models, solutions)
+        old = check_goes_on(folder, recipe, models, solutions, inputs)
         times, digests = old.get("seconds", {}), old.get("digests", False)
+        earlier = _earlier_versions(old)
     folder.open(fresh)
     record: dict[str, object] = {
         "schema": SCHEMA,
         "digests": digests,
         "recipe": table,
         "models": models,
+        "inputs": inputs,
         "given_solutions": solutions,
-        "versions": {
-            "probe": probe.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "nnsight")},
-        },
+        "versions": _versions(),
         "devices": [recipe.compute.remote]
         if recipe.compute.remote
         else [
@@ -85,8 +87,52 @@ def open_record(
         "seconds": times,
         "finished": None,
     }
+    if earlier:
+        record["earlier_versions"] = earlier
     folder.write_json("run.json", record)
     return record
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "probe": probe.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "nnsight")},
+    }
+
+
+def _earlier_versions(old: Mapping[str, object]) -> list[object]:
+    """The versions that a run was gone on with so far, but for those that are here now."""
+    before = old.get("earlier_versions", [])
+    found = [*before, old.get("versions")] if isinstance(before, list) else []
+    here = _numbers_from(_versions())
+    return [
+        each
+        for place, each in enumerate(found)
+        if isinstance(each, dict) and _numbers_from(each) != here and each not in found[:place]
+    ]
+
+
+def _numbers_from(versions: Mapping[str, object]) -> dict[str, object]:
+    """The versions that may move a number."""
+    return {name: number for name, number in versions.items() if name != "python"}
+
+
+def version_lines(record: Mapping[str, object]) -> tuple[str, ...]:
+    """A line for each package of which a run was computed with several versions."""
+    earlier, here = record.get("earlier_versions"), record.get("versions")
+    if not isinstance(earlier, list) or not isinstance(here, dict):
+        return ()
+    lines = []
+    for name, number in _numbers_from(here).items():
+        others = [str(each.get(name)) for each in earlier if isinstance(each, dict)]
+        others = [other for other in dict.fromkeys(others) if other != number]
+        if others:
+            lines.append(
+                f"computed in part with {name} {', '.join(others)}, in part with {number}: numbers "
+                "may differ in the last digits"
+            )
+    return tuple(lines)
 
 
 def check_goes_on(
@@ -94,6 +140,7 @@ def check_goes_on(
     recipe: Recipe,
     models: Mapping[str, str] | None,
     solutions: Mapping[str, Mapping[str, str | int]] | None = None,
+    inputs: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, object]:
     """Check that a folder's run can go on with this recipe; what it has recorded.
 
@@ -102,6 +149,7 @@ def check_goes_on(
         recipe: The recipe.
         models: Fingerprint of each model; None where they are not here.
         solutions: What is known of solutions made elsewhere; None where that is not known yet.
+        inputs: Digests of each model's files; None where they are not here.
 
     Raises:
         ProbeError: The folder holds a run of something else.
@@ -109,6 +157,9 @@ def check_goes_on(
     old = folder.read_record()
     # Keys that have come since stand at their defaults, which are what was done before.
     earlier = recipe_table(recipe_from(old.get("recipe"), str(folder.record)))
+    difference = _first_difference(_fixed(recipe_table(recipe)), _fixed(earlier))
+    if not difference and inputs is not None:
+        check_inputs(folder, old, inputs)
     for what, here, there in (
         ("recipe", _fixed(recipe_table(recipe)), _fixed(earlier)),
         ("weights", models, old.get("models")),
@@ -121,6 +172,74 @@ def check_goes_on(
                 "give another --output, or start over with --fresh"
             )
     return old
+
+
+def check_inputs(
+    folder: RunFolder, record: Mapping[str, object], inputs: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Check that the files of every model are those that a run was made with.
+
+    Args:
+        folder: The run folder.
+        record: Its record; those of old runs do not know the files.
+        inputs: Digests of each model's files.
+
+    Raises:
+        ProbeError: A file has changed, is new or is gone.
+    """
+    known = record.get("inputs")
+    if not isinstance(known, dict):
+        return
+    changed = []
+    for model, files in inputs.items():
+        before = known.get(model)
+        before = before if isinstance(before, dict) else {}
+        for name in dict.fromkeys((*before, *files)):
+            if before.get(name) != files.get(name):
+                how = "is new" if name not in before else "has changed"
+                how = how if name in files else "is gone"
+                changed.append(f"{name} of {model} {how}")
+    if changed:
+        more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise ProbeError(
+            f"{changed[0]} since {folder.path} was begun{more}; put it back, give another "
+            "--output, or start over with --fresh"
+        )
+
+
+def check_questions(
+    folder: RunFolder, digests: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, str]]:
+    """Check that questions are those that a run has asked; all that it has asked, with these.
+
+    Args:
+        folder: The run folder.
+        digests: A digest of each question's text, by benchmark and id.
+
+    Raises:
+        ProbeError: The text of one has changed.
+    """
+    try:
+        known = TypeAdapter(dict[str, dict[str, str]]).validate_python(
+            folder.read_json(QUESTIONS) or {}
+        )
+    except (Damaged, ValidationError) as error:
+        why = error if isinstance(error, Damaged) else "damaged"
+        raise ProbeError(
+            f"{folder.path / QUESTIONS}: {why}, so nobody can tell whether questions have changed; "
+            "take it away if they have not, or start over with --fresh"
+        ) from error
+    for benchmark, here in digests.items():
+        there = known.get(benchmark, {})
+        changed = [name for name, digest in here.items() if there.get(name, digest) != digest]
+        if changed:
+            more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise ProbeError(
+                f"question {changed[0]} of {benchmark} has changed since {folder.path} was begun"
+                f"{more}; put it back, give another --output, or start over with --fresh"
+            )
+    names = dict.fromkeys((*known, *digests))
+    return {name: {**known.get(name, {}), **digests.get(name, {})} for name in names}
 
 
 def with_earlier_tables(folder: RunFolder, recipe: Recipe) -> Recipe:

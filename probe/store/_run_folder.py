@@ -14,6 +14,7 @@
     extras/PAIR.BENCHMARK.alpha-A.SIDE.json      each question's temperature on a control's side
     extras/PAIR.weights.json                     how far each matrix moved
     clusters.json                                which questions belong together
+    questions.json                               a digest of each question that was asked
     report.json                                  the cells
     figures/                                     pictures, by `probe plot`
     .lock                                        who writes here, by `locked`
@@ -48,10 +49,10 @@ from probe.store._run_names import temperature_file
 
 SCHEMA = 1
 FOLDERS = ("solutions", "selection", "edges", "faithfulness", "extras", "circuits", "causal")
-PARTS = (*FOLDERS, "figures", "clusters.json", "report.json", "run.json")
+PARTS = (*FOLDERS, "figures", "clusters.json", "questions.json", "report.json", "run.json")
 """What `--fresh` takes away, the record last: without it, the rest would be no run's."""
 
-LOCK = ".lock"
+LOCK, QUESTIONS = ".lock", "questions.json"
 
 
 class Missing(Exception):
