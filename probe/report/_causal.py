@@ -211,7 +211,9 @@ def causal_sentence(test: CausalTest, benchmark: str, subject: str) -> str:
         said.append(f"{len(rows) - len(fair)} of {len(rows)} tests have no fair comparison")
     seen = [row for row in test.sets if row.verdict not in _UNFAIR]
     power = [
-        f"{row.detectable:.2g} nats and {100 * row.lost_detectable:.1f} points {row.intervention}"
+        f"{row.detectable:.2g} nats"
+        + (f" and {100 * row.lost_detectable:.1f} points" if row.lost_detectable else "")
+        + f" {row.intervention}"
         for row in seen
         if row.treated == "strengthened"
     ]

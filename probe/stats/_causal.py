@@ -291,7 +291,7 @@ def questions_needed(damages: Array, effect: float) -> int | None:
     """
     own = damages - damages.mean(0)
     questions = own.shape[1]
-    if questions < 2:
+    if min(own.shape) < 2:
         return None
     of_questions = float(own.var(1, ddof=1).mean())
     of_sets = max(0.0, float(own.mean(1).var(ddof=1)) - of_questions / questions)

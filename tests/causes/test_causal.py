@@ -47,6 +47,22 @@ def few(monkeypatch):
     monkeypatch.setattr(_causal, "MEASURED", 20)
 
 
+def test_a_head_that_was_silenced_is_found(model, sequences, monkeypatch):
+    """Its edges are those that lost most, and only its own weights bring the loss back."""
+    swapped = {"swapped": _causal.INTERVENTIONS["swapped"]}
+    monkeypatch.setattr(_causal, "INTERVENTIONS", swapped)
+    found = causal_test(model, silenced(1, 1), sequences[:6], sets=1)
+    (row,) = found.test.edges
+    assert row.correlation > row.detectable
+    assert row.p_holm < 0.01
+    assert row.verdict == "more"
+    damages = found.damages["swapped"]
+    edges = found.graph.mask.nonzero().tolist()
+    own = [found.graph.sources[source] == "a1.h1" for source, _ in edges]
+    assert not damages[~np.array(own)].any()
+    assert (np.abs(damages[own]) > 1e-6).mean() > 0.9
+
+
 class InterruptedTest(Exception):
     """Somebody stopped it."""
 
