@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import probe
 from probe.errors import ProbeError
 from probe.problems import Problem, load_problems
 from probe.report import build_report
-from probe.solutions import GivenAnswer, imported, match, read_given
+from probe.solutions import Given, GivenAnswer, imported, match, read_given
 from probe.store import RunFolder
 
 DATA = Path(__file__).parents[1] / "data" / "solutions"
@@ -382,6 +383,20 @@ def test_the_option_is_checked(given, message):
     done = call("recipe", "tiny-math", "--solutions", given)
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_questions_are_found_in_long_prompts_in_no_time():
+    questions = [f"Tom has {n} apples and buys {7 * n}. How many has he now?" for n in range(500)]
+    problems = [Problem(str(n), question, "1") for n, question in enumerate(questions)]
+    for before in ("a" * 50_000 + " ", "", "(", "Q: " + questions[3] + " A: 24\n\nQ: "):
+        answers = tuple(
+            GivenAnswer(f"f:{n}", None, None, f"{before}{question}\nA:", None, question, None)
+            for n, question in enumerate(questions[::-1])
+        )
+        start = time.process_time()
+        found = match(Given(Path("f"), "vLLM", answers), {"own": problems}, "own")
+        assert time.process_time() - start < 5
+        assert all(found[problem.id].text == problem.question for problem in problems)
 
 
 def test_an_answer_with_letters_that_the_tokenizer_lacks_is_named(tiny, problems):
