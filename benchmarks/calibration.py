@@ -18,6 +18,7 @@ change of rank 2 to one matrix. Of each sample, what a report would say is compu
 
     python benchmarks/calibration.py --quick                # a few minutes on two cores
     python benchmarks/calibration.py --draws 4000
+    python benchmarks/calibration.py --of FOLDER            # a run of one's own
 """
 
 import argparse
@@ -159,6 +160,8 @@ def populations(path: Path, run: str) -> Iterator[Population]:
         name = file.name.removesuffix(".before.safetensors")
         pair, alpha = name.split(".")[0], float(name.partition(".alpha-")[2])
         for control, label, first, second in (("", "", "before", "after"), *compared):
+            if not all(folder.edges_file(name, side).exists() for side in (first, second)):
+                continue  # a run without this control
             sides = folder.read_sides(name, first, second)
             if control:
                 counted = matched_questions(folder, name, control, sides[0].ids)
@@ -333,22 +336,25 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer draws: a few minutes")
     parser.add_argument("--draws", type=int, help="samples of each cell and size")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are, or go")
+    parser.add_argument("--of", type=Path, help="a run of your own as the one population")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     draws = options.draws or (1000 if options.quick else 5000)
     start, random = time.monotonic(), np.random.default_rng(options.seed)
     held: list[Count] = []
     false: list[Count] = []
-    for name in ("tiny-math", "noise"):
-        path = options.runs / f"calibration-{name}"
-        run(name, path)
+    for name in (options.of.name,) if options.of else ("tiny-math", "noise"):
+        path = options.of or options.runs / f"calibration-{name}"
+        if not options.of:
+            run(name, path)
         parts = list(populations(path, name))
         found = measure(parts, draws, random)
         held, false = held + found[0], false + found[1]
-        if name == "tiny-math":
+        if name != "noise":
             report = family(parts, 50, draws, random)
             false.append(report)
             print(f"\nany star of {len(parts)} cells after Holm, n = 50: {shown(report)} %")
+        if name == "tiny-math":
             for size in SIZES:
                 interval, p_value = accuracy(path, size, draws, random)
                 held, false = [*held, interval], [*false, p_value]
