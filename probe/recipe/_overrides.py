@@ -43,7 +43,7 @@ def override(table: dict[str, object], key: str, value: str | int | float, where
 
 
 def _item(items: list[object], index: str, key: str, where: str) -> object:
-    if not index.isdecimal() or int(index) >= len(items):
+    if index not in map(str, range(len(items))):
         raise ProbeError(
             f"{where}: --set {key}: {index!r} is not one of its {len(items)} entries, from 0 on"
         )

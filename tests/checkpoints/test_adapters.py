@@ -121,6 +121,7 @@ def test_adapters_that_do_not_fit(tmp_path, change, message):
     [
         ({"r": 8}, "another shape"),
         ({"target_modules": ["nothing"]}, "does not fit its base"),
+        ({"target_modules": ".*[q_proj"}, "does not fit its base"),
         ({"target_modules": ["q_proj"]}, "8 tensors .* fit nowhere"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "8 tensors .* are missing"),
         ({"modules_to_save": ["lm_head"]}, "missing"),

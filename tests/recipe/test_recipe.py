@@ -425,6 +425,12 @@ def test_a_published_value_is_a_number(tmp_path, number):
         read_recipe(path)
 
 
+@pytest.mark.parametrize("place", ["9" * 5000, "02", "-1", "\N{ARABIC-INDIC DIGIT ONE}"])
+def test_what_is_no_place_in_a_list(place):
+    with pytest.raises(ProbeError, match="is not one of its 2 entries, from 0 on"):
+        read_recipe("tiny-math", {f"pairs.{place}.before": "x"})
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
