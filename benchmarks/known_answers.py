@@ -76,6 +76,17 @@ class Found:
         old, new = (shares_of_edges(s.scores, s.graph)[:, chosen].sum(1) for s in self.sides)
         return float(np.log((new + 1e-12) / (old + 1e-12)).mean())
 
+    def most_fallen(self, source: str, target: str) -> bool:
+        """Whether, of all edges out of a source, this one lost the largest part of its share."""
+        graph = self.sides[0].graph
+        row, column = list(map(str, graph.sources)).index(source), graph.targets.index(target)
+        places = graph.mask.nonzero()
+        old, new = (shares_of_edges(side.scores, graph).mean(0) for side in self.sides)
+        ratio = {
+            int(place[1]): new[i] / old[i] for i, place in enumerate(places) if place[0] == row
+        }
+        return min(ratio, key=lambda key: ratio[key]) == column
+
     def silent(self, node: str) -> bool:
         """Whether every edge out of a node scores 0 after, and some do before."""
         row = list(map(str, self.sides[0].graph.sources)).index(node)
@@ -181,6 +192,28 @@ def attention_weaker(weights: Weights) -> None:
 def head_silenced(weights: Weights) -> None:
     """Head 2 of layer 1 writes nothing."""
     weights[layer(1, "self_attn.o_proj")][:, 2 * WIDTH : 3 * WIDTH] = 0
+
+
+HEAD = slice(2 * WIDTH, 3 * WIDTH)
+
+
+def head_halved(weights: Weights) -> None:
+    """Head 2 of layer 1 writes half as much."""
+    weights[layer(1, "self_attn.o_proj")][:, HEAD] /= 2
+
+
+def edge_silenced(weights: Weights) -> None:
+    """The FFN of layer 1 reads nothing of the eight directions that head 2 there writes most along.
+
+    Its norm still sees their size, and what others write along them is lost with it: weights alone
+    cannot take one edge away and leave all else.
+    """
+    written = weights[layer(1, "self_attn.o_proj")][:, HEAD]
+    directions = torch.linalg.svd(written, full_matrices=False).U[:, :8]
+    scale = weights[layer(1, "post_attention_layernorm")]
+    for part in ("mlp.up_proj", "mlp.gate_proj"):
+        read = weights[layer(1, part)] * scale
+        weights[layer(1, part)] = (read - read @ directions @ directions.T) / scale
 
 
 def ffn_silenced(weights: Weights) -> None:
@@ -314,6 +347,20 @@ CASES: dict[str, Case] = {
             "its edges are 0": found.silent("a1.h2"),
             "it changed most": found.largest == "a1.h2",
             "its matrix moved": only(layer(1, "self_attn.o_proj"))(found),
+        },
+    ),
+    "head halved": Case(
+        head_halved,
+        lambda found: {
+            "its share fell": found.share_change("a1.h2") < 0,
+            "its matrix moved": only(layer(1, "self_attn.o_proj"))(found),
+        },
+    ),
+    "edge silenced": Case(
+        edge_silenced,
+        lambda found: {
+            "it lost most of all out of its head": found.most_fallen("a1.h2", "m1"),
+            "what reads it moved": only(layer(1, "mlp.up_proj"), layer(1, "mlp.gate_proj"))(found),
         },
     ),
     "FFN a quarter stronger": Case(
@@ -451,6 +498,38 @@ def copies(questions: int, folder: Path) -> dict[str, bool]:
     }
 
 
+def exchanged(questions: int, folder: Path) -> dict[str, bool]:
+    """A pair the other way round must say the inverse, exactly as surely."""
+    names = ("probe:tiny-math/sft", "probe:tiny-math/grpo")
+    pairs = [
+        {"name": name, "before": before, "after": after, "max_new_tokens": 64}
+        for name, before, after in (("there", *names), ("back", *names[::-1]))
+    ]
+    changes = {
+        "pairs": pairs,
+        "selection.alpha": [ALPHA],
+        "solutions.questions": questions,
+        "report.extra": [],
+    }
+    report = probe.run_recipe("tiny-math", folder / "exchanged", overrides=changes)  # type: ignore
+    there, back = (
+        {c.metric: c for c in report.cells if c.pair == name and not c.control}
+        for name in ("there", "back")
+    )
+    once, again = report.accuracy
+    ratios = ("activation_intensity", "information_complexity", "output_entropy", "token_entropy")
+    return {
+        "changes are inverse": all(
+            np.isclose((1 + (there[m].change or 0)) * (1 + (back[m].change or 0)), 1, atol=1e-5)
+            for m in ratios
+        ),
+        "as sure": all(
+            np.isclose(there[m].p_value or 0, back[m].p_value or 0, atol=0.02) for m in there
+        ),
+        "accuracy mirrored": (once.gained, once.lost) == (again.lost, again.gained),
+    }
+
+
 def main() -> None:
     """Ask all, and print which answers are right."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -458,7 +537,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/known-answers"))
     options = parser.parse_args()
     start = time.monotonic()
-    of_heads = ["head silenced"]
+    of_heads = ["head silenced", "head halved", "edge silenced"]
     rest = [name for name in CASES if name not in of_heads]
     verdicts: dict[str, dict[str, bool]] = {}
     for names, granularity in ((rest, "qkv"), (of_heads, "head")):
@@ -466,6 +545,7 @@ def main() -> None:
         for name, found in read(names, options.runs / granularity):
             verdicts[name] = CASES[name].right(found)
     verdicts["copies in clusters"] = copies(options.questions, options.runs)
+    verdicts["sides exchanged"] = exchanged(options.questions, options.runs)
     print("| case | right | what is wrong |")
     print("|---|---|---|")
     for name, checks in verdicts.items():
