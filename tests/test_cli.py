@@ -13,6 +13,7 @@ from conftest import DATA
 
 import probe
 from probe.cli import main
+from probe.store import RunFolder
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -277,7 +278,7 @@ def test_recipe_and_report(tmp_path):
     assert "attribution" in result.stderr  # progress goes there, the report to standard output
     assert call("report", folder).stdout == result.stdout
     printed = json.loads(call("report", folder, "--format", "json").stdout)
-    assert printed == json.loads((folder / "report.json").read_text())
+    assert printed == RunFolder(folder).read_json("report.json")
 
 
 def test_plot_writes_beside_the_run_or_elsewhere(half_run, tmp_path):
