@@ -20,6 +20,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 import probe
+from probe.attribution import METHODS
 from probe.checkpoints import fingerprint, model_inputs
 from probe.errors import ProbeError
 from probe.models import resolve_devices
@@ -288,8 +289,16 @@ def _fixed(table: object) -> object:
         free = _FREE_KEYS.get(key, ())
         if free is None:
             continue
+        if key == "attribution" and not _takes_steps(value.get("method")):
+            free = (*free, "ig_steps")
         fixed[key] = {k: v for k, v in value.items() if k not in free} if free else value
     return fixed
+
+
+def _takes_steps(method: object) -> bool:
+    """Whether a method's scores depend on the number of steps; one that is not known may."""
+    known = METHODS.get(method) if isinstance(method, str) else None
+    return known is None or known.steps(2) != known.steps(3)
 
 
 def _first_difference(here: object, there: object, key: str = "") -> str:

@@ -113,6 +113,7 @@ def test_running_again_computes_nothing(copy):
 def test_what_does_not_change_the_result_may_change(copy):
     old = report_of(copy)
     run(copy, {"attribution.batch_size": 2, "solutions.batch_size": 5, "compute.device": "cpu"})
+    run(copy, {"attribution.ig_steps": 7})  # of a method that takes none
     assert report_of(copy) == old
 
 
