@@ -2,6 +2,9 @@ from ._adapters import check_adapter as check_adapter
 from ._adapters import merge_adapter as merge_adapter
 from ._gguf import gguf_remark as gguf_remark
 from ._gguf import is_gguf as is_gguf
+from ._hub import HubName as HubName
+from ._hub import hub_reachable as hub_reachable
+from ._hub import unreachable as unreachable
 from ._inputs import model_inputs as model_inputs
 from ._inputs import unread_inputs as unread_inputs
 from ._quantized import dequantized as dequantized
@@ -13,12 +16,11 @@ from ._references import Checkpoint as Checkpoint
 from ._references import adapter_base as adapter_base
 from ._references import base_files as base_files
 from ._references import check_folder as check_folder
+from ._references import checkpoints_in as checkpoints_in
 from ._references import fetch_checkpoint as fetch_checkpoint
 from ._references import find_checkpoint as find_checkpoint
 from ._references import fingerprint as fingerprint
-from ._references import hub_reachable as hub_reachable
 from ._references import local_folder as local_folder
-from ._references import unreachable as unreachable
 from ._references import weight_files as weight_files
 from ._tensor_files import find_not_finite as find_not_finite
 from ._tensor_files import is_finite as is_finite

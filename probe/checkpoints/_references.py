@@ -1,10 +1,11 @@
 """Checkpoints: what a reference names, and where its files are.
 
-A reference is a folder, a Hugging Face id (`org/name`), a model that ships with this package
-(`probe:tiny-math/sft`), or a GGUF file (`folder/file.gguf`), which is dequantised (`_gguf`). A
-folder or id that holds a PEFT adapter instead of a whole model stands for its base with the adapter
-merged in. Files of the hub are fetched whole and once, before anything is computed; what is on this
-machine is used as it is, without asking the network.
+A reference is a folder, one of a trainer's output folder (`runs/grpo#checkpoint-500`), a Hugging
+Face id (`org/name`, perhaps with a folder inside it and a revision, `org/name/folder@revision`), a
+model that ships with this package (`probe:tiny-math/sft`), or a GGUF file (`folder/file.gguf`),
+which is dequantised (`_gguf`). A folder or id that holds a PEFT adapter instead of a whole model
+stands for its base with the adapter merged in. Files of the hub are fetched whole and once, before
+anything is computed; what is on this machine is used as it is, without asking the network.
 
     >>> find_checkpoint("probe:tiny-math/sft").folder.name
     'sft'
@@ -12,14 +13,13 @@ machine is used as it is, without asking the network.
 
 import hashlib
 import json
-import ssl
-import urllib.error
-import urllib.request
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from probe.checkpoints._foreign import missing_shards, no_model, no_weights
 from probe.checkpoints._gguf import gguf_folder, is_gguf
+from probe.checkpoints._hub import HubName, cached_folder, download
 from probe.errors import ProbeError, reason
 from probe.files import at_home
 
@@ -30,7 +30,8 @@ CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 ADAPTER_WEIGHTS = ("adapter_model*.safetensors", "adapter_model*.bin")
 """Weight files; the second pattern only where there are no files of the first."""
-_SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
+OF_FOLDER = "#"
+"""What parts a trainer's output folder from a checkpoint in it."""
 
 
 class Checkpoint(NamedTuple):
@@ -42,20 +43,25 @@ class Checkpoint(NamedTuple):
     adapter: Path | None = None
     """The adapter to merge in."""
 
+    around: Path | None = None
+    """The folder that a checkpoint is one of several in."""
+
     @property
     def tokenizer(self) -> Path:
-        """The folder of its tokenizer: the adapter's where it brings one."""
-        if self.adapter and (self.adapter / "tokenizer_config.json").is_file():
-            return self.adapter
-        return self.folder
+        """The folder of its tokenizer: the adapter's where it brings one, or that around it."""
+        places = (self.adapter, self.folder, self.around)
+        with_one = (place for place in places if place and _has_tokenizer(place))
+        return next(with_one, self.folder)
 
 
 def local_folder(reference: str) -> Path | None:
     """The folder that a reference names, or None when it is a hub id.
 
     Raises:
-        ProbeError: It looks like a folder, but there is none.
+        ProbeError: It looks like a folder, but there is none, or it names several checkpoints.
     """
+    if _is_inside(reference):
+        (reference,) = _one_of(reference)
     if reference.startswith(PACKAGE_PREFIX):
         folder = PACKAGE_DATA / reference.removeprefix(PACKAGE_PREFIX)
         if not folder.is_dir():
@@ -72,18 +78,60 @@ def local_folder(reference: str) -> Path | None:
         if not any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
             raise ProbeError(no_model(folder))
         return folder
-    if reference.count("/") != 1 or reference.startswith((".", "~", "/")):
+    begin, *more = reference.split("/")
+    beside = len(more) > 1 and Path(begin).is_dir()
+    if not more or beside or reference.startswith((".", "~", "/")):
         raise ProbeError(f"model folder {reference!r} does not exist; give a folder or a hub id")
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(reference)
-    except HFValidationError as error:
-        raise ProbeError(
-            f"{reference!r} is neither a folder here nor a hub id: {reason(error)}"
-        ) from None
+    HubName.parse(reference)
     return None
+
+
+def checkpoints_in(reference: str) -> list[str]:
+    """The folders that a pattern in a trainer's output folder stands for, by the numbers in them.
+
+    Args:
+        reference: `runs/grpo#checkpoint-*`, `runs/verl#global_step_*/actor/huggingface`.
+
+    Raises:
+        ProbeError: There is no such folder, or none in it that the pattern fits.
+    """
+    outside, _, pattern = reference.partition(OF_FOLDER)
+    folder = Path(outside).expanduser()
+    if not folder.is_dir():
+        raise ProbeError(f"folder {outside!r} does not exist, so it holds no {pattern!r}")
+    if not pattern or pattern.startswith("/") or ".." in Path(pattern).parts:
+        raise ProbeError(f"{reference!r}: behind {OF_FOLDER} stands a folder in it, checkpoint-500")
+    found = sorted((str(path) for path in folder.glob(pattern) if path.is_dir()), key=_by_number)
+    if not found:
+        inside = sorted((path.name for path in folder.iterdir() if path.is_dir()), key=_by_number)
+        listed = f"it holds {', '.join(inside[:5])}" if inside else "it holds no folder"
+        raise ProbeError(f"{outside} holds no {pattern}; {listed}{' ...' * (len(inside) > 5)}")
+    return found
+
+
+def _is_inside(reference: str) -> bool:
+    """Whether a reference names a checkpoint in a folder; a folder's own name may hold a #."""
+    return OF_FOLDER in reference and not Path(reference).expanduser().is_dir()
+
+
+def _one_of(reference: str) -> list[str]:
+    """The one folder that a reference with a pattern names.
+
+    Raises:
+        ProbeError: It names none, or several.
+    """
+    found = checkpoints_in(reference)
+    if len(found) > 1:
+        raise ProbeError(
+            f"{reference!r} names {len(found)} checkpoints; name one of them, as "
+            f"{reference.partition(OF_FOLDER)[0]}{OF_FOLDER}{Path(found[-1]).name}"
+        )
+    return found
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sort step 100 behind step 20."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def find_checkpoint(reference: str) -> Checkpoint | None:
@@ -95,10 +143,11 @@ def find_checkpoint(reference: str) -> Checkpoint | None:
     folder = local_folder(reference) or _cached_folder(reference)
     if folder is None:
         return None
+    around = _around(reference, folder)
     if not is_adapter(folder):
-        return Checkpoint(folder)
+        return Checkpoint(folder, None, around)
     base = find_checkpoint(adapter_base(folder))
-    return base and Checkpoint(base.folder, folder)
+    return base and Checkpoint(base.folder, folder, around)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -162,14 +211,17 @@ def fetch_checkpoint(reference: str, weights: bool = True) -> Checkpoint:
     if folder is None:
         folder = _cached_folder(reference)
         if folder is None or (weights and not _own_weights(folder)):
-            folder = _download(reference, weights)
+            folder = download(
+                HubName.parse(reference), (WEIGHTS, ADAPTER_WEIGHTS) if weights else ()
+            )
     if weights and not _own_weights(folder):
         raise ProbeError(no_weights(folder, is_adapter(folder)))
+    around = _around(reference, folder)
     if not is_adapter(folder):
-        return Checkpoint(folder)
+        return Checkpoint(folder, None, around)
     base = adapter_base(folder)
     try:
-        return Checkpoint(fetch_checkpoint(base, weights).folder, folder)
+        return Checkpoint(fetch_checkpoint(base, weights).folder, folder, around)
     except ProbeError as error:
         raise ProbeError(f"the base of the adapter {folder}: {error}") from error
 
@@ -241,38 +293,24 @@ def fingerprint(reference: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def hub_reachable(seconds: float = 5) -> bool:
-    """Whether the hub answers at all, asked once: its own client would try for half a minute."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        with urllib.request.urlopen(constants.ENDPOINT, timeout=seconds):
-            return True
-    except urllib.error.HTTPError:
-        return True  # an answer all the same
-    except OSError as error:
-        # A certificate that Python does not know may still be known to the hub's client.
-        return isinstance(getattr(error, "reason", None), ssl.SSLError)
-
-
-def unreachable() -> str:
-    """Say that the hub is out of reach, and whether that is by choice."""
-    from huggingface_hub import constants
-
-    return f"the hub cannot be reached{' (HF_HUB_OFFLINE is set)' * constants.HF_HUB_OFFLINE}"
-
-
 def _cached_folder(reference: str) -> Path | None:
     """The folder of the hub's cache that holds a model's config."""
-    from huggingface_hub import try_to_load_from_cache
+    return cached_folder(HubName.parse(reference), (CONFIG, ADAPTER_CONFIG))
 
-    for name in (CONFIG, ADAPTER_CONFIG):
-        path = try_to_load_from_cache(reference, name)
-        if isinstance(path, str):
-            return Path(path).parent
-    return None
+
+def _around(reference: str, folder: Path) -> Path | None:
+    """The folder that a checkpoint's folder is one of several in, if it is."""
+    if _is_inside(reference):
+        return Path(reference.partition(OF_FOLDER)[0]).expanduser()
+    if local_folder(reference) is not None:
+        return None
+    inside = HubName.parse(reference).folder
+    return folder.parents[inside.count("/")] if inside else None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+    return any((folder / name).is_file() for name in names)
 
 
 def _own_weights(folder: Path) -> list[Path]:
@@ -291,22 +329,3 @@ def _shards(index: Path) -> list[Path]:
     if outside:
         raise ProbeError(f"{index} names a file that is not beside it: {outside[0]!r}")
     return shards if all(shard.is_file() for shard in shards) else []
-
-
-def _download(reference: str, weights: bool) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-
-    if not hub_reachable():
-        raise ProbeError(
-            f"the model {reference!r} is not on this machine, and {unreachable()}; give the folder "
-            "of a copy instead"
-        )
-    wanted = [*_SMALL]
-    try:
-        if weights:
-            names = [Path(name) for name in HfApi().list_repo_files(reference) if "/" not in name]
-            for first, second in (WEIGHTS, ADAPTER_WEIGHTS):
-                wanted.append(first if any(name.match(first) for name in names) else second)
-        return Path(snapshot_download(reference, allow_patterns=wanted, ignore_patterns="*/*"))
-    except (OSError, ValueError) as error:
-        raise ProbeError(f"cannot download the model {reference!r}: {reason(error)}") from error

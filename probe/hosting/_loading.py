@@ -12,13 +12,14 @@ there, to be used as one from `load_model`.
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from typing import NamedTuple, cast
 from urllib.parse import urlsplit
 
-from probe.checkpoints import fetch_checkpoint, local_folder
+from probe.checkpoints import HubName, fetch_checkpoint, local_folder
 from probe.errors import ProbeError
 from probe.models import (
     Model,
@@ -56,6 +57,9 @@ class HostedModel(NamedTuple):
 
     d_model: int | None
     """Width of the residual stream."""
+
+    revision: str | None = None
+    """Its branch, tag or commit; None for the main branch."""
 
 
 class Server(NamedTuple):
@@ -164,9 +168,25 @@ def check_host(host: Host, patience: float = 15.0) -> list[str]:
     return check_versions(host, read_server(host, patience))
 
 
-def name_there(reference: str) -> str:
-    """What a server calls a model: its hub id, or its folder, which is the same there."""
-    return str(local_folder(reference) or reference)
+def name_there(reference: str) -> tuple[str, str | None]:
+    """What a server calls a model: its hub id, or its folder, which is the same there.
+
+    Returns:
+        This, and its revision.
+
+    Raises:
+        ProbeError: It is a folder inside a repository, which servers do not take.
+    """
+    folder = local_folder(reference)
+    if folder:
+        return str(folder), None
+    name = HubName.parse(reference)
+    if name.folder:
+        raise ProbeError(
+            f"{reference} is a folder inside a repository, which an NDIF server does not load; run "
+            "it here, or give a repository of its own"
+        )
+    return name.repository, name.revision
 
 
 def check_versions(host: Host, server: Server) -> list[str]:
@@ -237,10 +257,10 @@ def deploy(model: Model, host: Host) -> Deployment:
         ProbeError: It is not there, or not with these layers, this width or this precision.
     """
     server = read_server(host, host.timeout)
-    name = name_there(model.reference)
+    name, revision = name_there(model.reference)
     env = model.network._remoteable_get_env()
     for found in server.models:
-        if found.reference.lower() == name.lower():
+        if (found.reference.lower(), found.revision) == (name.lower(), revision):
             deployment = Deployment(host, found.key, env)
             _check_same(model, host, found.n_layers, found.d_model, found.dtype)
             return deployment
@@ -248,7 +268,7 @@ def deploy(model: Model, host: Host) -> Deployment:
         up = ", ".join(found.reference for found in server.models) or "nothing"
         raise ProbeError(f"{host.url} does not have {model.reference} up now; up are: {up}")
     host.say(f"{host.url}: {model.reference} is not up yet; asking for it")
-    key = json.dumps({"repo_id": name, "revision": None, "task": "text-generation"})
+    key = json.dumps({"repo_id": name, "revision": revision, "task": "text-generation"})
     deployment = Deployment(host, f"{_WRAPPER}:{key}", env)
     found_there = describe(replace(model, deployment=deployment))
     dtype = str(found_there.dtype).removeprefix("torch.")
@@ -297,4 +317,11 @@ def _hosted(table: dict[str, object]) -> HostedModel:
         config.get("model_type"),
         config.get("num_hidden_layers"),
         config.get("hidden_size"),
+        _revision(str(table["model_key"])),
     )
+
+
+def _revision(key: str) -> str | None:
+    """The revision in a model's name in requests; None for the main branch."""
+    found = re.search(r'"revision": *"([^"]+)"', key)
+    return None if found is None or found[1] == "main" else found[1]

@@ -55,10 +55,11 @@ def server_view(host: Host) -> Iterator[RenderableType]:
 
 def _obstacles(recipe: Recipe, server: Server) -> str:
     """Why a recipe cannot run on a server now; empty where it can."""
-    up = {model.reference.lower(): model.dtype for model in server.models}
+    up = {(model.reference.lower(), model.revision): model.dtype for model in server.models}
     obstacles = []
     for reference in recipe.models():
-        name = name_there(reference).lower()
+        place, revision = name_there(reference)
+        name = place.lower(), revision
         if name not in up:
             obstacles.append(f"{reference} is not up")
         elif up[name] not in (None, recipe.compute.dtype):

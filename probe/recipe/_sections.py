@@ -121,7 +121,7 @@ class Pair:
     """Its name in tables and file names."""
 
     before: Place
-    """The model before: a folder, a hub id, or `probe:...` for one that ships with the package."""
+    """The model before: a folder, a hub id, or any other [reference](own-model.md)."""
 
     after: Place
     """The model after."""

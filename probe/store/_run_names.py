@@ -31,7 +31,7 @@ def model_names(recipe: Recipe) -> dict[Asked, str]:
     for pair in recipe.pairs:
         for asked in pair.asked():
             if asked not in names:
-                parts = asked.model.removeprefix("probe:").rstrip("/").split("/")[-2:]
+                parts = _parts(asked.model)
                 name = plain = "--".join(part.strip(".~ ") for part in parts if part.strip(".~ "))
                 number = 2
                 while name in names.values():
@@ -47,6 +47,17 @@ def model_names(recipe: Recipe) -> dict[Asked, str]:
             )
         whose[file] = f"{name} on benchmark {choice.name!r}"
     return names
+
+
+def _parts(reference: str) -> list[str]:
+    """The last two names of a reference: `org`, `model@step_100`."""
+    place, revision = reference.removeprefix("probe:"), ""
+    if not place.startswith(("/", ".", "~")):  # a revision may have slashes, too
+        place, at, behind = place.partition("@")
+        revision = at + behind.replace("/", "-")
+    # A checkpoint in a trainer's folder is a folder there.
+    parts = place.replace("#", "/").rstrip("/").split("/")[-2:]
+    return [*parts[:-1], parts[-1] + revision]
 
 
 LONGEST = 180

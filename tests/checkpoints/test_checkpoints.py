@@ -174,22 +174,23 @@ def test_what_is_downloaded(tmp_path, monkeypatch, weights):
     files = [path.relative_to(hub).as_posix() for path in hub.rglob("*") if path.is_file()]
     asked = []
 
-    def snapshot_download(reference, allow_patterns, ignore_patterns):
+    def snapshot_download(reference, revision, allow_patterns):
         asked.append(reference)
         cache = tmp_path / "cache"
         cache.mkdir(exist_ok=True)
         for name in files:
-            wanted = any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)
-            if wanted and not fnmatch.fnmatch(name, ignore_patterns):
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
                 shutil.copy(hub / name, cache / name)
         return str(cache)
 
-    monkeypatch.setattr(checkpoints, "hub_reachable", lambda: True)
+    monkeypatch.setattr("probe.checkpoints._hub.hub_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, reference: files)
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.list_repo_files", lambda self, reference, revision: files
+    )
     monkeypatch.setattr(
         "huggingface_hub.try_to_load_from_cache",
-        lambda reference, name: (
+        lambda reference, name, revision: (
             str(tmp_path / "cache" / name)
             if reference == "me/model" and (tmp_path / "cache" / name).is_file()
             else None
