@@ -99,23 +99,18 @@ def attribute(
             length, or a target without a slope.
     """
     way, target = method_named(method), Target.of(target)
-    if ig_steps != "auto":
-        check_count("ig_steps", ig_steps, " or auto")
     model = as_model(model)
-    _check_method(model, method, way)
+    _check_method(model, method, way, ig_steps)
     graph = model.graph(granularity)
     check_roles(model, graph)
     sequences = as_sequences(model, sequences, answer, max_new_tokens)
     texts = _corrupted(model, corrupted, sequences, ablation)
     _check_target(model, target, sequences, way, ig_steps)
     steps = way.steps(ig_steps)
-    names = [sequence.id for sequence in sequences]
-    found = _Collected(model, graph, names, finished, integrated=steps > 1)
+    found = _Collected(model, graph, [s.id for s in sequences], finished, integrated=steps > 1)
     baseline = ablation_means(model, sequences, graph, ablation, batch_size)
     if steps > 1 and ig_steps == "auto" and baseline is None and texts is None:
-        baseline = ablation_means(model, sequences, graph, "mean", batch_size)
-        if baseline is not None:
-            baseline[1:] = 0
+        baseline = _mean_embedding(model, sequences, graph, batch_size)
     rows = steps + (steps > 1 or texts is not None)
     batching = Batching(model, graph, batch_size if way.passes else 1, rows, way.may_recompute)
     unchecked = [True]  # until one batch has been
@@ -123,10 +118,8 @@ def attribute(
     def score(indices: list[int], memory: MemoryMode) -> EdgeBatch:
         references = target.beside(indices, [len(sequences[i].answer) for i in indices])
         beside = None if texts is None else [texts[i] for i in indices]
-        options = Options(
-            *(ig_steps, baseline, batch_size, memory, target, references, beside),
-            check=bool(unchecked),
-        )
+        parts = (ig_steps, baseline, batch_size, memory, target, references, beside)
+        options = Options(*parts, check=bool(unchecked))
         batch = way.score(model, [sequences[i] for i in indices], graph, options)
         unchecked.clear()  # not before: one that did not fit into memory comes again
         return batch
@@ -134,6 +127,20 @@ def attribute(
     found.add_all(batching.run([s.length for s in sequences], score, done))
     found.warn(method, steps, zero=baseline is None and texts is None)
     return found.edges
+
+
+def _mean_embedding(
+    model: Model, sequences: Sequence[TokenSequence], graph: Graph, batch_size: BatchSize
+) -> torch.Tensor | None:
+    """What the default way of `eap-ig` begins at: the mean of `input`, and zero of all others.
+
+    Returns:
+        [source, d_model]; None without sequences.
+    """
+    means = ablation_means(model, sequences, graph, "mean", batch_size)
+    if means is not None:
+        means[1:] = 0
+    return means
 
 
 class _Collected:
@@ -240,8 +247,10 @@ def _corrupted(
     return corrupted_beside(model, given, sequences)
 
 
-def _check_method(model: Model, name: str, way: Method) -> None:
-    """Check that a method runs with a model's kernels, and with its blocks."""
+def _check_method(model: Model, name: str, way: Method, ig_steps: Steps) -> None:
+    """Check that a method runs with a model's kernels, and with its blocks, in so many steps."""
+    if ig_steps != "auto":
+        check_count("ig_steps", ig_steps, " or auto")
     mixers = [here.attention for here in model.blocks if here.attention and not here.splits]
     if way.rules and (mixers or not model.architecture.relp):
         what = mixers[0] if mixers else "blocks"

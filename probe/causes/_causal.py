@@ -187,17 +187,26 @@ def causal_test(
         measure_one = partial(_on_question, changes, design.places, rows, batch_size)
         found = []
         for place, text in enumerate(held_out):
-            values = None if kept is None else kept.read(f"{name}-{place}")
-            if values is None:
-                values = measure_one(place, text)
-                if kept is not None:
-                    kept.write(f"{name}-{place}", values)
+            found.append(
+                _read_or_measure(kept, f"{name}-{place}", partial(measure_one, place, text))
+            )
             if progress:
                 progress(len(rows), total)
-            found.append(values)
         measured[name] = torch.stack(found, 2)
     groups = None if clusters is None else [clusters.get(text.id) for text in held_out]
     return design.judged(measured, ranked, held_out, units_of(groups, len(held_out)))
+
+
+def _read_or_measure(
+    kept: Kept | None, name: str, measure: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """What is kept under a name, or else is measured and kept."""
+    values = None if kept is None else kept.read(name)
+    if values is None:
+        values = measure()
+        if kept is not None:
+            kept.write(name, values)
+    return values
 
 
 @dataclass(frozen=True, eq=False)
