@@ -77,11 +77,14 @@ def eap_ig(
     Hanna et al. 2024 (arXiv 2403.17806), "EAP-IG inputs". The scores out of `input` sum to the
     target with an ablated embedding, minus the target, as the steps become many. How near they
     came is told with them. From a zero embedding they hardly come near (`from_zero`), so where the
-    number of steps is not said either, the way begins at the mean embedding, and that is what is
-    left of `input`.
+    number of steps is not said either, the way begins at the mean of a sequence's own embeddings,
+    and that is what is left of `input`.
     """
-    zero = options.baseline is None and options.corrupted is None
-    path = (from_zero if zero else even)(steps_of(options.ig_steps))
+    steps, zero = steps_of(options.ig_steps), options.baseline is None and options.corrupted is None
+    if zero and options.ig_steps == "auto":
+        path = even(steps)._replace(from_mean=True)
+    else:
+        path = (from_zero if zero else even)(steps)
     return _gradients(model, sequences, graph, options, path)
 
 

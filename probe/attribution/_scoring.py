@@ -79,8 +79,8 @@ def attribute(
         ablation: What is left of a removed output: `zero`, or its `mean` over all positions of
             these sequences.
         ig_steps: Points of the integral of `eap-ig`, on the way from what an ablation leaves of the
-            embedding. `auto`: 60; with zero ablation, the way then begins at the mean embedding of
-            these sequences, and that is what an edge out of `input` leaves.
+            embedding. `auto`: 60; with zero ablation, the way then begins at the mean of a
+            sequence's own embeddings, and that is what an edge out of `input` leaves.
         target: What is differentiated: a name in `probe.tracing.TARGETS`, a `Target`, or a function
             of logits [token, vocabulary] and labels [token] that gives a value for each token.
         corrupted: A text beside each sequence with a prompt as long as its own. A removed output
@@ -109,8 +109,6 @@ def attribute(
     steps = way.steps(ig_steps)
     found = _Collected(model, graph, [s.id for s in sequences], finished, integrated=steps > 1)
     baseline = ablation_means(model, sequences, graph, ablation, batch_size)
-    if steps > 1 and ig_steps == "auto" and baseline is None and texts is None:
-        baseline = _mean_embedding(model, sequences, graph, batch_size)
     rows = steps + (steps > 1 or texts is not None)
     batching = Batching(model, graph, batch_size if way.passes else 1, rows, way.may_recompute)
     unchecked = [True]  # until one batch has been
@@ -125,22 +123,8 @@ def attribute(
         return batch
 
     found.add_all(batching.run([s.length for s in sequences], score, done))
-    found.warn(method, steps, zero=baseline is None and texts is None)
+    found.warn(method, steps, zero=ig_steps != "auto" and baseline is None and texts is None)
     return found.edges
-
-
-def _mean_embedding(
-    model: Model, sequences: Sequence[TokenSequence], graph: Graph, batch_size: BatchSize
-) -> torch.Tensor | None:
-    """What the default way of `eap-ig` begins at: the mean of `input`, and zero of all others.
-
-    Returns:
-        [source, d_model]; None without sequences.
-    """
-    means = ablation_means(model, sequences, graph, "mean", batch_size)
-    if means is not None:
-        means[1:] = 0
-    return means
 
 
 class _Collected:

@@ -287,7 +287,7 @@ class AttributionOptions:
 
     ig_steps: Count | Literal["auto"] = "auto"
     """Points of the integral of `eap-ig` from the embedding that the ablation leaves. `auto`: 60,
-    with zero ablation from the mean embedding."""
+    with zero ablation from the mean of a sequence's own embeddings."""
 
     target: str = "loss"
     """What is differentiated: a name in `probe.tracing.TARGETS`."""

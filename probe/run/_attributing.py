@@ -124,9 +124,10 @@ def attribute_with(
 def _settings(recipe: Recipe, side: Side, like: Sequence[float] | None) -> tuple[str, ...]:
     """What edges depend on beside weights and texts."""
     options = recipe.attribution
-    steps, auto = method_named(options.method).steps(options.ig_steps), options.ig_steps == "auto"
-    rule = rule_of(steps, zero=options.ablation == "zero" and not auto)
-    points = str(steps) if steps == 1 else f"{steps} {rule}{' auto' * auto}"
+    steps, zero = method_named(options.method).steps(options.ig_steps), options.ablation == "zero"
+    own_mean = zero and options.ig_steps == "auto"
+    rule = rule_of(steps, zero and not own_mean)
+    points = str(steps) if steps == 1 else f"{steps} {rule}{' from own mean' * own_mean}"
     # Nothing of the loss at temperature 1: keys of old runs stay.
     target = Target(_what(recipe, side)).key
     if like is not None:

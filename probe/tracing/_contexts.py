@@ -185,7 +185,7 @@ def edge_scores(
         model: The model.
         batch: The sequences.
         graph: The model's graph; its granularity decides which branches are apart.
-        path: Points and weights of an integral.
+        path: Points and weights of an integral; where it begins at a mean, that is B of `input`.
         relp: Whether to follow those rules.
         baseline: B of each source, [source, d_model]; zero if not given. Where the batch has
             corrupted texts it is what the source writes there, position by position.
@@ -258,6 +258,7 @@ def _edge_pass(
         path.points,
         path.weights,
         None if baseline is None else baseline.to(model.device, model.dtype),
+        lengths=batch.lengths if path.from_mean else None,
         corrupted=batch.corrupted is not None,
         on_host=memory.sources_on_host,
     )

@@ -41,6 +41,7 @@ class EdgeProduct:
         weights: torch.Tensor,
         baseline: torch.Tensor | None = None,
         *,
+        lengths: torch.Tensor | None = None,
         corrupted: bool = False,
         on_host: bool = False,
     ) -> None:
@@ -53,10 +54,13 @@ class EdgeProduct:
             points: Of the way from B to the embedding, [step]; the last one is 1.
             weights: What the gradient at each counts, [step].
             baseline: B, what an ablation leaves of each source, [source, d_model].
+            lengths: How many positions of each sequence are no filling, int64 [sequence], where B
+                of the input is the mean of its own embeddings.
             corrupted: Whether B is what the source writes in the first rows.
             on_host: Whether outputs wait in the host's memory.
         """
         self.mask, self.baseline, self.corrupted = mask, baseline, corrupted
+        self.lengths = lengths
         self.points, self.weights, self.steps = points, weights, len(points)
         self.n_sequences, self.on_host = n_sequences, on_host
         # Rows come in blocks of all sequences: where the path begins, if it does; then each point.
@@ -113,11 +117,21 @@ class EdgeProduct:
         base = torch.zeros_like(last)
         if self.corrupted:
             base = first
+        elif self.lengths is not None:
+            base = base + self._own_mean(last)[:, None].to(base.dtype)
         elif self.baseline is not None:
             base = base + self.baseline[0].to(last.device)
         points = self.points[:-1, None, None, None].to(last.device, last.dtype)
         between = base + points * (last - base)  # [step - 1, sequence, position, d_model]
         return torch.cat([base, between.flatten(0, 1), last])
+
+    def _own_mean(self, embedded: torch.Tensor) -> torch.Tensor:
+        """The mean of each sequence's embeddings [sequence, position, d_model]: [sequence, d]."""
+        assert self.lengths is not None
+        lengths = self.lengths.to(embedded.device)[:, None]
+        real = torch.arange(embedded.shape[1], device=embedded.device) < lengths
+        exact = torch.promote_types(embedded.dtype, torch.float32)
+        return torch.einsum("np,npd->nd", real.to(exact), embedded.to(exact)) / lengths
 
     def removed(self, output: torch.Tensor) -> torch.Tensor:
         """Of an output what an ablation takes away, but for a mean: [sequence, position, d]."""
@@ -196,12 +210,16 @@ class EdgeProduct:
             found = self._product(outputs, read.permute(1, 2, 0))  # [piece, source, target]
             found = found.unflatten(0, (self.n_sequences, -1)).sum(1)[..., : len(targets)]
             scores -= found if self.steps == 1 else found * weight
-        if self.baseline is not None:
+        if self.baseline is not None or self.lengths is not None:
             weights = self.weights.to(gradients.device, scores.dtype)
             total = gradients[: len(targets)].sum(3, dtype=scores.dtype)  # [target, step, seq, d]
             total = torch.einsum("tknd,k->tnd", total, weights)
-            baseline = self.baseline[:reach].to(total.dtype)
-            scores += torch.einsum("sd,tnd->nst", baseline, total)
+            if self.lengths is not None:
+                begun = self._own_mean(self._outputs[0]).to(total)  # [sequence, d_model]
+                scores[:, 0] += torch.einsum("nd,tnd->nt", begun, total)
+            if self.baseline is not None:
+                baseline = self.baseline[:reach].to(total.dtype)
+                scores += torch.einsum("sd,tnd->nst", baseline, total)
 
     def _gathered(self, targets: range) -> torch.Tensor:
         """Gradients of these targets side by side: [target, step, sequence, position, d_model]."""

@@ -25,6 +25,9 @@ class Path(NamedTuple):
     weights: torch.Tensor
     """float64 [step], of sum 1 but for rounding and the rule's own error."""
 
+    from_mean: bool = False
+    """Whether the way begins at the mean of each sequence's own embeddings."""
+
 
 HERE = Path(torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
 """No way: the gradient at the input as it is."""
@@ -102,7 +105,7 @@ def from_zero(steps: int) -> Path:
     path = radau(steps)
     if steps < MANY:
         return path
-    s, weights = path
+    s, weights = path.points, path.weights
     points = (_STRETCH * s).sinh() / sinh(_STRETCH)
     slopes = _STRETCH * (_STRETCH * s).cosh() / sinh(_STRETCH)
     return Path(points, weights * slopes)

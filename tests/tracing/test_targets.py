@@ -182,7 +182,7 @@ def test_integrated_gradients_are_sums_of_slopes(models, architecture, name):
                 value,
                 entered=lambda stream, point=point: point * stream,
             )
-            for point, weight in zip(*path, strict=True)
+            for point, weight in zip(path.points, path.weights, strict=True)
         )
         close(edges.scores[number][edges.graph.mask], total, architecture)
 
@@ -450,7 +450,7 @@ def test_an_integral_closes_by_default(name):
 
 
 def test_even_points_are_exact_for_parabolas_and_follow_what_is_rough():
-    points, weights = even(AUTO_STEPS)
+    points, weights, _ = even(AUTO_STEPS)
     for power in range(3):
         assert float((weights * points**power).sum()) == pytest.approx(1 / (power + 1), abs=1e-12)
     assert float(points[-1]) == 1
