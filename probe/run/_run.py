@@ -90,6 +90,12 @@ def run_recipe(
         if host is None and not weight_files(reference):
             console.print(f"downloading {reference}")
             fetch_checkpoint(reference)
+    # A run that goes on has looked through these numbers: its record knows these weights.
+    new = fresh or not folder.record.exists()
+    for reference in recipe.models():
+        if weight_files(reference):
+            for line in check_model(reference, numbers=new):
+                console.print(line, soft_wrap=True)
     with locked(folder, said_on(console)) as held:
         return _run(held, recipe, problems, given, answers, host, fresh, console)
 
@@ -105,12 +111,6 @@ def _run(
     console: Console,
 ) -> Report:
     """Run a recipe that was checked into a folder that this process holds."""
-    # A run that goes on has looked through these numbers: its record knows these weights.
-    new = fresh or not folder.record.exists()
-    for reference in recipe.models():
-        if weight_files(reference):
-            for line in check_model(reference, numbers=new):
-                console.print(line, soft_wrap=True)
     if not fresh:
         recipe = with_earlier_tables(folder, recipe)
     tables = {name: file.table for name, file in given.items()}
@@ -118,7 +118,7 @@ def _run(
         name: {p.id: sha256(p.question.encode()).hexdigest()[:16] for p in part}
         for name, part in problems.items()
     }
-    if not new:
+    if not fresh and folder.record.exists():
         questions = check_questions(folder, questions)
     record = open_record(folder, recipe, fresh, tables)
     for line in version_lines(record):

@@ -333,12 +333,18 @@ def test_no_question_that_both_models_solve(tmp_path):
 
 
 def start(folder):
-    return subprocess.Popen(
-        [sys.executable, "-m", "probe.cli", "recipe", "tiny-math", "--output", folder, *ARGUMENTS],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    # What a shell starts in the background ignores Ctrl-C, and so does all that this starts.
+    here = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [*(sys.executable, "-m", "probe.cli", "recipe"), "tiny-math", "--output", folder]
+            + ARGUMENTS,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, here)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
