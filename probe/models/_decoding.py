@@ -25,6 +25,9 @@ SETTINGS = "generation_config.json"
 _MARKS = ("eos_token_id", "pad_token_id", "bos_token_id", "transformers_version")
 """What the file says that is no way to decode."""
 
+_MOST_TOKENS = 2**31
+"""More than any vocabulary has; what is beyond is no token, and no library takes it for one."""
+
 _PRIVATE = ("_from_model_config", "_commit_hash", "_original_object_hash")
 
 NOT_DECODING = (
@@ -119,9 +122,16 @@ def own(
 
 
 def own_stops(settings: Mapping[str, object]) -> tuple[str, ...]:
-    """The texts at which a model's own settings end an answer."""
-    texts = settings.get("stop_strings") or ()
-    return (texts,) if isinstance(texts, str) else tuple(map(str, texts))  # type: ignore[call-overload]
+    """The texts at which a model's own settings end an answer.
+
+    Raises:
+        ProbeError: They are no texts.
+    """
+    found = settings.get("stop_strings") or []
+    texts = [found] if isinstance(found, str) else found
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ProbeError(f"{SETTINGS}: stop_strings is {found!r}; it must be a list of texts")
+    return tuple(texts)
 
 
 def over(settings: Mapping[str, object], wanted: Mapping[str, object]) -> dict[str, object]:
@@ -163,4 +173,5 @@ def _read(file: Path) -> dict[str, object]:
 def _tokens(value: object) -> list[int]:
     """Token ids of one number, a list of them, or nothing."""
     values = value if isinstance(value, list | tuple) else [value]
-    return [int(x) for x in values if isinstance(x, int) and not isinstance(x, bool) and x >= 0]
+    numbers = [x for x in values if isinstance(x, int) and not isinstance(x, bool)]
+    return [int(x) for x in numbers if 0 <= x < _MOST_TOKENS]

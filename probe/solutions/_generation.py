@@ -219,6 +219,22 @@ def drawn_with(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _own_settings(model: Model, ending: _Ending) -> Iterator[None]:
+    """Say in one line that a model's own settings, which may be anything, cannot be used."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers finds out in the middle, by any
+        if ending.own is None:
+            raise
+        raise ProbeError(
+            f"{model.reference}: its own generation_config.json cannot be used "
+            f"({reason(error)}); mend it, or set solutions.decoding to greedy"
+        ) from error
+
+
 def _static(
     model: Model,
     prompts: Sequence[Sequence[int]],
@@ -255,12 +271,14 @@ def _static(
         if point and width <= point:
             longest = min(longest, point - width + 1)
         criteria = StoppingCriteriaList([ending.criterion(width)] if ending.stop else [])
-        config = ending.config(longest)
         if model.deployment:
+            config = ending.config(longest)
             beside = over(model.settings, vars(config))
             generated = generate_tokens(model, input_ids, attention_mask, config, criteria, beside)
         else:
-            with torch.inference_mode(), drawn_with(seed + places[0], model.device):
+            drawn = drawn_with(seed + places[0], model.device)
+            with torch.inference_mode(), drawn, _own_settings(model, ending):
+                config = ending.config(longest)
                 generated = model.network._module.generate(
                     input_ids=input_ids.to(model.device),
                     attention_mask=attention_mask.to(model.device),

@@ -141,6 +141,17 @@ def test_the_models_own_settings_on_request(tmp_path, plain):
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [{"repetition_penalty": "x"}, {"num_beams": -1}, {"stop_strings": 5}, {"stop_strings": [[1]]}],
+)
+def test_settings_that_cannot_be_used_are_one_line(tmp_path, plain, settings):
+    model = probe.load_model(with_settings(tmp_path / "m", **settings))
+    with pytest.raises(probe.ProbeError, match=r"generation_config.json.*(greedy|list of texts)"):
+        answers(model, decoding="model")
+    assert answers(model) == plain
+
+
+@pytest.mark.parametrize(
     ("config", "settings", "expected"),
     [
         ({}, {}, {1}),
@@ -150,6 +161,7 @@ def test_the_models_own_settings_on_request(tmp_path, plain):
         ({"eos_token_id": 9}, {"eos_token_id": [7]}, {1, 7, 9}),
         ({"eos_token_id": None}, {"eos_token_id": None}, {1}),
         ({"eos_token_id": -1}, {"eos_token_id": "x"}, {1}),
+        ({"eos_token_id": 2**32}, {"eos_token_id": [2**70]}, {1}),
     ],
 )
 def test_every_file_may_name_an_end(tmp_path, config, settings, expected):

@@ -337,8 +337,13 @@ def start(folder):
     here = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(
-            [*(sys.executable, "-m", "probe.cli", "recipe"), "tiny-math", "--output", folder]
-            + ARGUMENTS,
+            [
+                sys.executable,
+                "-m",
+                "probe.cli",
+                *("recipe", "tiny-math", "--output", folder),
+                *ARGUMENTS,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
