@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from probe.checkpoints._patterns import SECONDS, in_time, patterns_in
 from probe.checkpoints._references import ADAPTER_WEIGHTS, weights_in
 from probe.checkpoints._tensor_files import open_tensors, read_headers
 from probe.errors import ProbeError, install, reason
@@ -140,6 +141,14 @@ def _expected(
 ) -> dict[str, torch.Tensor]:
     """The tensors that a whole adapter of this config holds, by their names in its file."""
     peft = _peft(adapter)
+    names = [name for name, _ in module.named_modules()]
+    names += [f"base_model.model.{name}" for name in names]
+    if not in_time(patterns_in(config.to_dict()), names):
+        raise ProbeError(
+            f"the adapter {adapter}: its patterns (target_modules and the like in "
+            f"adapter_config.json) take more than {SECONDS:g} s to match the base's names; list "
+            "the modules by name"
+        )
     config = copy(config)
     # How a new adapter starts does not matter here, and some ways need the base's numbers.
     if isinstance(getattr(config, "init_lora_weights", None), str):

@@ -135,6 +135,27 @@ def test_an_adapters_config_that_does_not_fit(tmp_path, changes, message):
     refused(folder, message)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": r"([a-z0-9_.]+)+!"},
+        {"rank_pattern": {"(.*)*(.*)*!": 8}},
+        {"layers_pattern": ["([a-z0-9_.]+)+!"], "layers_to_transform": [0]},
+    ],
+)
+def test_a_pattern_that_never_ends(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr("probe.checkpoints._patterns.SECONDS", 1.0)
+    folder, _ = lora(tmp_path / "a")
+    configure(folder, "adapter_config.json", **changes)
+    refused(folder, "its patterns .* take more than")
+
+
+def test_a_pattern_that_ends_is_one(tmp_path):
+    pattern = r"(model\.)*layers\.\d+\..+\.(q|v)_proj"
+    folder, adapted = lora(tmp_path / "a", target_modules=pattern)
+    same_logits(probe.load_model(str(folder)), adapted)
+
+
 def test_an_adapter_without_weights(tmp_path):
     folder, _ = lora(tmp_path / "a")
     (folder / "adapter_model.safetensors").write_bytes(LFS)
