@@ -418,6 +418,42 @@ def checks(results: Results) -> None:
             del model
 
 
+def exact_rate(results: Results, model: probe.Model, length: int, count: int, what: str) -> None:
+    """Edges that are removed in a second, beside plain forward passes of the same prompt.
+
+    The edges are drawn evenly over the graph. Both run in batches; of the plain ones, the fastest
+    size counts.
+    """
+    graph, sequence = model.graph("qkv"), random_sequences(model, [length])[0]
+    every = graph.mask.nonzero()
+    drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(3))[:count]
+    edges = [probe.Edge(0, *edge) for edge in every[drawn].tolist()]
+    module, scored = model.network._module, len(sequence.answer)
+    tokens = torch.tensor([[*sequence.prompt, *sequence.answer][:-1]], device=model.device)
+
+    def plain(batch: int) -> None:
+        with torch.no_grad():
+            rows = tokens.expand(batch, -1)
+            module(input_ids=rows, use_cache=False, logits_to_keep=scored).logits[0, 0, 0].item()
+
+    passes = max(batch / clock(lambda batch=batch: plain(batch), 3, 1) for batch in (8, 32, 64))
+    rate = count / clock(lambda: probe.exact_effects(model, [sequence], edges).sum().item(), 1, 1)
+    results.add(
+        f"exact, {what}, 1 x {length}, {count} edges",
+        edges_per_second=rate,
+        plain_passes_per_second=passes,
+        ratio=rate / passes,
+    )
+
+
+def exact(results: Results) -> None:
+    """Exact effects at the 7B Mistral shape."""
+    with free_after():
+        model = random_model("mistral-7b", "cuda", torch.bfloat16)
+        exact_rate(results, model, 256, 1024, "mistral-7b, eager")
+        del model
+
+
 def cpu(results: Results, threads: int) -> None:
     """The shape and length at which the published method's own code was timed."""
     torch.set_num_threads(threads)
@@ -482,6 +518,7 @@ def two_cards(results: Results) -> None:
 CASES = {
     "speed": speed,
     "checks": checks,
+    "exact": exact,
     "mixed": mixed,
     "memory": memory,
     "long": long,

@@ -3,6 +3,7 @@
     python benchmarks/generation.py                # 7B Mistral shape on a GPU, about three minutes
     python benchmarks/generation.py --variants     # also other settings of the continuous engine
     python benchmarks/generation.py --prompts 1319 # as many as GSM8K has, about six minutes more
+    python benchmarks/generation.py --small        # SmolLM2-135M's shape in float32 on a GPU
     python benchmarks/generation.py --tiny         # a small model on a CPU, to try it out
 
 Weights are random (bfloat16 on a GPU), so no answer ends by itself: the end-of-sequence token is
@@ -45,6 +46,15 @@ SHAPE = {
     "vocab_size": 32000,
     "max_position_embeddings": 32768,
     "sliding_window": None,
+}
+SMALL = SHAPE | {
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
 }
 TINY = SHAPE | {
     "num_hidden_layers": 2,
@@ -171,6 +181,7 @@ def measure(
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--small", action="store_true", help="a small model in float32 on a GPU")
     parser.add_argument("--tiny", action="store_true", help="a small model on a CPU")
     parser.add_argument("--variants", action="store_true", help="more settings of the engine")
     parser.add_argument("--skip-static", action="store_true", help="the continuous engine alone")
@@ -179,11 +190,12 @@ def main() -> None:
 
     number = options.prompts or (48 if options.tiny else 256)
     device = "cpu" if options.tiny else "cuda"
-    dtype = torch.float32 if options.tiny else torch.bfloat16
+    dtype = torch.float32 if options.tiny or options.small else torch.bfloat16
+    shape = TINY if options.tiny else SMALL if options.small else SHAPE
     limits = lengths(number, 20 if options.tiny else 200, 0.47, seed=1)
     draw = random.Random(2)
     start = time.perf_counter()
-    model = random_model(TINY if options.tiny else SHAPE, device, dtype)
+    model = random_model(shape, device, dtype)
     prompts = [
         [draw.randrange(3, int(model.config.vocab_size)) for _ in range(size)]
         for size in lengths(number, 110, 0.4, seed=3)
@@ -199,6 +211,8 @@ def main() -> None:
     if options.variants:
         runs += [
             ("continuous, no CUDA graphs", "continuous", {"use_cuda_graph": False}),
+            ("continuous, steps overlap", "continuous", {"use_async_batching": True}),
+            ("continuous, 512 at once", "continuous", {"requests": 512}),
             ("continuous, masks (sdpa)", "continuous", {"flash": False}),
             ("continuous, masks, 64 at once", "continuous", {"flash": False, "requests": 64}),
         ]

@@ -2,8 +2,8 @@
 
 With flash attention, transformers runs requests of any lengths together without a mask; without,
 its cost per step grows with the square of their number. The package `flash-attn` and the kernels
-of the hub are often not there, but torch holds the same kernel. This module lends it, and
-`continuous` makes it known to transformers.
+of the hub are often not there, and take no float32, but torch holds the same kernel, and another
+one for float32. This module lends them, and `continuous` makes them known to transformers.
 """
 
 import torch
@@ -11,15 +11,18 @@ import torch
 NAME = "probe_flash"
 """transformers takes a name with `flash` in it for one that needs no mask."""
 
+_CAUSAL_FROM_THE_END = 2
+"""How torch's kernel for float32 calls a mask whose last query sees the last key."""
+
 
 def usable(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Whether torch's kernel runs here: on Ampere or newer, in half precision."""
+    """Whether torch's kernels run here: on Ampere or newer."""
     return (
         device.type == "cuda"
         and torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(device) >= (8, 0)
-        and dtype in (torch.bfloat16, torch.float16)
+        and dtype in (torch.bfloat16, torch.float16, torch.float32)
         and head_width % 8 == 0
         and head_width <= 256
     )
@@ -40,6 +43,17 @@ def varlen(
 
     The last query of a sequence is at its last key. Sequences end where `ends_*` say, from 0 on.
     """
+    if query.dtype == torch.float32:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+        return torch.ops.aten._efficient_attention_forward(
+            *(query[None], key[None], value[None], None),
+            *(ends_query, ends_key, longest_query, longest_key),
+            0.0,
+            _CAUSAL_FROM_THE_END,
+            scale=scaling,
+            window_size=window,
+        )[0][0]
     output = torch.ops.aten._flash_attention_forward(
         query,
         key,
