@@ -45,6 +45,7 @@ def effective_number(values):
 RATIOS = {
     "activation_intensity": lambda side: np.abs(side["all"]).mean(1),
     "information_complexity": lambda side: effective_number(side["all"]),
+    "distribution_kurtosis": lambda side: scipy.stats.kurtosis(side["all"], axis=1, fisher=False),
     "output_entropy": lambda side: effective_number(side["logits"]),
     "token_entropy": lambda side: side["entropies"],
 }
@@ -56,10 +57,7 @@ def recompute(metric, before, after):
         parts = np.log(RATIOS[metric](after) / RATIOS[metric](before))
         ends = scipy.stats.ttest_1samp(parts, 0).confidence_interval(0.95)
         return np.expm1(parts.mean()), np.expm1([*ends]), parts
-    if metric == "distribution_kurtosis":
-        old, new = (scipy.stats.kurtosis(side["all"], axis=1) for side in (before, after))
-    else:
-        old, new = (leave_one_out(side["all"]) for side in (before, after))
+    old, new = (leave_one_out(side["all"]) for side in (before, after))
     a, b = new.mean(), old.mean()
     parts = (a - b) / abs(b) + (new - old * a / b) / abs(b)
     ends = scipy.stats.ttest_1samp(parts, 0).confidence_interval(0.95)
