@@ -69,7 +69,7 @@ class EdgeChanges:
         self._anew = (2 * changed.sum(1) > mask.sum(0)) & (kept != 1)
         touched = changed.any(1)  # [row, target]
         self._rows_of = {
-            target: touched[:, target].nonzero()[:, 0].tolist()
+            target: touched[:, target].nonzero()[:, 0]
             for target in touched.any(0).nonzero()[:, 0].tolist()
         }
         self._outputs: dict[int, torch.Tensor] = {}
@@ -121,12 +121,12 @@ class EdgeChanges:
     def _change(self, hooks: Hooks, reader: SimpleNamespace, target: int) -> None:
         """Change what a branch reads that reads by itself."""
         rows = self._rows_of.get(target)
-        if not rows:
+        if rows is None:
             return
 
         def change(stream: torch.Tensor) -> torch.Tensor:
             changed = stream.clone()
-            changed[rows] = self._read(stream, rows, target)
+            changed[rows] = self._read(stream, target)
             return changed
 
         hooks.at_input(reader, change)
@@ -144,13 +144,13 @@ class EdgeChanges:
         rows = self._rows_of.get(target)
         if not layer.shared_norm:
             self._change(hooks, norm or block, target)
-        elif rows:
+        elif rows is not None:
             # Only this block is to see the change, behind the norm that both read.
             norm = layer.attention_norm
             hooks.at_input(norm or layer.attention, partial(self._streams.__setitem__, number))
 
             def change(normed: torch.Tensor) -> torch.Tensor:
-                changed = self._read(self._streams[number], rows, target)
+                changed = self._read(self._streams[number], target)
                 normed = normed.clone()
                 normed[rows] = norm._module.forward(changed) if norm else changed
                 return normed
@@ -161,10 +161,11 @@ class EdgeChanges:
         self, hooks: Hooks, number: int, layer: SimpleNamespace, first: int
     ) -> None:
         """Change what branches read that are columns of projections."""
-        todo: dict[int, list[tuple[int, torch.Tensor]]] = {}
+        todo: dict[int, list[tuple[int, torch.Tensor | slice]]] = {}
         for target, places in enumerate(self.wiring.columns, first):
             for projection, columns in places if target in self._rows_of else ():
-                todo.setdefault(projection, []).append((target, columns))
+                some = slice(None) if columns.all() else columns.nonzero()[:, 0]
+                todo.setdefault(projection, []).append((target, some))
         if not todo:
             return
         reader = layer.attention_norm or layer.attention
@@ -172,59 +173,87 @@ class EdgeChanges:
 
         def change(
             projection: int,
-            parts: list[tuple[int, torch.Tensor]],
+            parts: list[tuple[int, torch.Tensor | slice]],
             output: torch.Tensor,
             *_: object,
         ) -> torch.Tensor:
             output = output.clone()  # [row, position, column]
             for target, columns in parts:
                 rows = self._rows_of[target]
-                changed = self._read(self._streams[number], rows, target)
+                changed = self._read(self._streams[number], target)
                 if layer.attention_norm:
                     changed = layer.attention_norm._module.forward(changed)
-                changed = project(layer, projection, changed)
-                here = columns.to(output.device)
-                before = output[rows]
-                output[rows] = torch.where(here, changed.view(before.shape), before)
+                if isinstance(columns, torch.Tensor):
+                    columns = columns.to(output.device)
+                changed = project(self.wiring, layer, projection, changed, columns)
+                own = output[rows]
+                own[..., columns] = changed.view(*own.shape[:-1], -1)
+                output[rows] = own
             return output
 
         for projection, parts in todo.items():
             hooks.at_output(layer.projections[projection], partial(change, projection, parts))
 
-    def _read(self, stream: torch.Tensor, rows: list[int], target: int) -> torch.Tensor:
-        """What a branch reads in these rows: [row, position, d_model]."""
-        there, dtype = stream.device, stream.dtype
-        exact = torch.promote_types(dtype, torch.float32)
-        changed = self.changed[rows, :, target].to(there)  # [row, source]
-        anew = self._anew[rows, target].to(there)  # [row]
-        known = self.mask[:, target].to(there)
+    def _read(self, stream: torch.Tensor, target: int) -> torch.Tensor:
+        """What a branch reads in the rows where it is changed: [row, position, d_model]."""
+        exact = torch.promote_types(stream.dtype, torch.float32)
+        rows = self._rows_of[target]
+        changed = self.changed[rows, :, target].double()  # [row, source]
+        anew = self._anew[rows, target]  # [row]
         # Of O beside the stream, or of O where the stream counts nothing.
-        share = changed * (self.kept - 1.0) + (known & anew[:, None])
+        share = changed * (self.kept - 1.0) + (self.mask[:, target] & anew[:, None])
+        given = changed * self.given
         read = stream[rows].to(exact)
         read[anew] = 0
-        for source in (changed | (share != 0)).any(0).nonzero()[:, 0].tolist():
-            some = (changed[:, source] | (share[:, source] != 0)).nonzero()[:, 0].tolist()
-            here = [rows[place] for place in some]
-            part = self._of(self._outputs[source], here).to(there, exact)
-            part = part * share[some, source, None, None].to(exact)
-            value = self._value(source, here) if changed[some, source].any() else None
-            if value is not None:
-                times = changed[some, source, None, None] * self.given
-                part = part + value.to(there, exact) * times.to(exact)
-            read[some] += part
-        return read.to(dtype)
+        other = self._outputs if self.beside else self.values
+        if isinstance(other, torch.Tensor):
+            read += (given.to(read) @ other.to(read))[:, None]
+            other = None
+        some = share != 0 if other is None else (share != 0) | changed.bool()
+        numbers = some.cumsum(1)
+        for number in range(1, int(numbers[:, -1].max()) + 1):
+            # Of each row another source: nothing is added to twice at once, in no order.
+            places, sources = (some & (numbers == number)).nonzero().T
+            part = _parts(self._outputs, sources, rows[places], share[places, sources], read)
+            if other is not None:
+                # O and B are put together first: where they are the same, nothing is changed.
+                own = changed[places, sources].nonzero()[:, 0]
+                at, of = places[own], sources[own]
+                there = torch.tensor(self.beside)[rows[at]] if self.beside else rows[at]
+                beside = _parts(other, of, there, given[at, of], read)
+                part.index_add_(0, own.to(read.device), beside)
+            read.index_add_(0, places.to(read.device), part)
+        return read.to(stream.dtype)
 
-    def _of(self, output: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """What was written in some rows, also in those that were not there yet."""
-        return output[[row if row < len(output) else 0 for row in rows]]
 
-    def _value(self, source: int, rows: list[int]) -> torch.Tensor | None:
-        """B of a source in some rows: [row, position, d_model] or [d_model]."""
-        if self.beside:
-            return self._of(self._outputs[source], [self.beside[row] for row in rows])
-        if self.values is None:
-            return None
-        value = self.values[source]
-        if value.ndim == 1:
-            return value
-        return value.expand(len(rows), -1, -1) if len(value) == 1 else value[rows]
+def _parts(
+    held: Mapping[int, torch.Tensor],
+    sources: torch.Tensor,
+    rows: torch.Tensor,
+    shares: torch.Tensor,
+    like: torch.Tensor,
+) -> torch.Tensor:
+    """Shares of what is held of sources in some rows, or in row 0 where it has no such row.
+
+    Args:
+        held: By source, [row of the batch, position, d_model].
+        sources: int64 [row].
+        rows: Of the batch, int64 [row].
+        shares: [row].
+        like: Of the type, and on the device, that is wanted.
+
+    Returns:
+        [row, position, d_model].
+    """
+    if not len(sources):
+        return like[:0]
+    there = {source: held[source].to(like.device) for source in set(sources.tolist())}
+    pairs = [
+        (there[source], row if row < len(there[source]) else 0)
+        for source, row in zip(sources.tolist(), rows.tolist(), strict=True)
+    ]
+    if len(there) == 1:
+        found = pairs[0][0][[row for _, row in pairs]]
+    else:
+        found = torch.stack([value[row] for value, row in pairs])
+    return found.to(like.dtype) * shares.to(like)[:, None, None]

@@ -99,20 +99,33 @@ def in_rows(output: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
     return output.view(given[0].shape) if output.ndim == 2 and given else output
 
 
-def project(modules: SimpleNamespace, number: int, normed: torch.Tensor) -> torch.Tensor:
-    """What a projection of an attention gives for what the attention is given, without hooks.
+def project(
+    wiring: Wiring,
+    modules: SimpleNamespace,
+    number: int,
+    normed: torch.Tensor,
+    columns: torch.Tensor | slice = slice(None),
+) -> torch.Tensor:
+    """Some columns of what a projection of an attention makes of what the attention is given.
 
     Args:
+        wiring: Which way round weights are.
         modules: The layer's modules, from `_layers`.
         number: Which projection.
         normed: [..., d_model].
+        columns: Which columns, bool [column]; all if not given.
+
+    Returns:
+        [..., chosen column].
     """
-    # By .forward: a call would run the hooks.
     if modules.latent and number == 2:
-        narrow = project(modules, 1, normed)[..., : modules.latent.width]
+        narrow = project(wiring, modules, 1, normed)[..., : modules.latent.width]
+        # By .forward: a call would run the hooks.
         normed = modules.latent.norm._module.forward(narrow)
-    projected: torch.Tensor = modules.projections[number]._module.forward(normed)
-    return projected
+    projection = modules.projections[number]
+    projected: torch.Tensor = normed @ wiring.weight(projection)[:, columns]
+    bias = projection._module.bias
+    return projected if bias is None else projected + bias[columns]
 
 
 class ExpertOutputs:
