@@ -270,6 +270,9 @@ class Estimand(NamedTuple):
     values: Parts
     """The numbers: [question], above 0 for a ratio; [question, question] for pairs."""
 
+    means: str = ""
+    """What it is, for a legend."""
+
 
 class Metric(NamedTuple):
     """A metric as the report knows it: the paper's number, and ours."""
@@ -305,34 +308,64 @@ _ROWS: dict[str, Metric] = {
         "Act.Intens.",
         intensities,
         direction="up",
-        ours=Estimand("intensity", "intensity", "ratio", intensities),
+        ours=Estimand(
+            "intensity",
+            "intensity",
+            "ratio",
+            intensities,
+            "mean strength |score| of an edge, in nats",
+        ),
     ),
     "information_complexity": Metric(
         "Info.Complex.",
         strengths,
         "histogram",
         "up",
-        Estimand("eff. edges", "effective edges", "ratio", effective_edges),
+        Estimand(
+            "eff. edges",
+            "effective edges",
+            "ratio",
+            effective_edges,
+            "how many edges of equal strength would be as spread out",
+        ),
     ),
     "distribution_kurtosis": Metric(
         "Dist.Kurt.",
         kurtoses,
         direction="down",
-        ours=Estimand("kurtosis", "kurtosis", "ratio", whole_kurtoses),
+        ours=Estimand(
+            "kurtosis",
+            "kurtosis",
+            "ratio",
+            whole_kurtoses,
+            "how far a few edges stand out of all: fourth moment over squared variance",
+        ),
     ),
     "sample_diversity": Metric(
         "Diversity",
         distances,
         "pairs",
         "up",
-        Estimand("diversity", "diversity", "pairs", distances),
+        Estimand(
+            "diversity",
+            "diversity",
+            "pairs",
+            distances,
+            "how unlike the edges of two questions are: 1 - correlation",
+        ),
     ),
     "output_entropy": Metric(
         "Out.Entropy",
         output_strengths,
         "histogram",
         "up",
-        Estimand("eff. outputs", "effective output edges", "ratio", effective_outputs),
+        Estimand(
+            "eff. outputs",
+            "effective output edges",
+            "ratio",
+            effective_outputs,
+            "eff. edges, of those into the logits alone",
+        ),
     ),
 }
 
@@ -345,7 +378,13 @@ _TOKEN_ROWS: dict[str, Metric] = {
         "Tok.Entropy",
         token_entropies,
         direction="up",
-        ours=Estimand("token entropy", "token entropy", "ratio", token_entropies),
+        ours=Estimand(
+            "token entropy",
+            "token entropy",
+            "ratio",
+            token_entropies,
+            "how unsure the model is of each next token, in nats",
+        ),
     ),
 }
 

@@ -274,7 +274,7 @@ def test_recipe_and_report(tmp_path):
     small = ["--limit", 40, "--set", "selection.samples=3", "--set", "selection.alpha=[0.5]"]
     result = call("recipe", "tiny-math", "--output", folder, *small)
     assert result.exit_code == 0, result.output
-    assert "changed none of 6 cells" in " ".join(result.stdout.split())
+    assert "none of 6 (6 metrics at 1 alpha) moved beyond chance" in " ".join(result.stdout.split())
     assert "attribution" in result.stderr  # progress goes there, the report to standard output
     assert call("report", folder).stdout == result.stdout
     printed = json.loads(call("report", folder, "--format", "json").stdout)

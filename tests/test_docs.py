@@ -88,8 +88,8 @@ def test_the_own_benchmark(tmp_path):
     run(tmp_path, "-c", code)
     printed = run(tmp_path, "-m", "probe.cli", "recipe", "copying.toml")
     printed = " ".join(printed.split())
-    assert "On copying, GRPO did not measurably change accuracy" in printed
-    assert "significantly lowered intensity in 2 of 2 cells and token entropy in 2 of 2" in printed
+    assert "sft → grpo (GRPO) on 200 questions of copying Accuracy no measurable change" in printed
+    assert "moved beyond chance: intensity (2 down) and token entropy (2 down)" in printed
     report = json.loads((tmp_path / "runs" / "copying" / "report.json").read_text())
     (accuracy,) = report["accuracy"]
     assert accuracy["before"] == accuracy["after"] == 1

@@ -19,6 +19,9 @@ from ._heatmap import draw_heatmap as draw_heatmap
 from ._matched import matched_questions as matched_questions
 from ._opened import OpenRun as OpenRun
 from ._opened import open_run as open_run
+from ._opening import Finding as Finding
+from ._opening import opening as opening
+from ._opening import summary as summary
 from ._rendering import FORMATS as FORMATS
 from ._rendering import print_causal as print_causal
 from ._rendering import print_faithfulness as print_faithfulness
@@ -34,4 +37,3 @@ from ._terminal import table_view as table_view
 from ._terminal import view as view
 from ._webpage import explorer_data as explorer_data
 from ._wording import percent as percent
-from ._wording import summary as summary

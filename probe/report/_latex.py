@@ -9,9 +9,11 @@ from collections.abc import Sequence
 
 from probe.escaping import latex as escape
 from probe.report._extras import ExtraTable
+from probe.report._glossary import legend
 from probe.report._layout import extra_texts, further_tables, numeric, shared_tables, table_1
+from probe.report._opening import opening
 from probe.report._report import Report
-from probe.report._wording import caveats, overview
+from probe.report._wording import notes
 
 
 def document(reports: Sequence[Report]) -> str:
@@ -21,12 +23,17 @@ def document(reports: Sequence[Report]) -> str:
         tables.append(table_1(reports))
     for report in reports:
         tables += further_tables(report)
-    notes = dict.fromkeys(line for report in reports for line in caveats(report))
     lines = [r"% \usepackage{booktabs}"]
-    lines += [f"% {escape(line)}" for line in (*overview(reports), *notes)]
+    lines += [f"% {escape(line)}" for line in _remarks(reports)]
     for table in tables:
         lines += ["", *table_lines(table)]
     return "\n".join(lines)
+
+
+def _remarks(reports: Sequence[Report]) -> list[str]:
+    """What a report says beside its tables."""
+    said = [finding.text for finding in opening(reports)]
+    return said + [f"{term}: {text}" for term, text in legend(reports)] + notes(reports)
 
 
 def table_lines(table: ExtraTable) -> list[str]:

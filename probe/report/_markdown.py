@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from probe.escaping import markdown as escape
 from probe.report._extras import ExtraTable
+from probe.report._glossary import legend
 from probe.report._layout import (
     CELL_TITLES,
     cell_rows,
@@ -15,25 +16,33 @@ from probe.report._layout import (
     numeric,
     shared_tables,
 )
+from probe.report._opening import opening
 from probe.report._report import Report
-from probe.report._wording import caveats, groups, heading, overview
+from probe.report._wording import compared, groups, heading, notes
 
 
 def document(reports: Sequence[Report]) -> str:
     """A report, or several side by side, as one document."""
-    tables = shared_tables(reports)
+    lines = []
+    for finding in opening(reports):
+        lines += [f"**{escape(finding.subject)}**", ""]
+        lines += [f"- {escape(label)}: {escape(text)}" for label, text in finding.lines] + [""]
+    for table in shared_tables(reports):
+        lines += table_lines(table)
+    key = [f"- {escape(term)}: {escape(meaning)}" for term, meaning in legend(reports)]
+    if compared(reports):
+        lines += [*key, ""]
     for report in reports:
         if len(reports) == 1:
             for benchmark, pair, cells in groups(report):
                 rows = tuple(row for cell in cells for row in cell_rows(cell, report))
                 title = heading(benchmark, pair, cells)
-                tables.append(ExtraTable(title, "", CELL_TITLES, rows))
-        tables += further_tables(report)
-    lines = ["  \n".join(map(escape, overview(reports))), ""]
-    for table in tables:
-        lines += table_lines(table)
-    notes = dict.fromkeys(line for report in reports for line in caveats(report))
-    return "\n".join([*lines, "  \n".join(map(escape, notes))])
+                lines += [*key, ""] if key else []
+                lines += table_lines(ExtraTable(title, "", CELL_TITLES, rows))
+                key = []
+        for table in further_tables(report):
+            lines += table_lines(table)
+    return "\n".join([*lines, "  \n".join(map(escape, notes(reports)))])
 
 
 def table_lines(table: ExtraTable) -> list[str]:

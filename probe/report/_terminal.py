@@ -10,13 +10,17 @@ from collections.abc import Sequence
 from textwrap import wrap
 
 from rich.console import Group, RenderableType
+from rich.styled import Styled
+from rich.table import Table
 from rich.text import Text
 
 from probe.fitted import Fitted, open_table
 from probe.report._extras import ExtraTable
+from probe.report._glossary import legend
 from probe.report._layout import CELL_TITLES, cell_rows, extra_texts, numeric, shared_tables
+from probe.report._opening import opening
 from probe.report._report import Report
-from probe.report._wording import caveats, groups, heading, overview
+from probe.report._wording import compared, groups, heading, notes
 from probe.stats import Cell
 from probe.stats import _agreement as agreement
 
@@ -25,20 +29,47 @@ _COLOURS = {"yes": "green", "✓": "green", "no": "red", "✗": "red"}
 
 def view(reports: Sequence[Report]) -> RenderableType:
     """Lay out a report, or several side by side, for a terminal of 80 columns or more."""
-    parts: list[RenderableType] = [*map(Text, overview(reports)), Text("")]
+    parts = [*opening_view(reports), Text("")]
+    key = _legend_view(reports)
     for table in shared_tables(reports):
         parts += [table_view(table), Text("")]
+    if compared(reports):
+        parts += key  # explains the tables above
     for report in reports:
         if len(reports) == 1:
             for benchmark, pair, cells in groups(report):
-                parts += [Text(heading(benchmark, pair, cells), style="bold"), Text("")]
+                parts += [*key, Text(heading(benchmark, pair, cells), style="bold"), Text("")]
                 parts += [_cells_view(report, cells), Text("")]
+                key = []
         if report.faithfulness:
             parts.append(agreement.view(report.faithfulness))
         for extra in report.extras:
             parts += [table_view(extra), Text("")]
-    lines = dict.fromkeys(line for report in reports for line in caveats(report))
-    return Group(*parts, *(Text(line, style="dim") for line in lines))
+    return Group(*parts, *(Text(line, style="dim") for line in notes(reports)))
+
+
+def opening_view(reports: Sequence[Report]) -> list[RenderableType]:
+    """Lay out what a report says first: each label beside its sentences."""
+    parts: list[RenderableType] = []
+    for finding in opening(reports):
+        parts += [Text("")] if parts else []
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        for label, text in finding.lines:
+            grid.add_row(f"  {label}", Text(text))
+        parts += [Text(finding.subject, style="bold"), grid]
+    return parts
+
+
+def _legend_view(reports: Sequence[Report]) -> list[RenderableType]:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for term, meaning in legend(reports):
+        grid.add_row(term, Text(meaning))
+    title = Text("How to read the tables", style="bold")
+    return [title, Text(""), Styled(grid, "dim"), Text("")] if grid.row_count else []
 
 
 def table_view(extra: ExtraTable) -> RenderableType:

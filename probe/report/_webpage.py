@@ -11,8 +11,10 @@ script writes it as text only.
 import base64
 import io
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import matplotlib
 import numpy as np
@@ -25,6 +27,7 @@ from probe.metrics import Array
 from probe.recipe import recipe_text
 from probe.report._extras import ExtraTable
 from probe.report._figures import ENTROPIES, draw_diversity, draw_entropy
+from probe.report._glossary import Term, glossary, legend
 from probe.report._heatmap import COLOURS, LIMITS
 from probe.report._layout import (
     CELL_TITLES,
@@ -34,12 +37,16 @@ from probe.report._layout import (
     numeric,
     shared_tables,
 )
+from probe.report._opening import opening
 from probe.report._report import Report
 from probe.report._strength import Strength, read_strengths
-from probe.report._wording import caveats, groups, heading, overview
+from probe.report._wording import groups, heading, notes
 from probe.store import RunFolder
 
 _CLASSES = {"yes": " good", "✓": " good", "no": " bad", "✗": " bad"}
+MARKS = ("change %", "*", "interval", "paper", "paper %", "!")
+"""What of the legend stands again beside the first table."""
+
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
@@ -54,8 +61,8 @@ def page(reports: Sequence[Report]) -> str:
     report = reports[0]
     here = Path(__file__).with_name("webpage")
     strengths = list(read_strengths(report))
-    body = [_head(report), *_tables(shared_tables([report]))]
-    body += [*_explorer(bool(strengths)), *_figures(report), *_cell_tables(report)]
+    body = [_head(report), *_tables(shared_tables([report])), *_cell_tables(report)]
+    body += [*_explorer(bool(strengths)), *_figures(report)]
     body += [*_tables(further_tables(report)), *_reading(report), *_making(report)]
     if strengths:
         # "<" could end the element that holds it.
@@ -130,12 +137,42 @@ def _head(report: Report) -> str:
     record = RunFolder(report.path).read_record()
     when = str(record.get("finished") or record.get("started") or "")[:10]
     state = f"{len(report.missing)} parts are missing" if report.missing else "complete"
-    sentences = "".join(f"<li>{escape(line)}</li>" for line in overview([report]))
+    terms = glossary(report)
+    known = _known(terms)
+    findings = "".join(
+        f"<section><h2>{escape(one.subject)}</h2><dl>"
+        + "".join(
+            f"<dt>{escape(label)}</dt><dd>{_explained(text, known)}</dd>"
+            for label, text in one.lines
+        )
+        + "</dl></section>"
+        for one in opening([report])
+    )
+    words = "".join(f"<dt>{escape(t)}</dt><dd>{escape(meaning)}</dd>" for t, meaning in terms)
+    key = f'<details class="words" open><summary>Words and marks</summary><dl>{words}</dl>'
+    key = f"{key}</details>" if words else ""
     return (
         f"<header><h1>{escape(recipe.name)}: before and after</h1>"
         f"<p>{escape(recipe.description)}</p>"
         f'<p class="faint">{escape(" · ".join(filter(None, (when, state))))}</p></header>'
-        f'<ul class="summary">{sentences}</ul>'
+        f'<div class="first"><div class="findings">{findings}</div>{key}</div>'
+    )
+
+
+def _known(terms: Iterable[Term]) -> dict[str, str]:
+    """The meaning of each single word of a glossary, as tables and sentences have it."""
+    return {word: meaning for names, meaning in terms for word in re.split("[,/] ?", names)}
+
+
+def _explained(text: str, known: Mapping[str, str]) -> str:
+    """A sentence in which words that the glossary has say what they mean where one points."""
+    words = sorted((word for word in known if word.isalpha() and len(word) > 1), key=len)
+    if not words:
+        return escape(text)
+    parts = re.split(rf"\b({'|'.join(reversed(words))})\b", text)
+    return "".join(
+        f'<abbr title="{escape(known[part])}">{part}</abbr>' if place % 2 else escape(part)
+        for place, part in enumerate(parts)
     )
 
 
@@ -144,7 +181,14 @@ def _tables(tables: Iterable[ExtraTable]) -> list[str]:
 
 
 def _cell_tables(report: Report) -> list[str]:
-    parts = ["<h2>Every cell</h2>", '<div class="tables">']
+    terms = legend([report])
+    known = _known(terms)
+    key = "".join(
+        f"<dt>{escape(word)}</dt><dd>{escape(meaning)}</dd>"
+        for word, meaning in terms
+        if word in MARKS
+    )
+    parts = ["<h2>Every cell</h2>", f'<dl class="marks">{key}</dl>', '<div class="tables">']
     for benchmark, pair, cells in groups(report):
         rows, classes = [], []
         for place, cell in enumerate(cells):
@@ -155,27 +199,38 @@ def _cell_tables(report: Report) -> list[str]:
                 kind = "published" if number else " ".join(filter(None, (faint, "first" * first)))
                 classes.append(kind)
         title = heading(benchmark, pair, cells)
-        parts.append(_table(ExtraTable(title, "", CELL_TITLES, tuple(rows)), classes))
+        parts.append(_table(ExtraTable(title, "", CELL_TITLES, tuple(rows)), classes, known))
     return [*parts, "</div>"] if report.cells else []
 
 
-def _table(table: ExtraTable, classes: Sequence[str] = ()) -> str:
+def _table(
+    table: ExtraTable, classes: Sequence[str] = (), known: Mapping[str, str] = MappingProxyType({})
+) -> str:
     right = numeric(table)
     lines = [f'<section class="part"><h3>{escape(table.title)}</h3><div class="scroll"><table>']
-    lines.append("<thead><tr>" + _cells("th", table.columns, right) + "</tr></thead><tbody>")
+    lines.append("<thead><tr>" + _cells("th", table.columns, right, known) + "</tr></thead><tbody>")
     texts = extra_texts(table)
     for row, kind in zip(texts, classes or [""] * len(texts), strict=True):
-        lines.append(f'<tr class="{kind}">{_cells("td", row, right)}</tr>')
+        lines.append(f'<tr class="{kind}">{_cells("td", row, right, known)}</tr>')
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     return "\n".join([*lines, f"</tbody></table></div>{note}</section>"])
 
 
-def _cells(tag: str, texts: Iterable[str], right: Sequence[bool]) -> str:
+def _cells(tag: str, texts: Iterable[str], right: Sequence[bool], known: Mapping[str, str]) -> str:
     return "".join(
         f'<{tag} class="{"number" if number else "text"}{_CLASSES.get(text, "")}">'
-        f"{escape(text)}</{tag}>"
+        f"{_word(text, known)}</{tag}>"
         for text, number in zip(texts, right, strict=True)
     )
+
+
+def _word(text: str, known: Mapping[str, str]) -> str:
+    """A table's word, with its meaning where one points at it."""
+    meaning = known.get(text.strip())
+    if meaning is None:
+        return escape(text)
+    indent = text[: len(text) - len(text.lstrip())]
+    return f'{indent}<abbr title="{escape(meaning)}">{escape(text.strip())}</abbr>'
 
 
 def _explorer(there: bool) -> list[str]:
@@ -227,7 +282,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _reading(report: Report) -> list[str]:
-    lines = (f'<p class="note">{escape(line)}</p>' for line in caveats(report))
+    lines = (f'<p class="note">{escape(line)}</p>' for line in notes([report]))
     return ["<h2>How to read the tables</h2>", *lines]
 
 

@@ -10,50 +10,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from probe.metrics import METRICS, TOKEN_METRICS, metric_named
+from probe.metrics import metric_named
 from probe.recipe import Pair, PublishedChange
 from probe.report._report import Report
-from probe.stats import LARGE_SHARE, LEVEL, SMALLEST, Accuracy, Cell, Influence
+from probe.stats import LARGE_SHARE, Cell, Influence
 from probe.vocabulary import CUT_OFF_SHARE
-
-MAIN = "activation_intensity"
-"""The metric that the sentence on controls is about."""
 
 ARROWS = {1: "↗", 0: "→", -1: "↘"}
 """Between the values of two models: the direction, where no colour is."""
 
 SAME = {True: "✓", False: "✗", None: "-"}
 """Whether a published value moved in the same direction as ours."""
-
-
-def summary(report: Report) -> list[str]:
-    """A line per benchmark and pair: accuracy, what moved inside, and whether as the paper says."""
-    if not report.cells:
-        return _accuracy_sentences(report)
-    tested = report.recipe.report.resamples > 0
-    rows = {(row.benchmark, row.pair): row for row in report.accuracy}
-    return [
-        _sentence(name, pair.method or pair.name, cells, tested, rows.get((name, pair.name)))
-        for name, pair, cells in groups(report)
-    ]
-
-
-def overview(reports: Sequence[Report]) -> list[str]:
-    """What stands on top: a report's summary and Figure 3a in a sentence; of several, all."""
-    if not compared(reports):
-        return [line for report in reports for line in summary(report)] + diversity_line(reports)
-    lines = []
-    for name, report in zip(run_names(reports), reports, strict=True):
-        lines += [f"{name}: {line}" for line in (*summary(report), *diversity_line([report]))]
-    found: dict[tuple[object, ...], set[int]] = {}
-    seen: dict[tuple[object, ...], int] = {}
-    for cell in (c for report in reports for c in report.cells if not c.control):
-        place = (cell.pair, cell.benchmark, cell.alpha, cell.metric)
-        found.setdefault(place, set()).add(int(np.sign(cell.change or 0)))
-        seen[place] = seen.get(place, 0) + 1
-    shared = [signs for place, signs in found.items() if seen[place] == len(reports)]
-    agree = sum(len(signs) == 1 for signs in shared)
-    return [*lines, f"{agree} of {_cells(len(shared))} moved in the same direction in all runs."]
 
 
 def compared(reports: Sequence[Report]) -> bool:
@@ -89,104 +56,6 @@ def groups(report: Report) -> list[tuple[str, Pair, list[Cell]]]:
             if cells:
                 found.append((benchmark.name, pair, cells))
     return found
-
-
-def _sentence(
-    benchmark: str, subject: str, cells: Sequence[Cell], tested: bool, accuracy: Accuracy | None
-) -> str:
-    start = f"On {benchmark}, {subject}"
-    if accuracy:
-        start = f"{start} {_accuracy_words(accuracy)}. Inside, it"
-    known = [cell for cell in cells if cell.change is not None and not cell.control]
-    moved = [cell for cell in known if cell.change and (cell.significant or not tested)]
-    adverb = " significantly" if tested else ""
-    if not moved:
-        line = f"{start} changed none of {_cells(len(known))}{adverb}."
-        return f"{line}{_control_words(subject, cells)}"
-    parts: list[str] = []
-    for verb, sign in (("raised", 1), ("lowered", -1)):
-        counts: list[str] = []
-        for metric in (*METRICS, *TOKEN_METRICS):
-            of_metric = [cell for cell in known if cell.metric == metric]
-            count = sum(cell.metric == metric and (cell.change or 0) * sign > 0 for cell in moved)
-            if count:
-                unit = "" if parts or counts else " cells"
-                counts.append(f"{name_of(metric)} in {count} of {len(of_metric)}{unit}")
-        if counts:
-            parts.append(f"{verb} {listed(counts)}")
-    agree, against = (sum(cell.as_in_paper is way for cell in moved) for way in (True, False))
-    verdict = f"{agree} of {_cells(len(known))} moved as the paper reports for online RL"
-    line = f"{start}{adverb} {', and '.join(parts)}: {verdict}, {against} against it."
-    return f"{line}{_control_words(subject, cells)}"
-
-
-def _control_words(subject: str, cells: Sequence[Cell]) -> str:
-    """What of the change of intensity is left under control, at the longest scored length."""
-    longest = max(cell.alpha for cell in cells)
-    found = {
-        cell.control: cell
-        for cell in cells
-        if (cell.metric, cell.alpha) == (MAIN, longest) and cell.change is not None
-    }
-    if "" not in found or len(found) == 1:
-        return ""
-    raw = found[""]
-    entropy = [c.change or 0 for c in cells if (c.metric, c.alpha) == ("token_entropy", longest)]
-    sure = "less sure" if entropy and entropy[0] > 0 else "surer"
-    words = f" At alpha {longest:g}, {subject} {_moves(raw)} intensity by {_size(raw)}."
-    if "sharpness" in found:
-        alone = found["sharpness"]
-        verb = "raise" if (alone.change or 0) > 0 else "lower"
-        words += f" Being {sure} alone would {verb} it by {_size(alone)}."
-    if "equal loss" in found:
-        equal = found["equal loss"]
-        ends = f" [{interval(equal.interval)}]" if equal.interval else ""
-        chance = ", which is not significant" if equal.significant is False else ""
-        words += f" At equal loss the change is {percent(equal.change)} %{ends}{chance}."
-    return words
-
-
-def _moves(cell: Cell) -> str:
-    return "raises" if (cell.change or 0) > 0 else "lowers"
-
-
-def _size(cell: Cell) -> str:
-    return f"{percent(cell.change).lstrip('+-')} %"
-
-
-def _accuracy_words(row: Accuracy) -> str:
-    """What became of the answers, and how sure that is."""
-    change = 100 * (row.after - row.before)
-    values = f"from {100 * row.before:.1f} to {100 * row.after:.1f} %"
-    if row.p_value is None:
-        return f"moved accuracy {values}"
-    test = "McNemar" if row.clusters == row.questions else "clusters flipped"
-    ends = f", 95 % {interval(row.interval, points=True)}" if row.interval else ""
-    found = f"{change:+z.1f} points{ends}; {test} p = {p_value(row.p_value)}"
-    if not row.significant:
-        return f"did not measurably change accuracy, {values} ({found})"
-    return f"{'raised' if change > 0 else 'lowered'} accuracy {values} ({found})"
-
-
-def _accuracy_sentences(report: Report) -> list[str]:
-    """One sentence per pair, where nothing but accuracy is known."""
-    lines = []
-    for pair in report.recipe.pairs:
-        rows = [row for row in report.accuracy if row.pair == pair.name]
-        if rows:
-            count = f"{len(rows)} benchmark{'' if len(rows) == 1 else 's'}"
-            points = [100 * (row.after - row.before) for row in rows]
-            rose = sum(change > 0 for change in points)
-            line = (
-                f"{pair.method or pair.name} raised accuracy on {rose} of {count}, by "
-                f"{np.mean(points):+z.1f} points on average"
-            )
-            if any(row.p_value is not None for row in rows):
-                sure = [row for row in rows if row.significant]
-                up = sum(row.after > row.before for row in sure)
-                line += f"; significantly, it raised {up} and lowered {len(sure) - up}"
-            lines.append(f"{line}.")
-    return lines
 
 
 def diversity_line(reports: Sequence[Report]) -> list[str]:
@@ -243,6 +112,12 @@ def heading(benchmark: str, pair: Pair, cells: Sequence[Cell]) -> str:
     return f"{benchmark} · {pair.name}{method} · {samples} samples{clusters}"
 
 
+def notes(reports: Sequence[Report]) -> list[str]:
+    """What stands below all tables of a report, or of several."""
+    lines = [line for report in reports for line in caveats(report)]
+    return [*dict.fromkeys(diversity_line(reports) + lines)]
+
+
 def caveats(report: Report) -> list[str]:
     """What a reader must know of the numbers: how they were made, and what they do not say."""
     lines = _cell_caveats(report) if report.cells else []
@@ -260,21 +135,12 @@ def caveats(report: Report) -> list[str]:
 
 def _cell_caveats(report: Report) -> list[str]:
     recipe = report.recipe
-    entries = "real edges only" if recipe.report.entries == "real" else "the dense matrix"
     lines = [
-        "Change: of our number, question by question. paper: whether it moved as the paper reports "
-        f"for online RL. paper %: the change of the paper's own number, over {entries}, for "
-        "comparison with print; it has no statistics. Convention "
-        f"{recipe.selection.convention!r}, {recipe.attribution.method}, granularity "
-        f"{recipe.attribution.granularity}, {recipe.report.bins} bins, {recipe.compute.dtype}.",
-        "A change is shown without its noise: it is no finding by itself.",
+        f"Convention {recipe.selection.convention!r}, {recipe.attribution.method}, granularity "
+        f"{recipe.attribution.granularity}, {recipe.report.bins} bins, {recipe.compute.dtype}."
     ]
     if recipe.report.resamples:
-        tested = sum(cell.p_value is not None for cell in report.cells)
-        lines[1] = (
-            f"Marks: * is significant, p < {LEVEL:g} where what questions contribute changes signs "
-            f"at random, adjusted (Holm) for {_cells(tested)}, and the change is at least "
-            f"{100 * SMALLEST:g} %. Interval: 95 % t interval over questions, or clusters of them. "
+        lines.append(
             "Alphas are cuts of the same answers: one piece of evidence, not several. All of this "
             "is about other questions, not about other training runs."
         )
@@ -297,7 +163,7 @@ def _influence_lines(report: Report) -> list[str]:
         whose, key = ("our", "influence") if ours else ("the paper's", "paper_influence")
         lines.append(
             f"!: one question holds more than {100 * LARGE_SHARE:.0f} % of the change of {whose} "
-            f"number in {len(found)} of {_cells(len(report.cells))}{signs}; most, "
+            f"number in {len(found)} of {counted(len(report.cells), 'cell')}{signs}; most, "
             f"{100 * most.share:.0f} %, in {what} of {cell.pair} on {cell.benchmark} at "
             f"{cell.alpha:g} (question {most.question}). JSON and CSV name each: {key}."
         )
@@ -392,5 +258,6 @@ def listed(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
-def _cells(count: int) -> str:
-    return f"{count} cell{'' if count == 1 else 's'}"
+def counted(count: int, what: str) -> str:
+    """So many of something."""
+    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -69,7 +69,7 @@ def test_tables_fit(half_run, width):
     text = shown(build_report(half_run.path), width)
     assert re.search(r"intensity .*\+100.0 +\+100..\+100 +yes +\+100.0", text)
     assert "Not in this report (3)" in text
-    assert text.startswith("On tiny-math, GRPO changed none of 6 cells significantly.")
+    assert text.startswith("sft → grpo (GRPO) on tiny-math\n")
 
 
 def test_real_edges_can_be_what_the_table_shows(half_run):
@@ -182,7 +182,7 @@ def published(report):
 
 def test_published_values_are_below_their_cells(half_run):
     plain = build_report(half_run.path)
-    assert "published" not in shown(plain, 80)
+    assert not re.search(r"\bpublished\b", shown(plain, 80))  # the folder has it in its name
     report = published(plain)
     text = shown(report, 80)
     row = r"published +1.10e-3 ↗ 1.31e-3 +[✓✗] +\+19.1"
@@ -261,7 +261,7 @@ def test_a_report_can_be_written_to_a_file(half_run, tmp_path):
     report = build_report(half_run.path)
     write_report([report], "table", tmp_path / "report.txt")
     text = (tmp_path / "report.txt").read_text()
-    assert text.startswith("On tiny-math, GRPO")
+    assert text.startswith("sft → grpo (GRPO) on tiny-math\n")
     assert "\x1b" not in text
     with pytest.raises(ProbeError, match="cannot write to .*: No such file"):
         write_report([report], "csv", tmp_path / "no" / "report.csv")
@@ -279,10 +279,10 @@ def test_a_report_of_accuracy_alone(half_run):
     recipe = replace(report.recipe, published=(value,))
     report = replace(report, cells=(), accuracy=rows, missing=(), recipe=recipe)
     text = shown(report, 100)
-    assert (
-        text.splitlines()[0].rstrip()
-        == "GRPO raised accuracy on 1 of 2 benchmarks, by +5.0 points on average."
-    )
+    assert [line.strip() for line in text.splitlines()[:2]] == [
+        "sft → grpo (GRPO)",
+        "Accuracy  rose on 1 of 2 benchmarks, by +5.0 points on average.",
+    ]
     assert re.search(r"gsm8k +sft-grpo +200 +50.0 ↗ 60.0 +\+10.0 +- +- +40.0 ↗ 50.0 ✓", text)
     assert re.search(r"aime24 +sft-grpo +30 +10.0 → 10.0 +\+0.0 +-", text)
     assert "published: what was printed elsewhere" in text

@@ -147,7 +147,7 @@ def test_models_that_ship_need_no_more_than_their_names(tmp_path, monkeypatch):
     run = {"solutions.questions": 20, "selection.samples": 3, "report.resamples": 0}
     report = probe.compare(SFT, GRPO, alpha=[0.5], overrides=run)
     assert report.path == Path("runs/sft-vs-grpo")
-    assert "On tiny-math" in result.stdout
+    assert "sft → grpo on 20 questions of tiny-math" in result.stdout
     assert report.accuracy[0].questions == 20
 
 
