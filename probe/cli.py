@@ -526,6 +526,28 @@ def report(runs: tuple[str, ...], style: str, output: str | None) -> None:
 
 
 @main.command()
+@click.argument("run", type=click.Path(), metavar="RUN")
+@click.argument("ids", nargs=-1, metavar="[QUESTION...]")
+def problems(run: str, ids: tuple[str, ...]) -> None:
+    """List the questions of a run by who solves them, or show some of them.
+
+    Those that only one of the two models solves come first. Of a question that is named, both
+    answers are shown with what differs, and the edges that changed most.
+
+    \b
+    Examples:
+      probe problems runs/tiny-math
+      probe problems runs/tiny-math 17 190
+    """
+    from probe.escaping import PlainConsole
+    from probe.report import open_run, problem_list, problem_view
+
+    found = open_run(run).compared
+    console = PlainConsole(width=None if sys.stdout.isatty() else 100)
+    console.print(problem_view(found, ids) if ids else problem_list(found))
+
+
+@main.command()
 @click.argument("runs", type=click.Path(), nargs=-1, required=True, metavar="RUN...")
 @click.option("--output", type=click.Path(), help="Folder for them [default: RUN/figures].")
 def plot(runs: tuple[str, ...], output: str | None) -> None:

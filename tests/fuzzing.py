@@ -20,11 +20,9 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
 import tomli_w
 import zstandard
 from hypothesis import HealthCheck, settings
@@ -501,80 +499,6 @@ def enter_models(value, folder):
         encode_prompt(model.tokenizer, "chat", "ab")
 
 
-# --- GGUF files
-
-
-def write_gguf(path):
-    """A model of one small block, with its tokenizer, in one file."""
-    import numpy
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(16)
-    writer.add_vocab_size(16)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(["<s>", "</s>", "10", *"0123456789+-="])
-    writer.add_token_types([3, 3, *[1] * 14])
-    writer.add_token_merges(["1 0"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    random = numpy.random.default_rng(0)
-    shapes = {"token_embd": (16, 32), "output": (16, 32), "output_norm": (32,)}
-    shapes |= {f"blk.0.attn_{part}": (32, 32) for part in ("q", "k", "v", "output")}
-    shapes |= {"blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,), "blk.0.ffn_down": (32, 64)}
-    shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32)}
-    for name, shape in shapes.items():
-        numbers = random.standard_normal(shape).astype(numpy.float32) / 8
-        writer.add_tensor(f"{name}.weight", numbers)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@functools.cache
-def gguf_file():
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as place:
-        write_gguf(Path(place) / "m.gguf")
-        return (Path(place) / "m.gguf").read_bytes()
-
-
-@st.composite
-def gguf_inputs(draw):
-    """Numbers of the header that are others, names that are, or any damage."""
-    data = gguf_file()
-    header = data.index(b"output_norm.weight") + 200
-    if draw(st.booleans()):
-        return draw(damaged(data[:header])) + data[header:]
-    found = bytearray(data)
-    for _ in range(draw(st.integers(1, 2))):
-        place = draw(st.integers(0, header - 8))
-        number = draw(st.sampled_from([0, 1, 2, 7, 255, 2**31, 2**32 - 1, 2**40, 2**63]))
-        width = draw(st.sampled_from([1, 4, 8]))
-        found[place : place + width] = number.to_bytes(8, "little")[:width]
-    return bytes(found)
-
-
-def enter_gguf(value, folder):
-    from probe.models import load_model
-
-    (folder / "m.gguf").write_bytes(value)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROBE_CACHE", str(folder / "cache"))
-        model = load_model(str(folder / "m.gguf"))
-    assert model.n_layers == 1, "a wrong report: blocks were made up, or left out"
-
-
 # --- servers
 
 STATUS = {
@@ -832,7 +756,6 @@ DOORS = {
     "answers": Door(answer_inputs, enter_answers, 15),
     "comparisons of answers": Door(formula_inputs, enter_grading, 2),
     "model folders": Door(model_inputs, enter_models, 12),
-    **({"GGUF files": Door(gguf_inputs, enter_gguf, 3)} if find_spec("gguf") else {}),
     "answers of servers": Door(server_inputs, enter_servers, 12),
     "run folders": Door(run_inputs, enter_runs, 4),
 }

@@ -4,7 +4,7 @@ import pytest
 from fuzzing import DOORS, examples, go_in, limits
 from hypothesis import given
 
-SHARE = {"comparisons of answers": 15, "model folders": 50, "run folders": 12, "GGUF files": 40}
+SHARE = {"comparisons of answers": 15, "model folders": 50, "run folders": 12}
 """How many inputs each door has here; the others have a hundred. `fuzz_long.py` has no end."""
 
 

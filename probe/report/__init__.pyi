@@ -22,6 +22,10 @@ from ._opened import open_run as open_run
 from ._opening import Finding as Finding
 from ._opening import opening as opening
 from ._opening import summary as summary
+from ._problem_view import problem_list as problem_list
+from ._problem_view import problem_view as problem_view
+from ._problems import ComparedProblem as ComparedProblem
+from ._problems import compared_problems as compared_problems
 from ._rendering import FORMATS as FORMATS
 from ._rendering import print_causal as print_causal
 from ._rendering import print_faithfulness as print_faithfulness

@@ -18,6 +18,7 @@ from probe.attribution import EdgeScores
 from probe.errors import ProbeError
 from probe.notebook import html_table, records_frame
 from probe.recipe import Comparison, Recipe, recipe_from
+from probe.report._problems import ComparedProblem, compared_problems
 from probe.report._report import Report, build_report
 from probe.stats import CONTROLS, Accuracy, Cell, control_sides
 from probe.store import Damaged, Missing, RunFolder, model_names, run_path
@@ -135,6 +136,11 @@ class OpenRun:
     def problems(self) -> Table[SolvedProblem]:
         """Every question with what each model made of it."""
         return Table(self._problems(), SolvedProblem)
+
+    @cached_property
+    def compared(self) -> Table[ComparedProblem]:
+        """Every question with both models' answers side by side, those that flipped first."""
+        return Table(compared_problems(self.report), ComparedProblem)
 
     def _problems(self) -> Iterator[SolvedProblem]:
         for benchmark in (choice.name for choice in self.recipe.benchmarks):

@@ -251,4 +251,7 @@ def trust_sentence(report: Report) -> str:
 def next_sentence(report: Report) -> str:
     """What shows more of a run."""
     run = shlex.quote(str(report.path))
-    return f"probe report {run} --format html --output report.html: every edge, to point at."
+    return (
+        f"probe problems {run}: which questions flipped, and what was written; probe report {run} "
+        "--format html --output report.html: every edge and question, to point at."
+    )

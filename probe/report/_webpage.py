@@ -38,6 +38,7 @@ from probe.report._layout import (
     shared_tables,
 )
 from probe.report._opening import opening
+from probe.report._problem_panel import panel, panel_data
 from probe.report._report import Report
 from probe.report._strength import Strength, read_strengths
 from probe.report._wording import groups, heading, notes
@@ -62,14 +63,13 @@ def page(reports: Sequence[Report]) -> str:
     here = Path(__file__).with_name("webpage")
     strengths = list(read_strengths(report))
     body = [_head(report), *_tables(shared_tables([report])), *_cell_tables(report)]
-    body += [*_explorer(bool(strengths)), *_figures(report)]
+    problems = panel_data(report)
+    body += [*panel(bool(problems["pairs"])), *_explorer(bool(strengths)), *_figures(report)]
     body += [*_tables(further_tables(report)), *_reading(report), *_making(report)]
     if strengths:
-        # "<" could end the element that holds it.
-        data = json.dumps(explorer_data(strengths), separators=(",", ":")).replace("<", "\\u003c")
-        script = here.with_suffix(".js").read_text(encoding="utf-8")
-        body.append(f'<script type="application/json" id="data">{data}</script>')
-        body.append(f"<script>\n{script}</script>")
+        body += _script("data", explorer_data(strengths), here)
+    if problems["pairs"]:
+        body += _script("problem-data", problems, here.with_name("problems"))
     style = here.with_suffix(".css").read_text(encoding="utf-8")
     return "\n".join(
         [
@@ -89,6 +89,15 @@ def page(reports: Sequence[Report]) -> str:
             "</html>",
         ]
     )
+
+
+def _script(name: str, data: Mapping[str, object], path: Path) -> list[str]:
+    """What a script draws, and the script."""
+    # "<" could end the element that holds it.
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    script = path.with_suffix(".js").read_text(encoding="utf-8")
+    held = f'<script type="application/json" id="{name}">{text}</script>'
+    return [held, f"<script>\n{script}</script>"]
 
 
 def explorer_data(strengths: Sequence[Strength]) -> dict[str, object]:
