@@ -137,6 +137,33 @@ def test_faithfulness_there_and_here(client, folders):
     assert here == away
 
 
+def test_every_intervention_there_and_here(client):
+    output = client.script(
+        SCRIPTS / "intervenes.py", URL, "probe:tiny-math/sft", "probe:tiny-math/grpo"
+    )
+    print(output)
+    found = [line.split() for line in output.splitlines()]
+    assert {do for do, _ in found} == {"remove", "keep", "scale", "patch", "swap", "add"}
+    assert all(float(error) <= 1e-5 for _, error in found)
+
+
+def test_the_causal_test_there_and_here(client, folders):
+    """Of every single edge, as far apart as losses in float32 are."""
+    options = ("--questions", 6, "--sets", 5, "--edges", 2)
+    copy = shutil.copytree(folders / "there", folders / "causes")
+    tables = []
+    for folder, way in ((folders / "here", ()), (copy, ("--remote", URL))):
+        code, _, errors = client("causal", folder, *options, *way)
+        assert code == 0, errors
+        files = sorted((folder / "causal").glob("*.json"))
+        assert len(files) == 2
+        tables.append([json.loads(path.read_text())["every_edge"] for path in files])
+    for here, away in zip(*tables, strict=True):
+        for one, two in zip(here, away, strict=True):
+            assert (one["source"], one["target"]) == (two["source"], two["target"])
+            assert one["damage"] == pytest.approx(two["damage"], abs=1e-5)
+
+
 def test_now_the_recipe_could_run(client):
     code, output, _ = client("ndif", URL)
     assert code == 0

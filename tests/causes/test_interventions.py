@@ -6,11 +6,12 @@ from operator import attrgetter
 
 import pytest
 import torch
-from plain import ANATOMIES, _run, edges
+from plain import ANATOMIES, _one_norm, _run, edges
 from small_models import MODELS, save_small_model, small_model
 
 import probe
 from probe.causes import answers_under, intervene
+from probe.causes._plans import partners
 from probe.errors import ProbeError
 
 SEQUENCES = [
@@ -93,14 +94,14 @@ def outcome(sequence, logits):
     return torch.stack([loss, (own - rest).mean(), (logits.argmax(1) == answer).double().mean()])
 
 
-def plain(module, sequence, removed, other=None):
+def plain(module, sequence, removed, other=None, written=None):
     with torch.no_grad():
-        logits = _run(module, sequence, removed, other).logits
+        logits = _run(module, sequence, removed, other, written=written).logits
     return logits[0, len(sequence.prompt) - 1 :].double()
 
 
-def compare(found, number, place, sequence, module, removed, other=None):
-    truth = plain(module, sequence, removed, other)
+def compare(found, number, place, sequence, module, removed, other=None, written=None):
+    truth = plain(module, sequence, removed, other, written)
     got = torch.stack(
         [part[number, place].double() for part in (found.loss, found.margin, found.accuracy)]
     )
@@ -203,29 +204,44 @@ def test_keeping_none_is_removing_all(some, ablation):
             assert abs(float(none.loss[0, 0]) - float(outcome(SEQUENCES[0], run)[0])) <= 1e-3
 
 
-def test_mean_and_resampling_are_what_plain_torch_says(some):
-    model, module, _, _ = some
-    graph = model.graph("block")
-    sets = [drawn(graph, count, count) for count in (1, 3)]
+@pytest.mark.parametrize("level", LEVELS)
+def test_mean_and_resampling_are_what_plain_torch_says(pair, level):
+    model, module, _, _ = pair
+    graph = graph_of(model, level)
+    sets = [drawn(graph, 3)]
     with torch.no_grad():
         runs = [_run(module, sequence).outputs for sequence in SEQUENCES]
     names = graph.sources
     means = {
         name: torch.cat([run[name][0] for run in runs]).mean(0).expand(1, 1, -1) for name in names
     }
-    found = intervene(model, SEQUENCES, sets, granularity="block", ablation="mean")
+    asked = {"granularity": level}
+    found = intervene(model, SEQUENCES, sets, ablation="mean", **asked)
     for number, chosen in enumerate(sets):
         compare(found, number, 1, SEQUENCES[1], module, removals(graph, chosen), means)
 
-    from probe.causes._plans import partners
-
-    found = intervene(model, SEQUENCES, sets, granularity="block", ablation="resample", seed=3)
+    found = intervene(model, SEQUENCES, sets, ablation="resample", seed=3, **asked)
     for place, partner in enumerate(partners(3, 3)):
         assert partner != place
         at = torch.arange(SEQUENCES[place].length).clamp_max(SEQUENCES[partner].length - 1)
         beside = {name: runs[partner][name][:, at] for name in names}
         for number, chosen in enumerate(sets):
             compare(found, number, place, SEQUENCES[place], module, removals(graph, chosen), beside)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_adding_a_difference_is_what_plain_torch_says(pair, level):
+    """Half of what the one writes more than the other, both left alone, beside what is there."""
+    model, module, other, beside = pair
+    graph = graph_of(model, level)
+    sets = [drawn(graph, count, seed) for seed, count in enumerate((1, 4))]
+    asked = {"granularity": level, "other": other, "factor": 0.5}
+    found = intervene(model, SEQUENCES[:1], sets, "add", **asked)
+    with torch.no_grad():
+        theirs, own = (_run(one, SEQUENCES[0]).outputs for one in (beside, module))
+    for number, chosen in enumerate(sets):
+        half = removals(graph, chosen, 0.5)
+        compare(found, number, 0, SEQUENCES[0], module, half, theirs, own)
 
 
 def crossed(module, beside, source):
@@ -237,7 +253,7 @@ def crossed(module, beside, source):
         here.load_state_dict(there.state_dict())
         return mixed
     of_attention = (anatomy.attention, anatomy.attention_norm, anatomy.attention_post_norm)
-    norm = anatomy.attention_norm if anatomy.one_norm else anatomy.ffn_norm
+    norm = anatomy.attention_norm if _one_norm(module) else anatomy.ffn_norm
     of_ffn = (anatomy.ffn, norm, anatomy.ffn_post_norm)
     for name in of_attention if source.startswith("a") else of_ffn:
         name = anatomy.mixer if name == anatomy.attention and not hasattr(here, name) else name
@@ -247,21 +263,21 @@ def crossed(module, beside, source):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_swapping_is_what_plain_torch_says(some, level):
+def test_swapping_is_what_plain_torch_says(pair, level):
     """The source's own weights are the other's, what it reads is not."""
-    model, module, other, beside = some
+    model, module, other, beside = pair
     graph = graph_of(model, level)
     blocks = [place for place, name in enumerate(graph.sources) if name != "input"]
     chosen = [(s, t) for s in blocks for t in range(len(graph.targets)) if graph.mask[s, t]]
-    sets = [chosen[:1], chosen[-1:], chosen[1::7]]
-    found = intervene(model, SEQUENCES, sets, "swap", granularity=level, other=other)
+    sets = [chosen[:1], chosen[1 :: len(chosen) // 3]]
+    found = intervene(model, SEQUENCES[:2], sets, "swap", granularity=level, other=other)
     names = {graph.sources[source] for one in sets for source, _ in one}
-    for place, sequence in enumerate(SEQUENCES):
+    for place, sequence in enumerate(SEQUENCES[:2]):
         with torch.no_grad():
             written = {n: _run(crossed(module, beside, n), sequence).outputs[n] for n in names}
         for number, edges_of in enumerate(sets):
             compare(found, number, place, sequence, module, removals(graph, edges_of), written)
-    same = intervene(model, SEQUENCES, sets, "swap", granularity=level, other=model)
+    same = intervene(model, SEQUENCES[:2], sets, "swap", granularity=level, other=model)
     assert (same.loss - same.whole.loss).abs().max() <= 1e-5
 
 
