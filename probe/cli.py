@@ -576,5 +576,29 @@ def plot(runs: tuple[str, ...], output: str | None) -> None:
     PlainConsole().print(f"{len(files)} files in {folder}", soft_wrap=True)
 
 
+@main.command()
+@click.argument("folder", type=click.Path(), default="runs", metavar="[RUN|FOLDER]")
+def view(folder: str) -> None:
+    """Show runs in the browser, and follow those that go on.
+
+    The page is on this machine alone, at the address that is printed, until Ctrl-C.
+
+    \b
+    Examples:
+      probe view
+      probe view runs/tiny-math
+    """
+    from pathlib import Path
+
+    from probe.report import Viewer
+
+    with Viewer(Path(folder)) as viewer:
+        click.echo(f"{viewer.address}\nCtrl-C ends it")
+        try:
+            viewer.serve_forever()
+        except KeyboardInterrupt:
+            click.echo("")
+
+
 if __name__ == "__main__":
     main()

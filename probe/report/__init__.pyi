@@ -39,5 +39,8 @@ from ._strength import Strength as Strength
 from ._strength import read_strengths as read_strengths
 from ._terminal import table_view as table_view
 from ._terminal import view as view
+from ._viewer import Viewer as Viewer
+from ._viewer import run_folders as run_folders
+from ._viewer import run_state as run_state
 from ._webpage import explorer_data as explorer_data
 from ._wording import percent as percent
