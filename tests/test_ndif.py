@@ -127,6 +127,18 @@ def test_the_whole_tiny_recipe_there_and_here(client, folders):
     print(record)
 
 
+def test_a_control_there_and_here(client, folders):
+    options = ("tiny-math", *SMALL[:-1], "attribution.control=loss-matched")
+    for name, where in (("near", ()), ("far", ("--remote", URL))):
+        code, _, errors = client("recipe", *options, "--output", folders / name, *where)
+        assert code == 0, errors
+    here, away = (report_of(folders / name) for name in ("near", "far"))
+    assert here == away
+    rows = [cell for cell in here["cells"] if cell["control"] == "equal loss"]
+    assert rows
+    assert all(cell["change"] is not None for cell in rows)
+
+
 def test_faithfulness_there_and_here(client, folders):
     options = ("--edges", 60, "--sequences", 2, "--methods", "eap,relp")
     copy = shutil.copytree(folders / "there", folders / "copy")

@@ -29,7 +29,7 @@ from probe.models import (
     read_settings,
     read_tokenizer,
 )
-from probe.remote import Deployment, Host
+from probe.remote import GO_ON, Deployment, Host
 from probe.tracing import describe
 from probe.vocabulary import HOSTED, JOBS, KEY_VARIABLE, TIMEOUT
 
@@ -120,19 +120,20 @@ def open_host(
     return Host(url.rstrip("/"), key, jobs, remote != HOSTED, timeout, say)
 
 
-def read_server(host: Host, patience: float = 5.0) -> Server:
+def read_server(host: Host, patience: float = 5.0, hint: str = "") -> Server:
     """Ask a server what it runs and what is up.
 
     Args:
         host: The server.
         patience: For how many seconds faults are tried again.
+        hint: What to say behind the last of them.
 
     Raises:
         ProbeError: It cannot be reached, or is no NDIF server.
     """
     try:
-        environment = cast(dict[str, object], host.ask("/env", patience))
-        status = cast(dict[str, object], host.ask("/status", patience))
+        environment = cast(dict[str, object], host.ask("/env", patience, hint))
+        status = cast(dict[str, object], host.ask("/status", patience, hint))
         packages = cast(dict[str, str], environment["packages"])
         versions = {name: packages[name] for name in PACKAGES if name in packages}
         if not all(isinstance(found, str) for found in versions.values()):
@@ -256,7 +257,7 @@ def deploy(model: Model, host: Host) -> Deployment:
     Raises:
         ProbeError: It is not there, or not with these layers, this width or this precision.
     """
-    server = read_server(host, host.timeout)
+    server = read_server(host, host.timeout, GO_ON)
     name, revision = name_there(model.reference)
     env = model.network._remoteable_get_env()
     for found in server.models:

@@ -134,17 +134,18 @@ class Host:
             "seconds_there": round(self.seconds_there, 3),
         }
 
-    def ask(self, path: str, patience: float = 0.0) -> object:
+    def ask(self, path: str, patience: float = 0.0, hint: str = "") -> object:
         """What a GET answers, as plain data.
 
         Args:
             path: The path, `/status`.
             patience: For how many seconds faults are tried again.
+            hint: What to say behind the last of them.
 
         Raises:
             ProbeError: No answer, or a refusal.
         """
-        return self.insist(lambda: self._request("GET", path), patience)
+        return self.insist(lambda: self._request("GET", path), patience, hint)
 
     def knock(self, patience: float = 0.0) -> None:
         """Check that it takes the key: send the head of a job, but no job.
