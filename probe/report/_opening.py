@@ -127,10 +127,13 @@ def _inside_sentence(cells: Sequence[Cell]) -> str:
     raw = found.get("")
     if raw is None:
         return "intensity, the mean strength of an edge, has no defined change."
-    where = f"at alpha {longest:g}, on {raw.samples} questions that both solve"
+    where = (
+        f"{raw.samples} questions that both solve, scored up to {100 * longest:g} % of the usual "
+        f"length: alpha {longest:g}"
+    )
     what = "intensity, the mean strength of an edge,"
     if raw.significant is False:
-        words = f"{what} did not measurably change ({percent(raw.change)} %, {where})."
+        words = f"{what} did not measurably change ({percent(raw.change)} %; {where})."
     else:
         words = f"{what} {_verb(raw, 'rose', 'fell')} by {_size(raw)} ({where})."
     return words + _control_words(found, cells)
@@ -179,7 +182,7 @@ def _cells_sentence(cells: Sequence[Cell], tested: bool) -> str:
     agree, against = (sum(cell.as_in_paper is way for cell in moved) for way in (True, False))
     return (
         f"{len(moved)} of {len(known)} ({what}) moved{beyond}: {names}. {agree} moved as the paper "
-        f"reports for online RL, {against} against it."
+        f"(arXiv 2509.21044) reports for online RL, {against} against it."
     )
 
 

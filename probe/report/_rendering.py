@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from rich.console import Group
+
 from probe.errors import ProbeError
 from probe.escaping import PlainConsole
 from probe.files import write_where_asked
@@ -37,6 +39,8 @@ def print_report(reports: Report | Sequence[Report], style: str = "table") -> No
     if style == "table":
         found = (reports,) if isinstance(reports, Report) else reports
         _console().print(terminal.view(found))
+        if sys.stdout.isatty():  # which shows the end of a long text, and not its beginning
+            _console().print(Group("", *terminal.opening_view(found)))
     else:
         print(render(reports, style))
 

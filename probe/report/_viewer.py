@@ -111,7 +111,7 @@ def run_state(name: str, path: Path) -> RunState:
         state = "running"
     questions = sum(len(part) for part in asked.values() if isinstance(part, dict))
     sides = 2 + len(control_sides(recipe.attribution.control))
-    found = (str(record.get("finished")), len(list(path.glob("solutions/*.jsonl"))), marks)
+    found = (str(record.get("finished")), str(record.get("solved")), marks)
     return RunState(
         name,
         recipe.name,

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from probe.report import ExtraTable, build_report, opening, render
+from probe.report import ExtraTable, build_report, opening, print_report, render
 from probe.report._glossary import glossary, legend
 from probe.report._layout import CELL_TITLES, cell_rows
 from probe.stats import Agreement, Estimate
@@ -44,9 +44,9 @@ def test_the_inside_is_said_with_its_controls(half_run):
     assert "is not controlled for" in lines_of(report)["Inside"]
     told = lines_of(controlled(report, -0.7, -0.5, significant=True))["Inside"]
     assert told == (
-        "intensity, the mean strength of an edge, fell by 80.0 % (at alpha 0.5, on 5 questions "
-        "that both solve). Being surer alone would lower it by 70.0 %. At equal loss the change is "
-        "-50.0 % [-55.0..-45.0]: sureness is not all of it."
+        "intensity, the mean strength of an edge, fell by 80.0 % (5 questions that both solve, "
+        "scored up to 50 % of the usual length: alpha 0.5). Being surer alone would lower it by "
+        "70.0 %. At equal loss the change is -50.0 % [-55.0..-45.0]: sureness is not all of it."
     )
     told = lines_of(controlled(report, 0.2, 0.01, significant=False))["Inside"]
     assert "alone would raise it by 20.0 %" in told
@@ -102,3 +102,14 @@ def test_nothing_is_explained_where_there_is_nothing(half_run):
     report = replace(build_report(half_run.path), cells=(), extras=(ExtraTable("a", "", (), ()),))
     assert legend([report]) == glossary(report) == []
     assert "Words and marks" not in render(report, "html")
+
+
+def test_a_terminal_shows_what_comes_first_again_at_its_end(half_run, monkeypatch, capsys):
+    report = build_report(half_run.path)
+    print_report(report)
+    assert capsys.readouterr().out.count("How sure, and what next") == 1
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    print_report(report)
+    text = capsys.readouterr().out
+    assert text.count("How sure, and what next") == 2
+    assert " ".join(text.split()).endswith("to point at.")

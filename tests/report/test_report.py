@@ -79,11 +79,11 @@ def test_what_is_significant(half_run):
     first, second = summary(report)
     assert first.startswith(
         "sft → grpo (GRPO) on tiny-math: Inside: intensity, the mean strength of an edge, fell by "
-        "66.7 % (at alpha 0.5, on 30 questions that both solve)."
+        "66.7 % (30 questions that both solve, scored up to 50 % of the usual length: alpha 0.5)."
     )
     assert first.endswith(
         "All cells: 1 of 6 (6 metrics at 1 alpha) moved beyond chance: intensity (1 down). 0 moved "
-        "as the paper reports for online RL, 1 against it."
+        "as the paper (arXiv 2509.21044) reports for online RL, 1 against it."
     )
     assert "did not measurably change (" in second
     assert second.endswith("All cells: none of 6 (6 metrics at 1 alpha) moved beyond chance.")
