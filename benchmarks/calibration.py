@@ -55,6 +55,9 @@ FLIPS = 1999
 SHOWN = ("sharpness", "loss-matched")
 ALL = METRICS | TOKEN_METRICS
 NULLS = ("labels", "shape", "mix", "clusters", "shocks")
+AGAIN, MORE = 10, 4
+"""The lowest and the highest of hundreds of shares are partly luck: so many of them are measured
+again, with so many times the draws, before the last line names one."""
 
 Rows = npt.NDArray[np.int64]
 """Which questions."""
@@ -150,6 +153,41 @@ class Count:
         """Its Monte Carlo standard error, in percent."""
         share = self.hits / self.trials
         return 100 * (share * (1 - share) / self.trials) ** 0.5
+
+
+@dataclass(frozen=True)
+class Share:
+    """One entry of a table."""
+
+    kind: str
+    """`coverage`, or a null."""
+
+    cells: tuple[Population, ...]
+    """Of what: the nested alphas of a pair together; of none for what is measured once."""
+
+    size: int
+    """How many questions a sample has."""
+
+    count: Count
+    """What was counted."""
+
+    def again(self, draws: int, random: np.random.Generator) -> "Share":
+        """The same from other samples."""
+        if not self.cells:
+            return self
+        return replace(self, count=counted(self.kind, self.cells, self.size, draws, random))
+
+
+def counted(
+    kind: str, cells: Sequence[Population], size: int, draws: int, random: np.random.Generator
+) -> Count:
+    """One entry's count, of some cells together."""
+    return total(
+        coverage(cell, size, draws, random)
+        if kind == "coverage"
+        else false_positives(kind, cell, size, draws, random)
+        for cell in cells
+    )
 
 
 def populations(path: Path, run: str) -> Iterator[Population]:
@@ -293,10 +331,10 @@ def shown(count: Count | None) -> str:
 
 def measure(
     parts: Sequence[Population], draws: int, random: np.random.Generator
-) -> tuple[list[Count], list[Count]]:
+) -> tuple[list[Share], list[Share]]:
     """Print the tables of one run; every coverage, and all false positives, of an entry each."""
-    held: list[Count] = []
-    false: list[Count] = []
+    held: list[Share] = []
+    false: list[Share] = []
     columns = [f"coverage, n = {size}" for size in SIZES] + [f"{kind}, n = 50" for kind in NULLS]
     print(f"\n{parts[0].run}: {parts[0].size} questions\n")
     print(line("pair", "metric", *columns))
@@ -304,20 +342,38 @@ def measure(
     for pair in dict.fromkeys(part.pair for part in parts):
         kinds = dict.fromkeys((p.metric, p.control) for p in parts if p.pair == pair)
         for metric, control in sorted(kinds, key=lambda kind: [*ALL].index(kind[0])):
-            cells = [p for p in parts if (p.pair, p.metric, p.control) == (pair, metric, control)]
-            row = [total(coverage(cell, size, draws, random) for cell in cells) for size in SIZES]
-            nulls = [
-                total(false_positives(kind, cell, 50, draws, random) for cell in cells)
-                for kind in NULLS
+            chosen = (pair, metric, control)
+            cells = tuple(p for p in parts if (p.pair, p.metric, p.control) == chosen)
+            asked = [("coverage", size) for size in SIZES] + [(null, 50) for null in NULLS]
+            row = [
+                Share(what, cells, size, counted(what, cells, size, draws, random))
+                for what, size in asked
             ]
             # What is hardly ever large enough for a star is none of what a report stars.
-            held += [count for count in row if count.large >= 0.05 * count.trials]
+            covered, nulls = row[: len(SIZES)], row[len(SIZES) :]
+            held += [s for s in covered if s.count.large >= 0.05 * s.count.trials]
             false += nulls
             estimand = metric_named(metric).estimand
             assert estimand is not None
             name = f"{estimand.label}{control and f', {control}'}"
-            print(line(pair, name, *map(shown, row + nulls)), flush=True)
+            print(line(pair, name, *(shown(share.count) for share in row)), flush=True)
     return held, false
+
+
+def extreme(
+    shares: Sequence[Share], sign: int, draws: int, random: np.random.Generator
+) -> tuple[Share, Share]:
+    """The lowest (sign 1) or the highest (-1) share: as it was measured, and after a second look.
+
+    Chosen from so many it is luck in part. The ten furthest are measured again, by other draws.
+    """
+
+    def key(share: Share) -> float:
+        return sign * share.count.share
+
+    ordered = sorted(shares, key=key)
+    looked = [share.again(MORE * draws, random) for share in ordered[:AGAIN]]
+    return ordered[0], min([*looked, *ordered[AGAIN:]], key=key)
 
 
 def total(counts: Iterable[Count]) -> Count:
@@ -341,8 +397,8 @@ def main() -> None:
     options = parser.parse_args()
     draws = options.draws or (1000 if options.quick else 5000)
     start, random = time.monotonic(), np.random.default_rng(options.seed)
-    held: list[Count] = []
-    false: list[Count] = []
+    held: list[Share] = []
+    false: list[Share] = []
     for name in (options.of.name,) if options.of else ("tiny-math", "noise"):
         path = options.of or options.runs / f"calibration-{name}"
         if not options.of:
@@ -352,16 +408,32 @@ def main() -> None:
         held, false = held + found[0], false + found[1]
         if name != "noise":
             report = family(parts, 50, draws, random)
-            false.append(report)
+            false.append(Share("family", (), 50, report))
             print(f"\nany star of {len(parts)} cells after Holm, n = 50: {shown(report)} %")
         if name == "tiny-math":
             for size in SIZES:
                 interval, p_value = accuracy(path, size, draws, random)
-                held, false = [*held, interval], [*false, p_value]
+                held.append(Share("accuracy", (), size, interval))
+                false.append(Share("accuracy", (), size, p_value))
                 print(f"accuracy, n = {size}: {shown(interval)} %, {shown(p_value)} %")
-    print(f"\n{time.monotonic() - start:.0f} s; {draws} draws of each cell, alphas pooled")
-    lowest, highest = min(c.share for c in held), max(c.share for c in false)
-    print(f"lowest coverage {lowest:.1f} %, highest false positives {highest:.1f} %")
+    first, low = extreme(held, 1, draws, random)
+    top, high = extreme(false, -1, draws, random)
+    print(
+        f"\nfirst look: {shown(first.count)} % and {shown(top.count)} %, the furthest of "
+        f"{len(held)} and {len(false)}; the {AGAIN} furthest again, {MORE} times the draws: "
+        f"{shown(low.count)} % ({told(low)}) and {shown(high.count)} % ({told(high)})"
+    )
+    print(f"{time.monotonic() - start:.0f} s; {draws} draws of each cell, alphas pooled")
+    print(
+        f"lowest coverage {low.count.share:.1f} %, highest false positives {high.count.share:.1f} %"
+    )
+
+
+def told(share: Share) -> str:
+    """Which entry it is, in words."""
+    of = share.cells[0] if share.cells else None
+    words = (of.run, of.pair, of.metric, of.control) if of else ()
+    return ", ".join(word for word in (*words, share.kind, f"n = {share.size}") if word)
 
 
 def run(name: str, path: Path) -> None:
