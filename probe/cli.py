@@ -403,7 +403,7 @@ def circuit(
 def causal(
     run: str, measure: str, edges: int, sets: int, questions: int | None, remote: str | None
 ) -> None:
-    """Test whether edges that training changed do more than others.
+    """Test if edges that training changed do more than others.
 
     On half of a pair's questions edges are ranked by how much training strengthened them; on the
     other half they are scaled, removed, and given what the model before writes, beside random sets
@@ -529,7 +529,7 @@ def report(runs: tuple[str, ...], style: str, output: str | None) -> None:
 @click.argument("run", type=click.Path(), metavar="RUN")
 @click.argument("ids", nargs=-1, metavar="[QUESTION...]")
 def problems(run: str, ids: tuple[str, ...]) -> None:
-    """List the questions of a run by who solves them, or show some of them.
+    """List a run's questions by who solves them, or show some.
 
     Those that only one of the two models solves come first. Of a question that is named, both
     answers are shown with what differs, and the edges that changed most.
