@@ -164,7 +164,7 @@ def _head(report: Report) -> str:
         f"<header><h1>{escape(recipe.name)}: before and after</h1>"
         f"<p>{escape(recipe.description)}</p>"
         f'<p class="faint">{escape(" · ".join(filter(None, (when, state))))}</p></header>'
-        f'<div class="first"><div class="findings">{findings}</div>{key}</div>'
+        f'<div class="start"><div class="findings">{findings}</div>{key}</div>'
     )
 
 

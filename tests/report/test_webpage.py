@@ -114,6 +114,20 @@ def test_a_page_of_nothing_and_of_two_runs(half_run):
         render([report, report], "html")
 
 
+def test_rows_stay_rows(half_run):
+    """What lays out other parts of the page has no class that rows of tables have too."""
+    report = build_report(half_run.path)
+    cells = (*report.cells, *(replace(cell, alpha=0.7) for cell in report.cells))
+    text = render(replace(report, cells=cells), "html")
+    rows = [
+        attributes.get("class") or "" for tag, attributes in elements(text).found if tag == "tr"
+    ]
+    names = {name for row in rows for name in row.split()}
+    assert {"first", "faint"} <= names
+    for name in names:
+        assert not re.search(rf"(?<!\w)\.{name} {{[^}}]*display", text), name
+
+
 # Listens before the page does anything, plays a reader, and leaves what it saw in the page.
 LISTEN = """<script>
 const seen = { errors: [], refused: [] };
