@@ -272,7 +272,8 @@ def weights_in(folder: Path, patterns: tuple[str, str]) -> list[Path]:
             files = _shards(index)  # which may have any names
         else:
             files = [] if missing_shards(folder) else sorted(folder.glob(pattern))
-        if files:
+        # A device has no end, and a pipe no beginning.
+        if files and all(path.is_file() for path in files):
             return files
     return []
 

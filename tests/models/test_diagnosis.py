@@ -67,6 +67,8 @@ def break_nan(folder):
         (lambda f: save(f, without("model.norm.weight")(state_of(f))), "model.norm.weight"),
         (break_nan, "model.norm.weight in .* NaN or infinite"),
         (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
+        (lambda f: in_place_of_weights(f, "/dev/zero"), "holds no weights"),
+        (lambda f: in_place_of_weights(f, "model.safetensors"), "holds no weights"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "is empty"),
         (lambda f: (f / "config.json").write_text("{"), "config"),
         (lambda f: configure(f, model_type="opt"), "'opt' is not in the table"),
@@ -89,6 +91,11 @@ def test_what_a_run_refuses(folder, change, message):
     assert result.exit_code == 2
     assert str(caught.value) in result.output
     assert "Traceback" not in result.output
+
+
+def in_place_of_weights(folder, target):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(target)
 
 
 def test_a_run_refuses_before_it_starts(folder, tmp_path):
