@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import click
@@ -65,6 +66,34 @@ def _recipe_names(
     return names or [CompletionItem(incomplete, type="file")]
 
 
+def _completing(
+    table: str, name: str
+) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """What a shell offers where one name of a table is asked, or several with commas between.
+
+    Args:
+        table: The package that holds the table, imported only when a shell asks.
+        name: The table's name there.
+    """
+
+    def complete(
+        context: click.Context, parameter: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        del context, parameter
+        before, comma, last = incomplete.rpartition(",")
+        known = getattr(import_module(table), name)
+        fitting = [each for each in known if each.startswith(last)]
+        items = [CompletionItem(before + comma + each) for each in fitting]
+        return items or [CompletionItem(incomplete, type="file")]
+
+    return complete
+
+
+_benchmark_names = _completing("probe.problems", "BENCHMARKS")
+_control_names = _completing("probe.stats", "CONTROLS")
+_method_names = _completing("probe.attribution", "METHODS")
+
+
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="circuit-probe", prog_name="probe")
 def main() -> None:
@@ -112,10 +141,11 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--solutions", metavar="before=FILE,after=FILE", help="Solutions made elsewhere."
         ),
-        click.option("--method", help="eap, eap-ig, relp or exact."),
+        click.option("--method", help="eap, eap-ig, relp or exact.", shell_complete=_method_names),
         click.option(
             "--control",
             multiple=True,
+            shell_complete=_control_names,
             callback=lambda _context, _option, names: ",".join(names) or None,
             help="sharpness, loss-matched, margin, cross-text, random-text; or none.",
         ),
@@ -233,6 +263,7 @@ def recipe(
     "benchmarks",
     multiple=True,
     metavar="NAME|PATH",
+    shell_complete=_benchmark_names,
     help="A benchmark, or a file of one's own; may be repeated [default: gsm8k].",
 )
 @click.option(
@@ -318,7 +349,11 @@ def recipes() -> None:
 @main.command()
 @click.argument("run", metavar="RUN|RECIPE")
 @click.option("--edges", type=click.IntRange(1), help="Exact effects per model [default: 400].")
-@click.option("--methods", help="What is compared [default: eap,eap-ig,relp].")
+@click.option(
+    "--methods",
+    help="What is compared [default: eap,eap-ig,relp].",
+    shell_complete=_method_names,
+)
 @click.option("--sequences", type=click.IntRange(1), help="Sequences per model [default: 8].")
 @click.option("--seed", type=click.IntRange(0), help="Seed of the draw [default: 42].")
 @click.option("--device", help="auto, cpu, cuda, or several: cuda:0,cuda:1.")
@@ -360,7 +395,11 @@ def faithfulness(
 
 @main.command()
 @click.argument("run", metavar="RUN")
-@click.option("--methods", help="What ranks the edges [default: eap,eap-ig,relp,exact].")
+@click.option(
+    "--methods",
+    help="What ranks the edges [default: eap,eap-ig,relp,exact].",
+    shell_complete=_method_names,
+)
 @click.option("--greedy", is_flag=True, help="Let circuits grow from the logits back.")
 @click.option(
     "--questions", type=click.IntRange(4), default=100, help="Questions per model [default: 100]."

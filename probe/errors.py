@@ -6,7 +6,9 @@ a bug and keeps its traceback. A message says what is wrong, where, and what to 
     raise ProbeError(f"{path}:{line}: not JSON; mend or remove the line")
 """
 
+import difflib
 import re
+from collections.abc import Iterable
 from numbers import Integral
 
 LONGEST = 2000
@@ -39,6 +41,33 @@ def reason(error: BaseException, line: int = 0) -> str:
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[line].strip()
+
+
+def not_known(kind: str, name: object, known: Iterable[str]) -> str:
+    """The complaint about a name that is none of those known, with the one that was likely meant.
+
+    >>> not_known("method", "eapp", ["eap", "exact"])
+    "method 'eapp' is not known; one of: eap, exact; did you mean 'eap'?"
+
+    Args:
+        kind: What the name is of.
+        name: What was given.
+        known: Every name that would do.
+    """
+    known = tuple(known)
+    return f"{kind} {name!r} is not known; one of: {', '.join(known)}{likely_meant(name, known)}"
+
+
+def likely_meant(name: object, known: Iterable[str]) -> str:
+    """The end of a complaint about a name: which of those known it is nearest to, if to any.
+
+    Args:
+        name: What was given.
+        known: Every name that would do.
+    """
+    names = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(str(name).lower(), names, n=1)
+    return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
 def install(extra: str = "") -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from probe.errors import ProbeError
+from probe.errors import ProbeError, not_known
 from probe.registry import Registry
 from probe.vocabulary import BINS
 
@@ -400,7 +400,7 @@ def metric_named(name: str) -> Metric:
     """
     known = METRICS | TOKEN_METRICS
     if name not in known:
-        raise ProbeError(f"metric {name!r} is not known; one of: {', '.join(known)}")
+        raise ProbeError(not_known("metric", name, known))
     return known[name]
 
 
@@ -413,7 +413,7 @@ def compute_metric(
         ProbeError: There is no metric of that name.
     """
     if name not in METRICS:
-        raise ProbeError(f"metric {name!r} is not known; one of: {', '.join(METRICS)}")
+        raise ProbeError(not_known("metric", name, METRICS))
     return paper_number(METRICS[name], Entries(scores, mask), bins)
 
 

@@ -11,7 +11,7 @@ A package that is installed can do so too: it names a module as an entry point o
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Generic, TypeVar, overload
 
-from probe.errors import ProbeError, UnknownNameError, reason
+from probe.errors import ProbeError, UnknownNameError, not_known, reason
 
 GROUP = "probe.plugins"
 """The entry points whose modules add to registries."""
@@ -84,8 +84,7 @@ class Registry(MutableMapping[str, Record], Generic[Record]):
         try:
             return self._rows[name]
         except KeyError:
-            known = ", ".join(self._rows)
-            raise UnknownNameError(f"{self._kind} {name!r} is not known; one of: {known}") from None
+            raise UnknownNameError(not_known(self._kind, name, self._rows)) from None
 
     def __setitem__(self, name: str, record: Record) -> None:
         """Put a record in the place of another."""

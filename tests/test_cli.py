@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 from conftest import DATA
 
@@ -121,6 +122,22 @@ def test_bash_takes_the_line_of_the_documentation(tmp_path):
         check=True,
     )
     assert done.stdout.split() == ["tiny-math"]
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("probe compare a b --benchmark tiny", ["tiny-math"]),
+        ("probe compare a b --control cross-text,mar", ["cross-text,margin"]),
+        ("probe recipe tiny-math --method eap", ["eap", "eap-ig"]),
+        ("probe faithfulness run --methods eap,rel", ["eap,relp"]),
+        ("probe circuit run --methods ex", ["exact"]),
+    ],
+)
+def test_shells_complete_names_of_tables(words, offered):
+    *before, last = words.split()
+    found = ShellComplete(main, {}, "probe", "_PROBE_COMPLETE").get_completions(before[1:], last)
+    assert [item.value for item in found] == offered
 
 
 def test_the_help_says_each_command_in_full():

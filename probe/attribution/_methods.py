@@ -12,7 +12,7 @@ import torch
 from probe.attribution._batching import Batching, BatchSize
 from probe.attribution._edges import Edge
 from probe.attribution._sequences import TokenSequence
-from probe.errors import ProbeError
+from probe.errors import ProbeError, not_known
 from probe.models import Graph, Model
 from probe.registry import Registry
 from probe.tracing import (
@@ -193,7 +193,7 @@ def method_named(name: str) -> Method:
         ProbeError: There is none of that name.
     """
     if name not in METHODS:
-        raise ProbeError(f"method {name!r} is not known; one of: {', '.join(METHODS)}")
+        raise ProbeError(not_known("method", name, METHODS))
     return METHODS[name]
 
 

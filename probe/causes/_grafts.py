@@ -15,7 +15,7 @@ import torch
 from probe.attribution import Batching, Given, TokenSequence, as_sequences, make_batch
 from probe.causes._greedy import Judge
 from probe.causes._interventions import Outcomes
-from probe.errors import ProbeError, check_count
+from probe.errors import ProbeError, check_count, not_known
 from probe.models import Model, as_model, cpu_threads
 from probe.solutions import generate
 from probe.tracing import OUTCOMES, MemoryMode, RowOutcomes, exact_dtype, states
@@ -61,8 +61,7 @@ def graft(
     """
     check_count("max_new_tokens", max_new_tokens)
     if instead not in get_args(Instead):
-        known = ", ".join(get_args(Instead))
-        raise ProbeError(f"instead {instead!r} is not known; one of: {known}")
+        raise ProbeError(not_known("instead", instead, get_args(Instead)))
     model, other = as_model(model), as_model(other)
     weights, theirs = _weights(model), _weights(other)
     if isinstance(grafts, str) or any(isinstance(parts, str) for parts in grafts):

@@ -30,7 +30,7 @@ from probe.attribution import (
     make_batch,
 )
 from probe.causes._edge_sets import Sets, as_sets
-from probe.errors import ProbeError
+from probe.errors import ProbeError, not_known
 from probe.models import Graph, Model, cpu_threads
 from probe.tracing import Batch, ChangedBatch, changed_outcomes, read_values, written_values
 from probe.vocabulary import Granularity
@@ -72,8 +72,7 @@ class Plan:
         """
         for what, value, known in (("do", do, Do), ("ablation", leaves, Leaves)):
             if value not in get_args(known):
-                names = ", ".join(get_args(known))
-                raise ProbeError(f"{what} {value!r} is not known; one of: {names}")
+                raise ProbeError(not_known(what, value, get_args(known)))
         if (other is not None) != (do in ("patch", "swap", "add")):
             needed = "needs" if other is None else "has no use for"
             raise ProbeError(f"{do} {needed} the other model")

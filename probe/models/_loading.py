@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from probe.checkpoints import fetch_checkpoint
-from probe.errors import ProbeError, reason
+from probe.errors import ProbeError, not_known, reason
 from probe.models._architectures import GUIDE, Architecture, Heads, architecture_of
 from probe.models._blocks import Blocks, Mixture, blocks_of, mixture_of, single_block, text_inside
 from probe.models._graph import Graph
@@ -381,7 +381,7 @@ def check_dtype(dtype: str) -> None:
         ProbeError: It is not.
     """
     if dtype not in get_args(DType):
-        raise ProbeError(f"dtype {dtype!r} is not known; one of: {', '.join(get_args(DType))}")
+        raise ProbeError(not_known("dtype", dtype, get_args(DType)))
 
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from probe.checkpoints import PACKAGE_DATA
-from probe.errors import ProbeError, reason
+from probe.errors import ProbeError, not_known, reason
 from probe.grading import last_boxed
 from probe.problems._reading import Row, read_rows
 from probe.problems._unwrapping import last_question
@@ -184,9 +184,7 @@ def load_problems(
             if path
             else ""
         )
-        raise ProbeError(
-            f"benchmark {benchmark!r} is not known; one of: {', '.join(BENCHMARKS)}{hint}"
-        )
+        raise ProbeError(not_known("benchmark", benchmark, BENCHMARKS) + hint)
     if grading:
         problems = [problem._replace(grading=grading) for problem in problems]
     if not problems:

@@ -12,6 +12,7 @@ too.
 
 import difflib
 import itertools
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -21,7 +22,7 @@ from typing import Annotated, Literal, cast, get_type_hints
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from probe.errors import ProbeError, reason
+from probe.errors import ProbeError, likely_meant, reason
 from probe.files import write_where_asked
 from probe.recipe._overrides import override
 from probe.recipe._sections import CHAT as CHAT
@@ -378,7 +379,9 @@ def _complaint(error: ValidationError) -> str:
             if p["loc"][: len(path)] == first["loc"][: len(path)]
         )
     )
-    return f"{key} is {_shown(first['input'])}: {expected[0].lower()}{expected[1:]}"
+    names = re.findall("'([^']*)'", expected) if first["type"] == "literal_error" else ()
+    hint = likely_meant(first["input"], names)
+    return f"{key} is {_shown(first['input'])}: {expected[0].lower()}{expected[1:]}{hint}"
 
 
 def _shown(value: object) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from probe.attribution import METHODS
 from probe.checkpoints import check_folder, find_checkpoint, fingerprint, model_inputs, weight_files
-from probe.errors import ProbeError
+from probe.errors import ProbeError, likely_meant
 from probe.files import at_home
 from probe.metrics import METRICS, TOKEN_METRICS
 from probe.models import (
@@ -85,7 +85,8 @@ def check_methods(recipe: Recipe) -> None:
     for key, names, known in tables:
         for name in names:
             if name not in known:
-                raise ProbeError(f"{key} is {name!r}; known: {', '.join(known)}")
+                hint = likely_meant(name, known)
+                raise ProbeError(f"{key} is {name!r}; known: {', '.join(known)}{hint}")
 
 
 def check_metrics(recipe: Recipe) -> None:
@@ -101,7 +102,8 @@ def check_metrics(recipe: Recipe) -> None:
     ):
         for name in names:
             if name not in known:
-                raise ProbeError(f"{key}.metric is {name!r}; known: {', '.join(known)}")
+                hint = likely_meant(name, known)
+                raise ProbeError(f"{key}.metric is {name!r}; known: {', '.join(known)}{hint}")
 
 
 def check_output(recipe: Recipe, output: Path, fresh: bool = False) -> None:

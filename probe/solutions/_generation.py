@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 import torch
 
 from probe.concurrency import in_flight
-from probe.errors import ProbeError, reason
+from probe.errors import ProbeError, not_known, reason
 from probe.models import Model, end_tokens, greedy, over, own, own_stops
 from probe.solutions import _continuous as continuous
 from probe.tracing import generate_tokens
@@ -87,10 +87,9 @@ def generate(
         ProbeError: An unknown engine or decoding, or two that do not go together.
     """
     if engine not in get_args(Engine):
-        raise ProbeError(f"engine {engine!r} is not known; one of: {', '.join(get_args(Engine))}")
+        raise ProbeError(not_known("engine", engine, get_args(Engine)))
     if decoding not in get_args(Decoding):
-        known = ", ".join(get_args(Decoding))
-        raise ProbeError(f"decoding {decoding!r} is not known; one of: {known}")
+        raise ProbeError(not_known("decoding", decoding, get_args(Decoding)))
     if decoding == "model" and (engine == "continuous" or model.deployment):
         raise ProbeError("a model's own decoding works here and in static batches only")
     ending = _Ending(model, tuple(stop), decoding)

@@ -15,7 +15,7 @@ from random import Random
 from typing import Literal, NamedTuple
 
 from probe.attribution import TokenSequence
-from probe.errors import ProbeError
+from probe.errors import ProbeError, not_known
 
 Model = Literal["before", "after"]
 Answers = Literal["own", "other", "shuffled"]
@@ -123,7 +123,7 @@ def control_sides(names: Iterable[str]) -> list[ControlSide]:
     found: dict[str, ControlSide] = {}
     for name in names:
         if name not in CONTROLS:
-            raise ProbeError(f"control {name!r} is not known; one of: {', '.join(CONTROLS)}")
+            raise ProbeError(not_known("control", name, CONTROLS))
         found |= {side.name: side for side in CONTROLS[name].sides}
     return list(found.values())
 

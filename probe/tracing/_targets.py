@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from probe.errors import ProbeError
+from probe.errors import ProbeError, not_known
 from probe.registry import Registry
 
 Slope = Callable[
@@ -162,7 +162,7 @@ class Target:
         # The plain loss is made while this package is imported; plugins, which the table asks for,
         # cannot be imported then.
         if self.what != "loss" and not callable(self.what) and self.what not in TARGETS:
-            raise ProbeError(f"target {self.what!r} is not known; one of: {', '.join(TARGETS)}")
+            raise ProbeError(not_known("target", self.what, TARGETS))
         given: object = self.temperature
         numbers = tuple(given) if isinstance(given, Iterable) else (given,)
         if isinstance(given, Iterable):
