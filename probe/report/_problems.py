@@ -12,7 +12,6 @@ from hashlib import sha256
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 
 from probe.attribution import EdgeScores
 from probe.errors import ProbeError
@@ -238,7 +237,8 @@ def strongest(scored: QuestionEdges, place: int, count: int = STRONGEST) -> tupl
     before, after = (side.scores[place].abs().double() for side in (scored.before, scored.after))
     difference = (after - before).abs().flatten()
     found = []
-    for index in torch.argsort(-difference, stable=True)[:count].tolist():
+    # Not sorted whole: single heads and experts have millions of edges.
+    for index in difference.topk(min(count, len(difference))).indices.tolist():
         row, column = divmod(index, before.shape[1])
         if difference[index] > 0:
             ends = float(before[row, column]), float(after[row, column])
