@@ -117,7 +117,8 @@ def open_host(
     if not (key.isascii() and key.isprintable() and " " not in key):
         raise ProbeError(f"{KEY_VARIABLE} holds characters that no key has")
     say = say or (lambda line: None)
-    return Host(url.rstrip("/"), key, jobs, remote != HOSTED, timeout, say)
+    # Letters of `HTTP://` too, as others read them.
+    return Host(parts.geturl().rstrip("/"), key, jobs, remote != HOSTED, timeout, say)
 
 
 def read_server(host: Host, patience: float = 5.0, hint: str = "") -> Server:

@@ -52,6 +52,7 @@ def test_the_hosted_server_and_its_key(monkeypatch):
     assert (host.url, host.key, host.deploys) == ("https://api.example.org", "stored", False)
     own = open_host("http://localhost:8001/")
     assert (own.url, own.key, own.deploys) == ("http://localhost:8001", "", True)
+    assert open_host("HTTP://localhost:8001").url == own.url
     monkeypatch.setenv("NDIF_API_KEY", KEY)
     assert open_host("ndif").key == open_host("http://localhost:8001").key == KEY
 
