@@ -71,12 +71,16 @@ class Intervention(NamedTuple):
     """Whose levels matched edges share: `after`, or `both`, the mean of both models. What is
     patched goes from the one model's value to the other's."""
 
+    sizes: bool = False
+    """Whether single edges are ranked by the sizes of strengthening and damage. What a source's own
+    change does to the loss goes up at some readers and down at others."""
+
 
 INTERVENTIONS = {
     "scaled by 0.75": Intervention("scale", 0.75, "after"),
     "removed": Intervention("remove", None, "after"),
     "patched": Intervention("patch", None, "both"),
-    "swapped": Intervention("swap", None, "both"),
+    "swapped": Intervention("swap", None, "both", sizes=True),
 }
 """Every intervention by what tables call it; the one place to add one."""
 
@@ -271,15 +275,17 @@ class _Design:
         """Test what was measured: [loss and right, 1 + set, question] by intervention."""
         edge_tests, set_tests, damages, treated = [], [], {}, {}
         for name, values in measured.items():
-            matching = self.matchings[INTERVENTIONS[name].levels]
+            way = INTERVENTIONS[name]
+            matching = self.matchings[way.levels]
             loss, right = (part.double().numpy() for part in values)
             found = Damages(loss[1:] - loss[0], right[0] - right[1:])
             count = len(self.single)
             own = found.loss[:count].mean(1)
             damages[name] = np.full(len(self.places), np.nan)
             damages[name][self.single] = own
+            labels = self.strengthening
             edge_tests.append(
-                make_edge_test(name, matching, self.strengthening, own, self.single, self.seed)
+                make_edge_test(name, matching, labels, own, self.single, self.seed, way.sizes)
             )
             start = count
             for label, drawn in matching.drawn.items():

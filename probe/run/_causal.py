@@ -128,7 +128,7 @@ def _test(
     sequences = sequences[: options.questions]
     clusters = folder.read_clusters(comparison.benchmark)
     settings = (
-        *("causal", *map(str, asdict(options).values()), *INTERVENTIONS),
+        *("causal", *map(str, asdict(options).values()), *map(str, INTERVENTIONS.items())),
         *(recipe.attribution.ablation, str(recipe.attribution.ig_steps), recipe.compute.dtype),
         *(clusters.get(sequence.id, "") for sequence in sequences),
     )

@@ -56,7 +56,8 @@ class EdgeTest:
     """How many edges are compared: those that others are like."""
 
     correlation: float
-    """Partial rank correlation of damage and strengthening, given level and stratum."""
+    """Partial rank correlation of damage and strengthening, or of their sizes, given level and
+    stratum."""
 
     detectable: float
     """The smallest correlation that is found in 4 of 5 cases."""
@@ -69,6 +70,9 @@ class EdgeTest:
 
     verdict: Verdict = "no sign"
     """What follows."""
+
+    sizes: bool = False
+    """Whether the sizes of damage and strengthening are ranked, whatever their signs."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,7 @@ def make_edge_test(
     damage: Array,
     measured: Places,
     seed: int,
+    sizes: bool = False,
 ) -> EdgeTest:
     """Test single edges.
 
@@ -222,11 +227,14 @@ def make_edge_test(
         damage: Rise of the loss by each measured edge, [measured].
         measured: Which edges were changed one by one.
         seed: Seed of the exchanges.
+        sizes: Whether the sizes of both are ranked.
     """
+    if sizes:
+        strengthening, damage = np.abs(strengthening), np.abs(damage)
     strata = matching.strata.numbers[measured]
     alike = np.bincount(strata)[strata] > 1
     if not alike.any():
-        return EdgeTest(intervention, 0, 0.0, 1.0, 1.0, verdict="no comparison")
+        return EdgeTest(intervention, 0, 0.0, 1.0, 1.0, verdict="no comparison", sizes=sizes)
     found: Correlated = rank_correlation(
         damage[alike],
         strengthening[measured][alike],
@@ -235,7 +243,8 @@ def make_edge_test(
         seed,
     )
     return EdgeTest(
-        intervention, int(alike.sum()), found.correlation, found.detectable, found.p_value
+        *(intervention, int(alike.sum()), found.correlation, found.detectable, found.p_value),
+        sizes=sizes,
     )
 
 

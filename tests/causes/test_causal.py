@@ -47,18 +47,20 @@ def few(monkeypatch):
     monkeypatch.setattr(_causal, "MEASURED", 20)
 
 
-def test_a_head_that_was_silenced_is_found(model, sequences, monkeypatch):
-    """Its edges are those that lost most, and only its own weights bring the loss back."""
+@pytest.mark.parametrize(("head", "copied"), [((1, 1), False), ((2, 3), False), ((2, 3), True)])
+def test_a_head_that_was_silenced_or_copied_is_found(model, sequences, monkeypatch, head, copied):
+    """Its edges changed most, and only its own weights do anything."""
     swapped = {"swapped": _causal.INTERVENTIONS["swapped"]}
     monkeypatch.setattr(_causal, "INTERVENTIONS", swapped)
-    found = causal_test(model, silenced(1, 1), sequences[:6], sets=1)
+    pair = (silenced(*head), model) if copied else (model, silenced(*head))
+    found = causal_test(*pair, sequences[:6], sets=1)
     (row,) = found.test.edges
     assert row.correlation > row.detectable
     assert row.p_holm < 0.01
     assert row.verdict == "more"
     damages = found.damages["swapped"]
     edges = found.graph.mask.nonzero().tolist()
-    own = [found.graph.sources[source] == "a1.h1" for source, _ in edges]
+    own = [found.graph.sources[source] == "a{}.h{}".format(*head) for source, _ in edges]
     assert not damages[~np.array(own)].any()
     assert (np.abs(damages[own]) > 1e-6).mean() > 0.9
 
