@@ -141,7 +141,21 @@ CONFIGS = {
     "1b-dpo-rlvr": ("olmo2", 100352, 16),
     "7b-sft-dpo": ("olmo2", 100352, 32),
     "7b-dpo-rlvr": ("olmo2", 100352, 32),
+    **{f"base-step-{step}": ("olmo3", 100278, 32) for step in (100, 400, 800, 1200, 1600, 1900)},
+    "think-sft-dpo": ("olmo3", 100278, 32),
+    "think-dpo-rlvr": ("olmo3", 100278, 32),
+    **{
+        f"{name}-{size}": ("qwen2", 151936, 2)
+        for name in ("zoo", "orz")
+        for size in ("0.5b", "1.5b")
+    },
+    **{f"{name}-7b": ("qwen2", 152064, 4) for name in ("zoo", "orz", "oat")},
+    "oat-1.5b": ("qwen2", 151936, 2),
+    "prorl": ("qwen2", 151936, 2),
 }
+HEADS = {896: 14, 3584: 28}
+"""Where a head is not 128 wide."""
+TIED = ("zoo-0.5b", "zoo-1.5b", "orz-0.5b", "orz-1.5b", "oat-1.5b")
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_files() if name != "tiny-math"])
@@ -157,9 +171,9 @@ def test_the_parameters_of_a_shape_are_those_of_such_a_model(name):
             hidden_size=shape.d_model,
             intermediate_size=shape.d_ffn,
             num_hidden_layers=shape.n_layers,
-            num_attention_heads=28 if shape.d_model == 3584 else shape.d_model // 128,
+            num_attention_heads=HEADS.get(shape.d_model, shape.d_model // 128),
             num_key_value_heads=key_value_heads,
-            tie_word_embeddings=False,
+            tie_word_embeddings=pair.name in TIED,
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
