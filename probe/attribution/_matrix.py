@@ -17,7 +17,9 @@ FEW = 30
 """As many targets can each have a label."""
 
 
-def draw_matrix(axes: Axes, graph: Graph, values: Array, colours: str, limit: float) -> AxesImage:
+def draw_matrix(
+    axes: Axes, graph: Graph, values: Array, colours: str, limit: float, centre: float = 0
+) -> AxesImage:
     """Draw one value of each edge.
 
     Args:
@@ -25,11 +27,17 @@ def draw_matrix(axes: Axes, graph: Graph, values: Array, colours: str, limit: fl
         graph: Which row and column is which node.
         values: float [source, target]; NaN stays blank.
         colours: A colour map of matplotlib.
-        limit: Which value has its last colour; `-limit` has its first.
+        limit: How far from the centre the colours end, to either side.
+        centre: Which value has the middle colour.
     """
     rows, columns = values.shape
     image = axes.imshow(
-        values, colours, vmin=-limit, vmax=limit, origin="lower", interpolation="nearest"
+        values,
+        colours,
+        vmin=centre - limit,
+        vmax=centre + limit,
+        origin="lower",
+        interpolation="nearest",
     )
     _outline(axes, graph)
     _label(axes, graph)

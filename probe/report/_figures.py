@@ -24,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from rich.progress import Progress
 
 from probe.errors import ProbeError
@@ -43,10 +44,10 @@ from probe.stats import Cell
 
 BEFORE, AFTER = "#56B4E9", "#0072B2"
 ENTROPIES = {
-    "output_entropy": "entropy of the edges into the final node",
-    "token_entropy": "entropy of the predicted tokens",
+    "output_entropy": "Output entropy: entropy of the edges into the final node",
+    "token_entropy": "Token entropy: entropy of the predicted tokens",
 }
-"""The two definitions of output entropy."""
+"""What heads the picture of each of the two definitions of output entropy."""
 
 PAIRS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"))
 """Colour and marker of each pair of a report, again from the start if there are more."""
@@ -181,6 +182,10 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
         if value.metric == metric
     }
     benchmarks, pairs = (list(dict.fromkeys(names)) for names in zip(*panels, strict=True))
+    tops: dict[str, list[float]] = {benchmark: [] for benchmark in benchmarks}
+    for (benchmark, _), cells in panels.items():
+        values = (value for cell in cells for value in (cell.paper.before, cell.paper.after))
+        tops[benchmark] += [value for value in values if value is not None and np.isfinite(value)]
     rows, columns = len(benchmarks), len(pairs)
     figure = Figure((0.8 + 2.5 * columns, 1.1 + 2.2 * rows), layout="constrained", dpi=160)
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -203,6 +208,9 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,
+                # Lines to the next alpha pass here.
+                path_effects=[withStroke(linewidth=3, foreground="white")],
+                zorder=5,
             )
         labels = [f"{cell.alpha:g}" for cell in cells]
         for place, cell in enumerate(cells):
@@ -212,14 +220,14 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
         axes.set_xlim(-0.5, len(cells) - 0.5)
         axes.set_title(f"{pair} on {benchmark}", fontsize=9)
         axes.set_xlabel("alpha", fontsize=9)
-        # Room for the numbers above.
-        axes.set_ylim(0, 1.2 * float(np.nanmax([*before, *after, 1e-9])))
+        # Side by side means to be compared; and there is room for the numbers above.
+        axes.set_ylim(0, 1.2 * max([*tops[benchmark], 1e-9]))
         _plain(axes, "y")
         if pair == pairs[0]:
             axes.set_ylabel("nats", fontsize=9)
     handles, texts = axes.get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    title = f"Output entropy: {ENTROPIES[metric]}\nthe paper's number and its change (%)"
+    title = f"{ENTROPIES[metric]}\nthe paper's number and its change (%)"
     title += "; in brackets: published" if theirs else ""
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure

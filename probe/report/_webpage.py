@@ -275,7 +275,7 @@ def _figures(report: Report) -> list[str]:
     figures = [("Inter-sample diversity in every experiment", draw_diversity([report]))]
     for metric, name in ENTROPIES.items():
         if metric in metrics:
-            figures.append((f"Output entropy: {name}", draw_entropy([report], metric)))
+            figures.append((name, draw_entropy([report], metric)))
     images = [
         f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{_svg(figure)}">'
         for name, figure in figures

@@ -60,13 +60,17 @@ function scale(cell) {
   const sorted = (list) => list.filter(Number.isFinite).sort((a, b) => a - b);
   let low, high, ticks;
   if (state.colour === "change") {
-    const sizes = sorted(edges.map((edge) => Math.abs(value(edge))));
+    // The median edge has the middle colour: where everything falls, what fell more still shows.
+    const known = sorted(edges.map(value)), half = known.length >> 1;
+    const centre = known.length % 2 ? known[half] : known.length ? (known[half - 1] + known[half]) / 2 : 0;
+    const sizes = sorted(edges.map((edge) => Math.abs(value(edge) - centre)));
     const needed = sizes[Math.floor(0.95 * (sizes.length - 1))] || 1;
-    high = data.limits.find((limit) => limit >= needed) || data.limits[data.limits.length - 1];
-    low = -high;
+    const limit = data.limits.find((end) => end >= needed) || data.limits[data.limits.length - 1];
+    low = centre - limit;
+    high = centre + limit;
     ticks = [-1, -0.5, 0, 0.5, 1].map((part) => {
-      const share = 2 ** (part * high) - 1;
-      return [part * high, part ? (share > 0 ? "+" : "") + +(100 * share).toPrecision(3) + " %" : "0"];
+      const place = centre + part * limit, share = 2 ** place - 1;
+      return [place, share ? (share > 0 ? "+" : "") + +(100 * share).toPrecision(3) + " %" : "0"];
     });
   } else {
     const both = sorted(edges.flatMap((edge) => [Math.log10(edge.before), Math.log10(edge.after)]));

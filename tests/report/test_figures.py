@@ -86,12 +86,33 @@ def test_a_heat_map_holds_every_edge(n_layers, granularity, parallel):
     assert (np.isfinite(shown) == drawn.graph.mask.numpy()).all()
     found = np.isfinite(shown)
     assert 2 ** shown[found] == pytest.approx(drawn.after[found] / drawn.before[found])
-    assert image.norm.vmin == -image.norm.vmax
+    middle = (image.norm.vmin + image.norm.vmax) / 2
+    assert middle == pytest.approx(np.median(np.log2(drawn.after[found] / drawn.before[found])))
     labels = figure.axes[0].get_xticklabels()
     assert labels[0].get_text() in ("a0", "a0.q")
     assert labels[-1].get_text() == "logits"
     boxes = [label.get_window_extent() for label in labels]
     assert all(one.x1 < other.x0 for one, other in pairwise(boxes))
+
+
+def test_where_everything_falls_colours_still_tell_edges_apart():
+    drawn = strength(4, "qkv", parallel=False)
+    fallen = draw_heatmap(replace(drawn, after=drawn.after / 16)).axes[0].images[0]
+    plain = draw_heatmap(drawn).axes[0].images[0]
+    shown = [image.norm(image.get_array()).compressed() for image in (plain, fallen)]
+    assert shown[1] == pytest.approx(shown[0])
+    assert np.ptp(shown[1]) > 0.5
+
+
+def test_entropies_side_by_side_have_one_scale_and_their_own_title(half_run):
+    report = build_report(half_run.path)
+    for metric, title in (("output_entropy", "Output entropy"), ("token_entropy", "Token entropy")):
+        cells = [cell for cell in report.cells if cell.metric == metric and not cell.control]
+        low = [replace(cell, pair="sft-dpo", paper=Change(0.25, 0.5, 1.0)) for cell in cells]
+        high = [replace(cell, paper=Change(2.0, 4.0, 1.0)) for cell in cells]
+        figure = draw_entropy([replace(report, cells=(*high, *low))], metric)
+        assert figure.get_suptitle().startswith(title)
+        assert [axes.get_ylim() for axes in figure.axes] == [(0, pytest.approx(4.8))] * 2
 
 
 def test_colours_end_at_a_round_number():
