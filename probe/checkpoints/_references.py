@@ -21,7 +21,7 @@ from probe.checkpoints._foreign import missing_shards, no_model, no_weights
 from probe.checkpoints._gguf import gguf_folder, is_gguf
 from probe.checkpoints._hub import HubName, cached_folder, download
 from probe.errors import ProbeError, reason
-from probe.files import at_home
+from probe.files import at_home, read_file
 
 PACKAGE_DATA = Path(__file__).parent.parent / "data"
 PACKAGE_PREFIX = "probe:"
@@ -171,7 +171,7 @@ def adapter_base(folder: Path) -> str:
     """
     config = folder / ADAPTER_CONFIG
     try:
-        table = json.loads(config.read_text(encoding="utf-8"))
+        table = json.loads(read_file(config).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ProbeError(
             f"cannot read the config of the adapter {folder}: {reason(error)}"
@@ -322,7 +322,7 @@ def _own_weights(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     """The weight files that an index lists, if all are there."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(json.loads(read_file(index).decode("utf-8"))["weight_map"].values())
         shards = sorted(index.parent / name for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ProbeError(f"{index}: not an index of weight files; fetch it again") from error

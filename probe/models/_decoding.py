@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from probe.checkpoints import CONFIG
 from probe.errors import ProbeError
+from probe.files import read_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,7 +161,7 @@ def _neutral() -> dict[str, object]:
 
 def _read(file: Path) -> dict[str, object]:
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
+        table = json.loads(read_file(file).decode("utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

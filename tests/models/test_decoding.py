@@ -187,4 +187,8 @@ def test_a_file_of_settings_that_is_none(tmp_path):
         with pytest.raises(probe.ProbeError, match=r"generation_config.json: not"):
             probe.load_model(str(folder))
     (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").symlink_to("/dev/zero")
+    with pytest.raises(probe.ProbeError, match=r"generation_config.json: not JSON"):
+        probe.load_model(str(folder))
+    (folder / "generation_config.json").unlink()
     assert probe.load_model(str(folder)).settings.get("repetition_penalty") is None
