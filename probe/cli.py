@@ -587,6 +587,27 @@ def problems(run: str, ids: tuple[str, ...]) -> None:
 
 
 @main.command()
+@click.argument("run", type=click.Path(), metavar="RUN")
+@click.argument("file", type=click.Path(), metavar="FILE")
+def export(run: str, file: str) -> None:
+    """Write a run's edges for other tools.
+
+    FILE's suffix is the format: .parquet has both models' score of every edge and question, for
+    pandas and polars; .dot the edges that changed most, for Graphviz.
+
+    \b
+    Examples:
+      probe export runs/tiny-math edges.parquet
+      probe export runs/tiny-math edges.dot
+    """
+    from pathlib import Path
+
+    from probe.report import export_run
+
+    export_run(run, Path(file))
+
+
+@main.command()
 @click.argument("runs", type=click.Path(), nargs=-1, required=True, metavar="RUN...")
 @click.option("--output", type=click.Path(), help="Folder for them [default: RUN/figures].")
 def plot(runs: tuple[str, ...], output: str | None) -> None:

@@ -6,6 +6,7 @@ from ._circuit import WEAKER as WEAKER
 from ._circuit import draw_circuit as draw_circuit
 from ._curves import curves_table as curves_table
 from ._curves import draw_curves as draw_curves
+from ._export import export_run as export_run
 from ._extras import EXTRAS as EXTRAS
 from ._extras import Extra as Extra
 from ._extras import ExtraTable as ExtraTable
