@@ -20,6 +20,7 @@ from ._references import checkpoints_in as checkpoints_in
 from ._references import fetch_checkpoint as fetch_checkpoint
 from ._references import find_checkpoint as find_checkpoint
 from ._references import fingerprint as fingerprint
+from ._references import hub_commits as hub_commits
 from ._references import local_folder as local_folder
 from ._references import weight_files as weight_files
 from ._tensor_files import find_not_finite as find_not_finite

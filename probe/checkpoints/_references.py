@@ -294,6 +294,22 @@ def fingerprint(reference: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def hub_commits(reference: str) -> dict[str, str]:
+    """The commit of the hub that a model's files here are of; an adapter's base has one, too.
+
+    Returns:
+        Commits by reference; none for folders.
+    """
+    folder = local_folder(reference)
+    commits = {}
+    if folder is None:
+        folder = _cached_folder(reference)
+        if folder is None:
+            return {}
+        commits[reference] = (_around(reference, folder) or folder).name
+    return commits | (hub_commits(adapter_base(folder)) if is_adapter(folder) else {})
+
+
 def _cached_folder(reference: str) -> Path | None:
     """The folder of the hub's cache that holds a model's config."""
     return cached_folder(HubName.parse(reference), (CONFIG, ADAPTER_CONFIG))

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import probe
 from probe.attribution import METHODS
-from probe.checkpoints import fingerprint, model_inputs
+from probe.checkpoints import fingerprint, hub_commits, model_inputs
 from probe.errors import ProbeError
 from probe.models import resolve_devices
 from probe.recipe import Recipe, recipe_from, recipe_table
@@ -76,6 +76,7 @@ def open_record(
         "recipe": table,
         "models": models,
         "inputs": inputs,
+        "commits": {k: v for model in models for k, v in hub_commits(model).items()},
         "given_solutions": solutions,
         "versions": _versions(),
         "devices": [recipe.compute.remote]

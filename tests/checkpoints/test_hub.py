@@ -147,6 +147,29 @@ def test_a_revision_of_the_whole(hub):
     assert not any(name.startswith("steps/") for _, name in hub.asked)
 
 
+RUN = """
+import json, sys
+from pathlib import Path
+from probe.checkpoints import fetch_checkpoint
+from probe.recipe import read_recipe
+from probe.store import RunFolder, open_record
+sft, grpo, folder = sys.argv[1:]
+fetch_checkpoint(sft), fetch_checkpoint(grpo)
+models = {"pairs.0.before": sft, "pairs.0.after": grpo, "pairs.1.before": sft}
+recipe = read_recipe("tiny-math", models)
+open_record(RunFolder(Path(folder)), recipe, fresh=False)
+"""
+
+
+def test_a_run_records_the_commit_that_each_name_stood_for(hub, tmp_path):
+    names = ["me/steps", "me/steps/steps/step_2@step_100"]
+    command = [sys.executable, "-c", RUN, *names, str(tmp_path / "run")]
+    done = subprocess.run(command, env=hub.env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["commits"] == dict(zip(names, ("a" * 40, "b" * 40), strict=True))
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
