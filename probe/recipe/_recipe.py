@@ -39,7 +39,9 @@ from probe.recipe._sections import SelectionOptions as SelectionOptions
 from probe.recipe._sections import Shape as Shape
 from probe.recipe._sections import SolutionFiles as SolutionFiles
 from probe.recipe._sections import SolutionOptions as SolutionOptions
+from probe.recipe._sections import Trajectory as Trajectory
 from probe.recipe._shipped import recipe_files as recipe_files
+from probe.recipe._trajectories import pairs_of
 from probe.vocabulary import HOSTED, KEY_VARIABLE
 
 
@@ -96,8 +98,8 @@ class Recipe:
     name: Name
     """Its name, and that of its run folder."""
 
-    pairs: Annotated[tuple[Pair, ...], Field(min_length=1)]
-    """The pairs to compare."""
+    pairs: tuple[Pair, ...]
+    """The pairs to compare; at least one, where there are no trajectories."""
 
     benchmarks: Annotated[tuple[BenchmarkChoice, ...], Field(min_length=1)]
     """The benchmarks to compare them on."""
@@ -129,6 +131,10 @@ class Recipe:
     published_changes: tuple[PublishedChange, ...] = ()
     """Likewise, where only the change was printed."""
 
+    trajectories: tuple[Trajectory, ...] = ()
+    """Trainings, each checkpoint of which is one more pair. Reading puts these in place: a recipe
+    that was read has pairs only."""
+
     include: tuple[str, ...] = ()
     """Other recipes, by name or by path from this file, whose pairs, benchmarks and published
     values come first. `read_recipe` puts them in place: a recipe that was read includes nothing."""
@@ -151,7 +157,7 @@ class Recipe:
         )
 
 
-INCLUDED = ("pairs", "benchmarks", "published", "published_changes")
+INCLUDED = ("pairs", "trajectories", "benchmarks", "published", "published_changes")
 """What an including recipe has of the included ones; all other keys are its own."""
 
 
@@ -212,12 +218,15 @@ def recipe_from(
     """
     for key, value in (overrides or {}).items():
         override(cast(dict[str, object], table), key, value, where)
+    if isinstance(table, dict) and "trajectories" in table:
+        table = {"pairs": []} | table
     try:
         recipe = TypeAdapter(Recipe).validate_python(table)
     except ValidationError as error:
         raise ProbeError(f"{where}: {_complaint(error)}") from error
     if recipe.include:
         raise ProbeError(f"{where}: include works in a recipe's file only")
+    recipe = _with_checkpoints(recipe, where)
     for kind, items in (("pairs", recipe.pairs), ("benchmarks", recipe.benchmarks)):
         names = [item.name for item in items]
         for name in names:
@@ -225,6 +234,17 @@ def recipe_from(
                 raise ProbeError(f"{where}: {kind}: the name {name!r} stands twice; rename one")
     _check_files(recipe, where)
     return recipe
+
+
+def _with_checkpoints(recipe: Recipe, where: str) -> Recipe:
+    """Put the pairs of the trajectories behind a recipe's own."""
+    try:
+        more = tuple(pair for each in recipe.trajectories for pair in pairs_of(each))
+    except ProbeError as error:
+        raise ProbeError(f"{where}: {error}") from error
+    if not recipe.pairs and not more:
+        raise ProbeError(f"{where}: pairs is []: at least one pair or trajectory was expected")
+    return replace(recipe, pairs=recipe.pairs + more, trajectories=())
 
 
 def _check_files(recipe: Recipe, where: str) -> None:
@@ -396,6 +416,7 @@ def _known_keys(path: list[int | str]) -> list[str]:
         if isinstance(part, str):
             kind = {
                 "pairs": Pair,
+                "trajectories": Trajectory,
                 "benchmarks": BenchmarkChoice,
                 "published": Published,
                 "published_changes": PublishedChange,

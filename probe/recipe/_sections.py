@@ -154,6 +154,39 @@ class Pair:
         )
 
 
+@dataclass(frozen=True, config=STRICT)
+class Trajectory:
+    """Checkpoints of one training, each compared with the model that it began from."""
+
+    name: Name
+    """Its name; its pairs are called `name-step-100`."""
+
+    base: Place
+    """The model before training."""
+
+    checkpoints: Place | tuple[Place, ...]
+    """The checkpoints, or a pattern for those in a trainer's output folder:
+    `runs/grpo#checkpoint-*`."""
+
+    steps: tuple[Annotated[int, BeforeValidator(whole_number), Field(ge=0)], ...] = ()
+    """The step of each; where there are none, they are read from names like `step_100`."""
+
+    method: str = ""
+    """As of a pair, like all that follows."""
+
+    prompt: Annotated[str, AfterValidator(_prompt)] = "{question}"
+    """The literal prompt, or `chat`."""
+
+    max_new_tokens: Count = 1024
+    """Longest answer, in tokens."""
+
+    shape: Shape | None = None
+    """How large its models are."""
+
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end an answer."""
+
+
 class Comparison(NamedTuple):
     """One pair on one benchmark at one alpha."""
 

@@ -242,6 +242,7 @@ SECTIONS = {
     "`[[pairs]]`": recipes.Pair,
     "`shape` of a pair": recipes.Shape,
     "`solutions` of a pair": recipes.SolutionFiles,
+    "`[[trajectories]]`": recipes.Trajectory,
     "`[[benchmarks]]`": recipes.BenchmarkChoice,
     "`[compute]`": recipes.Compute,
     "`[solutions]`": recipes.SolutionOptions,

@@ -1,0 +1,65 @@
+"""Trajectories: the checkpoints of one training, as pairs with the model that it began from.
+
+>>> made = Trajectory(name="grpo", base="a/base", checkpoints=("a/rl@step_100", "a/rl@step_200"))
+>>> [pair.name for pair in pairs_of(made)]
+['grpo-step-100', 'grpo-step-200']
+"""
+
+import re
+from pathlib import Path
+
+from probe.checkpoints import checkpoints_in
+from probe.errors import ProbeError
+from probe.recipe._sections import Pair, Trajectory
+
+# As trainers and hub revisions have it: checkpoint-500, global_step_40, step_100, iter_0000100.
+_STEP = re.compile(r"(?:step|checkpoint|ckpt|iter)s?[-_]?(\d{1,18})", re.IGNORECASE)
+
+
+def pairs_of(trajectory: Trajectory) -> tuple[Pair, ...]:
+    """One pair a checkpoint, in the order given; those of a pattern by their numbers.
+
+    Raises:
+        ProbeError: A pattern fits nothing, or it is not clear which step a checkpoint is of.
+    """
+    checkpoints = trajectory.checkpoints
+    if isinstance(checkpoints, str):
+        checkpoints = _in_folder(checkpoints)
+    if not checkpoints:
+        raise ProbeError(f"trajectory {trajectory.name!r} has no checkpoints")
+    steps = trajectory.steps or tuple(_step(reference) for reference in checkpoints)
+    if len(steps) != len(checkpoints):
+        raise ProbeError(
+            f"trajectory {trajectory.name!r} has {len(checkpoints)} checkpoints and {len(steps)} "
+            "steps; give each its own"
+        )
+    return tuple(
+        Pair(
+            name=f"{trajectory.name}-step-{step}",
+            before=trajectory.base,
+            after=reference,
+            method=trajectory.method,
+            prompt=trajectory.prompt,
+            max_new_tokens=trajectory.max_new_tokens,
+            shape=trajectory.shape,
+            stop=trajectory.stop,
+        )
+        for step, reference in zip(steps, checkpoints, strict=True)
+    )
+
+
+def _in_folder(pattern: str) -> tuple[str, ...]:
+    """References, as `runs/grpo#checkpoint-100`, that keep the folder around a checkpoint."""
+    outside, mark, _ = pattern.partition("#")
+    if not mark:
+        return (pattern,)
+    folder = Path(outside).expanduser()
+    found = checkpoints_in(pattern)
+    return tuple(f"{outside}#{Path(path).relative_to(folder)}" for path in found)
+
+
+def _step(reference: str) -> int:
+    found = _STEP.findall(reference)
+    if not found:
+        raise ProbeError(f"{reference!r} says no step, as step_100 does; give the steps beside it")
+    return int(found[-1])
