@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from probe.run import run_circuits as run_circuits
     from probe.run import run_faithfulness as run_faithfulness
     from probe.run import run_recipe as run_recipe
+    from probe.run import watch as watch
     from probe.solutions import Selection as Selection
     from probe.solutions import Solution as Solution
     from probe.solutions import select as select
@@ -99,6 +100,7 @@ _MODULES = {
     "Benchmark": "problems",
     "Problem": "problems",
     "run_recipe": "run",
+    "watch": "run",
     "Selection": "solutions",
     "Solution": "solutions",
     "select": "solutions",

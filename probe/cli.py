@@ -331,6 +331,30 @@ def compare(
 
 
 @main.command()
+@click.argument("folder", metavar="FOLDER")
+@click.argument("name", metavar="NAME|PATH.toml", shell_complete=_recipe_names)
+@click.option("--output", type=click.Path(), help="Run folder [default: FOLDER/probe].")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key.")
+def watch(folder: str, name: str, output: str | None, settings: tuple[str, ...]) -> None:
+    """Score each checkpoint of a training run as it is written.
+
+    FOLDER is the trainer's, with folders checkpoint-N, or FOLDER#PATTERN. Each is compared with the
+    model before of the recipe, in one run folder, and is a line when it is done. This ends behind
+    the last step of the training, where the trainer writes which one that is, or with Ctrl-C; the
+    same command goes on.
+
+    \b
+    Examples:
+      probe watch runs/grpo mine.toml --set solutions.questions=200
+      probe watch "runs/verl#global_step_*/actor/huggingface" mine.toml
+    """
+    from probe.run import watch as scored_ones
+
+    for scored in scored_ones(folder, name, output, overrides=_overrides(settings, None, {})):
+        click.echo(_plain(scored.line))
+
+
+@main.command()
 def recipes() -> None:
     """List the recipes that ship, and what each would download.
 

@@ -10,6 +10,7 @@ from ._inputs import unread_inputs as unread_inputs
 from ._quantized import dequantized as dequantized
 from ._references import ADAPTER_CONFIG as ADAPTER_CONFIG
 from ._references import CONFIG as CONFIG
+from ._references import OF_FOLDER as OF_FOLDER
 from ._references import PACKAGE_DATA as PACKAGE_DATA
 from ._references import PACKAGE_PREFIX as PACKAGE_PREFIX
 from ._references import Checkpoint as Checkpoint
@@ -20,6 +21,7 @@ from ._references import checkpoints_in as checkpoints_in
 from ._references import fetch_checkpoint as fetch_checkpoint
 from ._references import find_checkpoint as find_checkpoint
 from ._references import fingerprint as fingerprint
+from ._references import folders_in as folders_in
 from ._references import hub_commits as hub_commits
 from ._references import local_folder as local_folder
 from ._references import weight_files as weight_files
@@ -32,3 +34,6 @@ from ._weights import by_kind as by_kind
 from ._weights import has_plain_weights as has_plain_weights
 from ._weights import tensor_changes as tensor_changes
 from ._weights import weight_changes as weight_changes
+from ._whole import files_state as files_state
+from ._whole import is_whole as is_whole
+from ._whole import trainer_state as trainer_state

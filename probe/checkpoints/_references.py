@@ -99,14 +99,26 @@ def checkpoints_in(reference: str) -> list[str]:
     folder = Path(outside).expanduser()
     if not folder.is_dir():
         raise ProbeError(f"folder {outside!r} does not exist, so it holds no {pattern!r}")
-    if not pattern or pattern.startswith("/") or ".." in Path(pattern).parts:
-        raise ProbeError(f"{reference!r}: behind {OF_FOLDER} stands a folder in it, checkpoint-500")
-    found = sorted((str(path) for path in folder.glob(pattern) if path.is_dir()), key=_by_number)
+    found = [str(path) for path in folders_in(folder, pattern)]
     if not found:
         inside = sorted((path.name for path in folder.iterdir() if path.is_dir()), key=_by_number)
         listed = f"it holds {', '.join(inside[:5])}" if inside else "it holds no folder"
         raise ProbeError(f"{outside} holds no {pattern}; {listed}{' ...' * (len(inside) > 5)}")
     return found
+
+
+def folders_in(folder: Path, pattern: str) -> list[Path]:
+    """The folders in a folder that a pattern fits now, by the numbers in them; perhaps none.
+
+    Raises:
+        ProbeError: The pattern leads out of the folder.
+    """
+    if not pattern or pattern.startswith("/") or ".." in Path(pattern).parts:
+        raise ProbeError(
+            f"'{folder}{OF_FOLDER}{pattern}': behind {OF_FOLDER} stands a folder in it, "
+            "checkpoint-500"
+        )
+    return sorted((p for p in folder.glob(pattern) if p.is_dir()), key=lambda p: _by_number(str(p)))
 
 
 def _is_inside(reference: str) -> bool:

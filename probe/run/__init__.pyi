@@ -24,3 +24,6 @@ from ._session import progress_bar as progress_bar
 from ._timing import time_batches as time_batches
 from ._timing import time_line as time_line
 from ._timing import worth_timing as worth_timing
+from ._watching import Scored as Scored
+from ._watching import score_checkpoint as score_checkpoint
+from ._watching import watch as watch

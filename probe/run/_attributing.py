@@ -56,7 +56,7 @@ def attribute_all(run: Run, sides: Sequence[Side]) -> None:
             found = run.on_each(work, name, sum(len(side.sequences) for side in part))
             for model, error in zip(models, found, strict=True):
                 errors[model] = max(errors[model], error)
-        run.record["residual_error"] = errors
+        run.note("residual_error", errors)
 
 
 def _waits(side: Side) -> bool:

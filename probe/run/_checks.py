@@ -106,8 +106,10 @@ def check_metrics(recipe: Recipe) -> None:
                 raise ProbeError(f"{key}.metric is {name!r}; known: {', '.join(known)}{hint}")
 
 
-def check_output(recipe: Recipe, output: Path, fresh: bool = False) -> None:
+def check_output(recipe: Recipe, output: Path, fresh: bool = False, add: bool = False) -> None:
     """Check that a run of a recipe can go to a folder, without touching it.
+
+    With `add` the folder's run may have pairs that the recipe has not, and the other way round.
 
     Raises:
         ProbeError: It is a file, cannot be written to, is in use, or holds something else.
@@ -131,7 +133,7 @@ def check_output(recipe: Recipe, output: Path, fresh: bool = False) -> None:
         # What takes long to read is left to the run, which says so first.
         quick = here and not reading_lines(recipe)
         inputs = {model: model_inputs(model) for model in recipe.models()} if quick else None
-        check_goes_on(folder, recipe, models, inputs=inputs)
+        check_goes_on(folder, recipe, models, inputs=inputs, add=add)
 
 
 def _problems_here(recipe: Recipe) -> dict[str, list[Problem]]:

@@ -60,6 +60,7 @@ def run_recipe(
     *,
     overrides: Mapping[str, str | int | float] | None = None,
     fresh: bool = False,
+    add: bool = False,
     console: Console | None = None,
 ) -> Report:
     """Run a recipe, or go on with it.
@@ -71,6 +72,8 @@ def run_recipe(
         output: The run folder; `runs/NAME` if not given.
         overrides: Values by dotted key, as in `{"selection.samples": 50}`; not for a `Recipe`.
         fresh: Start over where the folder holds an earlier run.
+        add: Add its pairs to those of an earlier run in the folder, which stay as they are; their
+            models need not be there any more.
         console: Where progress goes; standard error if not given.
 
     Raises:
@@ -80,7 +83,7 @@ def run_recipe(
         recipe = read_recipe(recipe, overrides)
     console = console or PlainConsole(stderr=True)
     folder = RunFolder(Path(output) if output else Path("runs") / recipe.name)
-    check_output(recipe, folder.path, fresh)
+    check_output(recipe, folder.path, fresh, add)
     problems = check_recipe(recipe)
     for line in reading_lines(recipe):
         console.print(line, soft_wrap=True)
@@ -91,13 +94,15 @@ def run_recipe(
             console.print(f"downloading {reference}")
             fetch_checkpoint(reference)
     # A run that goes on has looked through these numbers: its record knows these weights.
-    new = fresh or not folder.record.exists()
+    begun = folder.record.exists() and not fresh
+    known = folder.read_record().get("models") if begun else None
+    known = known if isinstance(known, dict) else {}
     for reference in recipe.models():
         if weight_files(reference):
-            for line in check_model(reference, numbers=new):
+            for line in check_model(reference, numbers=reference not in known):
                 console.print(line, soft_wrap=True)
     with locked(folder, said_on(console)) as held:
-        return _run(held, recipe, problems, given, answers, host, fresh, console)
+        return _run(held, recipe, problems, given, answers, host, fresh, add, console)
 
 
 def _run(
@@ -108,6 +113,7 @@ def _run(
     answers: Mapping[tuple[str, str], Mapping[str, GivenAnswer]],
     host: Host | None,
     fresh: bool,
+    add: bool,
     console: Console,
 ) -> Report:
     """Run a recipe that was checked into a folder that this process holds."""
@@ -120,7 +126,7 @@ def _run(
     }
     if not fresh and folder.record.exists():
         questions = check_questions(folder, questions)
-    record = open_record(folder, recipe, fresh, tables)
+    record = open_record(folder, recipe, fresh, tables, add)
     for line in version_lines(record):
         console.print(line, soft_wrap=True)
     folder.write_json(QUESTIONS, questions)

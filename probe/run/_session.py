@@ -104,6 +104,12 @@ class Run(Setup):
         """Add the time that is spent within to the record."""
         return timed(self.folder, self.record, name)
 
+    def note(self, key: str, table: Mapping[str, object]) -> None:
+        """Add entries to a table of the record."""
+        old = self.record.get(key, {})
+        assert isinstance(old, dict)
+        self.record[key] = old | dict(table)
+
     def bar(self, name: str, total: int) -> Bar:
         """A bar for a phase."""
         return Bar(self.progress, self.progress.add_task(name, total=total))

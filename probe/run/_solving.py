@@ -44,9 +44,8 @@ def solve_all(
             for benchmark, solutions in of_model.items()
         }
         # So that a report can tell when some of them are lost.
-        run.record["solved"] = {
-            run.folder.solutions_file(*names).name: len(part) for names, part in solved.items()
-        }
+        counts = {run.folder.solutions_file(*n).name: len(part) for n, part in solved.items()}
+        run.note("solved", counts)
     return solved
 
 

@@ -46,6 +46,7 @@ def open_record(
     recipe: Recipe,
     fresh: bool,
     given: Mapping[str, Mapping[str, str | int]] | None = None,
+    add: bool = False,
 ) -> dict[str, object]:
     """Open the folder for this recipe and write who is running what.
 
@@ -54,19 +55,22 @@ def open_record(
         recipe: The recipe.
         fresh: Whether to start over.
         given: What is known of solutions that were generated elsewhere, by the model's name.
+        add: Whether pairs of the folder's run that the recipe has not stay, as they are.
 
     Raises:
         ProbeError: The folder holds a run of something else.
     """
     solutions = {name: dict(table) for name, table in (given or {}).items()}
-    table = recipe_table(recipe)
+    table = recipe_table(with_earlier_pairs(folder, recipe) if add and not fresh else recipe)
     models = {model: fingerprint(model) for model in recipe.models()}
     inputs = {model: model_inputs(model) for model in recipe.models()}
     times: object = {}
     digests: object = True
     earlier: list[object] = []
+    kept: dict[str, object] = {}
     if folder.record.exists() and not fresh:
-        old = check_goes_on(folder, recipe, models, solutions, inputs)
+        old = check_goes_on(folder, recipe, models, solutions, inputs, add)
+        kept = old if add else {}
         times, digests = old.get("seconds", {}), old.get("digests", False)
         earlier = _earlier_versions(old)
     folder.open(fresh)
@@ -74,10 +78,11 @@ def open_record(
         "schema": SCHEMA,
         "digests": digests,
         "recipe": table,
-        "models": models,
-        "inputs": inputs,
-        "commits": {k: v for model in models for k, v in hub_commits(model).items()},
-        "given_solutions": solutions,
+        "models": _table_of(kept, "models") | models,
+        "inputs": _table_of(kept, "inputs") | inputs,
+        "commits": _table_of(kept, "commits")
+        | {k: v for model in models for k, v in hub_commits(model).items()},
+        "given_solutions": _table_of(kept, "given_solutions") | solutions,
         "versions": _versions(),
         "devices": [recipe.compute.remote]
         if recipe.compute.remote
@@ -91,8 +96,15 @@ def open_record(
     }
     if earlier:
         record["earlier_versions"] = earlier
+    record |= {key: kept[key] for key in ("solved", "residual_error") if key in kept}
     folder.write_json("run.json", record)
     return record
+
+
+def _table_of(record: Mapping[str, object], key: str) -> dict[str, object]:
+    """A table in a record; an empty one where it has none."""
+    found = record.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def _versions() -> dict[str, str]:
@@ -143,6 +155,7 @@ def check_goes_on(
     models: Mapping[str, str] | None,
     solutions: Mapping[str, Mapping[str, str | int]] | None = None,
     inputs: Mapping[str, Mapping[str, str]] | None = None,
+    add: bool = False,
 ) -> dict[str, object]:
     """Check that a folder's run can go on with this recipe; what it has recorded.
 
@@ -152,20 +165,30 @@ def check_goes_on(
         models: Fingerprint of each model; None where they are not here.
         solutions: What is known of solutions made elsewhere; None where that is not known yet.
         inputs: Digests of each model's files; None where they are not here.
+        add: Whether the recipe may have pairs that the run has not, or lack some that it has.
 
     Raises:
         ProbeError: The folder holds a run of something else.
     """
     old = folder.read_record()
+    known = {key: _table_of(old, key) for key in ("models", "given_solutions")}
     # Keys that have come since stand at their defaults, which are what was done before.
-    earlier = recipe_table(recipe_from(old.get("recipe"), str(folder.record)))
-    difference = _first_difference(_fixed(recipe_table(recipe)), _fixed(earlier))
+    earlier = recipe_from(old.get("recipe"), str(folder.record))
+    if add:
+        whole = with_earlier_pairs(folder, recipe).pairs[: len(earlier.pairs)]
+        recipe = replace(recipe, pairs=whole)
+        # Of what is new nothing is known yet, and of what is not run nothing is asked.
+        models = models and {m: v for m, v in models.items() if m in known["models"]}
+        inputs = inputs and {m: v for m, v in inputs.items() if m in known["models"]}
+        known["models"] = {m: known["models"][m] for m in models or ()}
+        known["given_solutions"] |= solutions or {}
+    difference = _first_difference(_fixed(recipe_table(recipe)), _fixed(recipe_table(earlier)))
     if not difference and inputs is not None:
         check_inputs(folder, old, inputs)
     for what, here, there in (
-        ("recipe", _fixed(recipe_table(recipe)), _fixed(earlier)),
-        ("weights", models, old.get("models")),
-        ("solutions", solutions, old.get("given_solutions")),
+        ("recipe", _fixed(recipe_table(recipe)), _fixed(recipe_table(earlier))),
+        ("weights", models, known["models"]),
+        ("solutions", solutions, known["given_solutions"]),
     ):
         difference = "" if here is None else _first_difference(here, there)
         if difference:
@@ -260,6 +283,19 @@ def with_earlier_tables(folder: RunFolder, recipe: Recipe) -> Recipe:
         report=replace(recipe.report, extra=extra),
         attribution=replace(recipe.attribution, control=control),
     )
+
+
+def with_earlier_pairs(folder: RunFolder, recipe: Recipe) -> Recipe:
+    """The recipe with the pairs that its folder's run has from before, too, and these first.
+
+    Raises:
+        ProbeError: The folder's record is damaged.
+    """
+    if not folder.record.exists():
+        return recipe
+    earlier = recipe_from(folder.read_record().get("recipe"), str(folder.record))
+    pairs = {pair.name: pair for pair in (*earlier.pairs, *recipe.pairs)}
+    return replace(recipe, pairs=tuple(pairs.values()))
 
 
 @contextmanager
