@@ -31,6 +31,7 @@ from probe.report._extra_rows import (
     split_rows,
     weight_rows,
 )
+from probe.report._trajectory import COLUMNS, NOTE, TITLE, trajectory_rows
 from probe.stats import _mass as mass
 from probe.store import Missing, RunFolder
 
@@ -232,6 +233,8 @@ def extra_tables(
         if rows:
             columns = (*extra.where, *extra.columns)
             tables.append(ExtraTable(extra.title, extra.note, columns, tuple(rows)))
+    if slopes := trajectory_rows(folder, recipe):
+        tables.append(ExtraTable(TITLE, NOTE, COLUMNS, tuple(slopes)))
     return tuple(tables), tuple(missing)
 
 

@@ -231,12 +231,12 @@ def contributions(form: Form, before: Array, after: Array) -> Contributions:
     if form == "ratio":
         logs = np.log(before), np.log(after)
         old, new = (float(np.exp(side.mean())) for side in logs)
-        parts = _without_rounding(logs[1] - logs[0], 1)
+        parts = without_rounding(logs[1] - logs[0], 1)
         return Contributions(old, new, parts, parts, float(np.expm1(parts.mean())))
     if form == "pairs":
         before, after = pseudo_values(before), pseudo_values(after)
     old, new = float(before.mean()), float(after.mean())
-    parts = _without_rounding(after - before, abs(old))
+    parts = without_rounding(after - before, abs(old))
     if old == 0:
         return Contributions(old, new, parts, parts, None)
     change = float(parts.mean()) / abs(old)
@@ -421,7 +421,7 @@ def defined(form: Form, before: Array, after: Array) -> npt.NDArray[np.bool_]:
     return found & (before > 0) & (after > 0) if form == "ratio" else found
 
 
-def _without_rounding(parts: Array, size: float) -> Array:
+def without_rounding(parts: Array, size: float) -> Array:
     """Contributions, 0 where scores in float32 of values of this size do not tell them from it."""
     return np.where(np.abs(parts) <= _ROUNDING * size, 0, parts)
 
