@@ -141,7 +141,7 @@ CONFIGS = {
     "1b-dpo-rlvr": ("olmo2", 100352, 16),
     "7b-sft-dpo": ("olmo2", 100352, 32),
     "7b-dpo-rlvr": ("olmo2", 100352, 32),
-    **{f"base-step-{step}": ("olmo3", 100278, 32) for step in (100, 400, 800, 1200, 1600, 1900)},
+    **{f"base-step-{step}": ("olmo3", 100278, 32) for step in range(100, 2000, 100)},
     "think-sft-dpo": ("olmo3", 100278, 32),
     "think-dpo-rlvr": ("olmo3", 100278, 32),
     **{
