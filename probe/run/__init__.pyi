@@ -27,3 +27,4 @@ from ._timing import worth_timing as worth_timing
 from ._watching import Scored as Scored
 from ._watching import score_checkpoint as score_checkpoint
 from ._watching import watch as watch
+from ._watching import watch_recipe as watch_recipe

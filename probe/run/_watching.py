@@ -109,14 +109,7 @@ def watch(
         ProbeError: The recipe has several bases, or the first checkpoint cannot be compared with
             its base. One that cannot be compared later is named and left out.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = read_recipe(recipe, overrides)
-    bases = {pair.before for pair in recipe.pairs}
-    if len(bases) > 1:
-        raise ProbeError(
-            f"{recipe.name} has {len(bases)} models before, {', '.join(sorted(bases))}; "
-            "checkpoints are compared with one"
-        )
+    recipe = watch_recipe(recipe, overrides)
     console = console or PlainConsole(stderr=True)
     given, _, pattern = str(folder).partition(OF_FOLDER)
     outside = Path(given).expanduser()
@@ -138,6 +131,25 @@ def watch(
             continue
         done.add(name)
         yield scored
+
+
+def watch_recipe(
+    recipe: str | Path | Recipe, overrides: Mapping[str, str | int | float] | None = None
+) -> Recipe:
+    """Read a recipe that says how checkpoints are compared with one base.
+
+    Raises:
+        ProbeError: There is none, or it has several bases.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = read_recipe(recipe, overrides)
+    bases = {pair.before for pair in recipe.pairs}
+    if len(bases) > 1:
+        raise ProbeError(
+            f"{recipe.name} has {len(bases)} models before, {', '.join(sorted(bases))}; "
+            "checkpoints are compared with one"
+        )
+    return recipe
 
 
 def _whole_ones(

@@ -1,0 +1,1 @@
+"""Integrations: what scores checkpoints from inside of other programs."""
