@@ -59,7 +59,7 @@ class InProcess(Host):
         super().__init__("http://here", jobs=1)
         self.model = model
 
-    def ask(self, path, patience=0.0):
+    def ask(self, path, patience=0.0, hint=""):
         """Say that nothing is up yet."""
         packages = {name: version(name) for name in ("nnsight", "torch", "transformers")}
         return {"python_version": "3.11", "packages": packages, "deployments": {}}
