@@ -52,6 +52,8 @@ class Server:
             # Ray would listen on every interface otherwise.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
+            # A token that another cluster left at home would bind some of its processes, not all.
+            "RAY_AUTH_MODE": "disabled",
             "GRPC_ENABLE_FORK_SUPPORT": "0",
             "NDIF_HOME": str(self.state / "home"),
             "NDIF_REDIS_URL": f"redis://127.0.0.1:{REDIS}",
