@@ -10,6 +10,7 @@ asks is in its docstring; a case that needs a control which the report does not 
 
 import argparse
 import json
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import probe
 from probe.attribution import EdgeScores
@@ -530,6 +533,127 @@ def exchanged(questions: int, folder: Path) -> dict[str, bool]:
     }
 
 
+def mixed(questions: int, folder: Path) -> dict[str, bool]:
+    """Each question must say the same in any mix, and a mix what its questions say.
+
+    Whole answers of any length are scored: what part and which lengths are else depends on the mix.
+    """
+    lines = (PACKAGE_DATA / "tiny-math" / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[:questions]]
+    short = [row for row in rows if sum(row["question"].count(sign) for sign in "+-") == 2]
+    mixes = {"short": short, "long": [row for row in rows if row not in short], "all": rows}
+    cells: dict[str, dict[str, Cell]] = {}
+    scores: dict[str, list[dict[str, torch.Tensor]]] = {}
+    for name, chosen in mixes.items():
+        path = folder / f"mix-{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, chosen)), encoding="utf-8")
+        pair = {"before": "probe:tiny-math/sft", "after": "probe:tiny-math/grpo"}
+        changes = {
+            "pairs": [{"name": "pair", **pair, "max_new_tokens": 64}],
+            "selection": {"alpha": [9.0], "beta": 0.01, "gamma": 9.0, "delta": 9.0},
+            "attribution.control": [],
+            "report.extra": [],
+            "benchmarks.0.path": str(path),
+        }
+        report = probe.run_recipe("tiny-math", folder / f"mix-{name}", overrides=changes)  # type: ignore
+        cells[name] = {cell.metric: cell for cell in report.cells}
+        sides = RunFolder(folder / f"mix-{name}").read_sides(
+            "pair.tiny-math.alpha-9", "before", "after"
+        )
+        scores[name] = [dict(zip(side.ids, side.scores, strict=True)) for side in sides]
+    parts = [
+        (name, side, key)
+        for name in ("short", "long")
+        for side in (0, 1)
+        for key in scores[name][side]
+    ]
+
+    def total(name: str, metric: str) -> float:
+        cell = cells[name][metric]
+        return float(np.log1p(cell.change or 0)) * cell.samples
+
+    return {
+        "every question is compared": len(parts) == 2 * len(scores["all"][0]) > 0,
+        "a question's edges are the same": all(
+            torch.allclose(
+                a := scores[name][side][key],
+                scores["all"][side][key],
+                rtol=1e-3,
+                atol=1e-4 * float(a.abs().max()),
+            )
+            for name, side, key in parts
+        ),
+        "changes are those of the parts": all(
+            np.isclose(
+                total("short", metric) + total("long", metric), total("all", metric), atol=1e-2
+            )
+            for metric in cells["all"]
+            if metric != "sample_diversity"  # of pairs across both parts
+        ),
+    }
+
+
+def written_out(generator: random.Random) -> tuple[str, str]:
+    """A problem as in `tiny-math`, and its solution."""
+    total = generator.randint(1, 99)
+    question, steps = str(total), []
+    for _ in range(generator.randint(2, 4)):
+        sign, operand = generator.choice("+-"), generator.randint(1, 99)
+        result = total + operand if sign == "+" else total - operand
+        question += f"{sign}{operand}"
+        steps.append(f"{total}{sign}{operand}={result}")
+        total = result
+    return f"{question}=?", f"{';'.join(steps)}#{total}"
+
+
+def trained(seed: int, folder: Path) -> Path:
+    """Train the SFT model for 40 more steps of SFT, unless an earlier run has."""
+    if folder.exists():
+        return folder
+    model = AutoModelForCausalLM.from_pretrained(SFT, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(SFT)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    generator = random.Random(seed)
+    for _ in range(40):
+        texts = [written_out(generator) for _ in range(64)]
+        prompts = [tokenizer(question)["input_ids"] for question, _ in texts]
+        answers = [tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id] for _, answer in texts]
+        rows = [torch.tensor(p + a) for p, a in zip(prompts, answers, strict=True)]
+        labels = [torch.tensor([-100] * len(p) + a) for p, a in zip(prompts, answers, strict=True)]
+        loss = model(
+            input_ids=pad_sequence(rows, batch_first=True),
+            attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            labels=pad_sequence(labels, batch_first=True, padding_value=-100),
+        ).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    part = folder.with_name(f"{folder.name}-part")  # a stopped run leaves no model of this name
+    shutil.copytree(SFT, part, dirs_exist_ok=True)
+    weights = {key: value for key, value in model.state_dict().items() if key != "lm_head.weight"}
+    save_file(weights, part / "model.safetensors", {"format": "pt"})  # tied: stored once
+    config = json.loads((SFT / "config.json").read_text(encoding="utf-8"))
+    text = json.dumps({**config, "dtype": "float32"})
+    (part / "config.json").write_text(text, encoding="utf-8")
+    return part.rename(folder)
+
+
+def seeds(questions: int, folder: Path) -> dict[str, bool]:
+    """Two trainings that differ by their seed alone: neither did what the other did not."""
+    before, after = (str(trained(seed, folder / "models" / f"seed-{seed}")) for seed in (1, 2))
+    changes = {
+        "pairs": [{"name": "seeds", "before": before, "after": after, "max_new_tokens": 64}],
+        "selection.alpha": [ALPHA],
+        "solutions.questions": questions,
+        "report.extra": [],
+    }
+    report = probe.run_recipe("tiny-math", folder / "seeds", overrides=changes)  # type: ignore
+    return {
+        "no cell has a star": not any(cell.significant for cell in report.cells),
+        "accuracy has no star": not any(row.significant for row in report.accuracy),
+    }
+
+
 def main() -> None:
     """Ask all, and print which answers are right."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -546,6 +670,8 @@ def main() -> None:
             verdicts[name] = CASES[name].right(found)
     verdicts["copies in clusters"] = copies(options.questions, options.runs)
     verdicts["sides exchanged"] = exchanged(options.questions, options.runs)
+    verdicts["another mix"] = mixed(options.questions, options.runs)
+    verdicts["two seeds"] = seeds(options.questions, options.runs)
     print("| case | right | what is wrong |")
     print("|---|---|---|")
     for name, checks in verdicts.items():
