@@ -141,6 +141,11 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--solutions", metavar="before=FILE,after=FILE", help="Solutions made elsewhere."
         ),
+        click.option(
+            "--answers",
+            metavar="URL|before=URL,after=URL",
+            help="Let servers with OpenAI's API write them.",
+        ),
         click.option("--method", help="eap, eap-ig, relp or exact.", shell_complete=_method_names),
         click.option(
             "--control",
@@ -163,6 +168,7 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 KEYS = {
+    "answers": "solutions.server",
     "limit": "solutions.questions",
     "method": "attribution.method",
     "control": "attribution.control",
@@ -184,9 +190,13 @@ def _overrides(
         if not equals:
             raise ProbeError(f"--set {setting}: write KEY=VALUE, as in selection.samples=50")
         overrides[key.strip()] = value.strip()
+    answers = keys.get("answers")
+    if isinstance(answers, str) and re.match("(before|after)=", answers):
+        overrides |= solution_files("--answers", answers)
+        keys = {**keys, "answers": None}
     overrides |= {KEYS[name]: given for name, given in keys.items() if given is not None}
     if solutions is not None:
-        overrides |= solution_files(solutions)
+        overrides |= solution_files("--solutions", solutions)
     return overrides
 
 
@@ -211,13 +221,14 @@ def _run(chosen: "Recipe", output: "str | Path | None", fresh: bool, dry_run: bo
     print_report(run_recipe(chosen, output, fresh=fresh))
 
 
-def solution_files(text: str) -> dict[str, str | int | float]:
-    """The keys that `before=FILE,after=FILE` sets; one side alone will do."""
+def solution_files(option: str, text: str) -> dict[str, str | int | float]:
+    """The keys that `before=FILE,after=FILE` of an option sets; one side alone will do."""
     overrides: dict[str, str | int | float] = {}
     for part in re.split(r",(?=(?:before|after)=)", text):
         side, equals, file = part.partition("=")
         if side not in ("before", "after") or not equals or not file:
-            raise ProbeError(f"--solutions {text}: write before=FILE,after=FILE, or one of them")
+            what = "URL" if option == "--answers" else "FILE"
+            raise ProbeError(f"{option} {text}: write before={what},after={what}, or one of them")
         overrides[f"pairs.0.solutions.{side}"] = file
     return overrides
 
@@ -247,11 +258,14 @@ def recipe(
 
     overrides = _overrides(settings, solutions, keys)
     chosen = place_benchmarks(read_recipe(name, overrides), paths)
-    if solutions is not None and len(chosen.pairs) > 1:
-        raise ProbeError(
-            f"--solutions is for one pair, and {chosen.name} has {len(chosen.pairs)}; "
-            "use --set pairs.0.solutions.before=FILE"
-        )
+    answers = keys.get("answers")
+    for option, given in (("--solutions", solutions), ("--answers before=...", answers)):
+        whole = given is answers and "solutions.server" in overrides
+        if given is not None and not whole and len(chosen.pairs) > 1:
+            raise ProbeError(
+                f"{option} is for one pair, and {chosen.name} has {len(chosen.pairs)}; "
+                "use --set pairs.0.solutions.before=..."
+            )
     _run(chosen, output, fresh, dry_run)
 
 

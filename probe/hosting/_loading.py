@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from typing import NamedTuple, cast
-from urllib.parse import urlsplit
 
 from probe.checkpoints import HubName, fetch_checkpoint, local_folder
 from probe.errors import ProbeError
@@ -29,7 +28,7 @@ from probe.models import (
     read_settings,
     read_tokenizer,
 )
-from probe.remote import GO_ON, Deployment, Host
+from probe.remote import GO_ON, Deployment, Host, check_address, check_key
 from probe.tracing import describe
 from probe.vocabulary import HOSTED, JOBS, KEY_VARIABLE, TIMEOUT
 
@@ -103,19 +102,8 @@ def open_host(
             raise ProbeError(
                 f"the hosted NDIF asks for a key: set {KEY_VARIABLE}; see docs/remote.md"
             )
-    try:
-        parts = urlsplit(url)
-        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # half of an IPv6 address, a port that is no number
-        sound = False
-    if not sound or parts.query or parts.fragment or not url.isprintable() or " " in url:
-        raise ProbeError(f"remote is {remote!r}; give {HOSTED} or an address, http://host:8001")
-    if parts.username or parts.password:
-        raise ProbeError(
-            f"leave name and password out of the address; a key goes into {KEY_VARIABLE}"
-        )
-    if not (key.isascii() and key.isprintable() and " " not in key):
-        raise ProbeError(f"{KEY_VARIABLE} holds characters that no key has")
+    parts = check_address(url, f"remote is {remote!r}; give {HOSTED} or an address", KEY_VARIABLE)
+    check_key(key, KEY_VARIABLE)
     say = say or (lambda line: None)
     # Letters of `HTTP://` too, as others read them.
     return Host(parts.geturl().rstrip("/"), key, jobs, remote != HOSTED, timeout, say)

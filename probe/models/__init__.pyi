@@ -28,12 +28,14 @@ from ._kernels import fuse as fuse
 from ._kernels import resolve_kernels as resolve_kernels
 from ._kernels import rotate_by as rotate_by
 from ._loading import Model as Model
+from ._loading import ModelFiles as ModelFiles
 from ._loading import as_model as as_model
 from ._loading import check_dtype as check_dtype
 from ._loading import check_pair as check_pair
 from ._loading import cpu_threads as cpu_threads
 from ._loading import load_model as load_model
 from ._loading import read_config as read_config
+from ._loading import read_files as read_files
 from ._loading import read_tokenizer as read_tokenizer
 from ._loading import resolve_devices as resolve_devices
 from ._prompts import CHAT_MESSAGE as CHAT_MESSAGE

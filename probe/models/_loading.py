@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from probe.checkpoints import fetch_checkpoint
 from probe.errors import ProbeError, not_known, reason
@@ -101,8 +101,7 @@ class Model:
     @property
     def context(self) -> int | None:
         """The most positions it was made for; None where its config does not say."""
-        positions = getattr(self.config, "max_position_embeddings", None)
-        return None if positions is None else int(positions)
+        return _context(self.config)
 
     @property
     def turning_point(self) -> int | None:
@@ -229,6 +228,45 @@ class Model:
             return tuple(single_block(row, kind) for kind in getattr(self.config, key))
         layers = attrgetter(row.layers)(self.network._module)
         return tuple(blocks_of(row, layer) for layer in layers)
+
+
+class ModelFiles(NamedTuple):
+    """What lies beside a model's weights."""
+
+    reference: str
+    """The model."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    """Its tokenizer."""
+
+    config: "PretrainedConfig"
+    """Its config."""
+
+    settings: Mapping[str, object]
+    """Its own generation settings."""
+
+    @property
+    def context(self) -> int | None:
+        """The most positions it was made for; None where its config does not say."""
+        return _context(self.config)
+
+
+def read_files(reference: str) -> ModelFiles:
+    """Read what lies beside a model's weights.
+
+    Raises:
+        ProbeError: There is no such model here or on the hub, or a file is damaged.
+    """
+    from probe.models._decoding import read_settings
+
+    folder = fetch_checkpoint(reference, weights=False).folder
+    config, settings = read_config(reference), read_settings(folder)
+    return ModelFiles(reference, read_tokenizer(reference), config, settings)
+
+
+def _context(config: "PretrainedConfig") -> int | None:
+    positions = getattr(config, "max_position_embeddings", None)
+    return None if positions is None else int(positions)
 
 
 def read_config(reference: str, whole: bool = False) -> "PretrainedConfig":

@@ -15,4 +15,5 @@ from ._sections import Comparison as Comparison
 from ._sections import Pair as Pair
 from ._sections import SelectionOptions as SelectionOptions
 from ._sections import Shape as Shape
+from ._sections import is_address as is_address
 from ._shipped import recipe_files as recipe_files

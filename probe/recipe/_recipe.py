@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_type_hints
+from urllib.parse import urlsplit
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -40,6 +41,7 @@ from probe.recipe._sections import Shape as Shape
 from probe.recipe._sections import SolutionFiles as SolutionFiles
 from probe.recipe._sections import SolutionOptions as SolutionOptions
 from probe.recipe._sections import Trajectory as Trajectory
+from probe.recipe._sections import is_address as is_address
 from probe.recipe._shipped import recipe_files as recipe_files
 from probe.recipe._trajectories import pairs_of
 from probe.vocabulary import HOSTED, KEY_VARIABLE
@@ -180,7 +182,28 @@ def read_recipe(
     found = recipe_from(_included(table, path), str(path), overrides)
     if "compute.remote" not in (overrides or {}):
         check_named_server(found, str(path))
+    _check_answering(found, str(path), overrides or {})
     return found
+
+
+def _check_answering(
+    recipe: Recipe, where: str, overrides: Mapping[str, str | int | float]
+) -> None:
+    """Refuse a server of solutions that only a file names, as `check_named_server` does.
+
+    Raises:
+        ProbeError: It names a host that the overrides do not.
+    """
+    asked_for = [str(value) for key, value in overrides.items() if "solutions." in key]
+    trusted = {urlsplit(value).netloc for value in asked_for if is_address(value)}
+    for number, pair in enumerate(recipe.pairs):
+        for side, asked in zip(("before", "after"), pair.asked(), strict=True):
+            if asked.server and urlsplit(asked.server).netloc not in trusted:
+                raise ProbeError(
+                    f"{where}: pair {pair.name!r} would send the questions to {asked.server!r}; if "
+                    f"you trust that server, ask for it: --answers {asked.server}, or --set "
+                    f"pairs.{number}.solutions.{side}={asked.server}"
+                )
 
 
 def check_named_server(recipe: Recipe, where: str) -> None:
@@ -233,7 +256,28 @@ def recipe_from(
             if names.count(name) > 1:
                 raise ProbeError(f"{where}: {kind}: the name {name!r} stands twice; rename one")
     _check_files(recipe, where)
-    return recipe
+    return _with_server(recipe, where)
+
+
+def _with_server(recipe: Recipe, where: str) -> Recipe:
+    """The recipe with the server of all solutions wherever a pair says nothing else."""
+    server = recipe.solutions.server
+    if not server:
+        return recipe
+    if not is_address(server):
+        raise ProbeError(
+            f"{where}: solutions.server is {server!r}; give an address, http://host:8000/v1"
+        )
+    pairs = tuple(
+        replace(
+            pair,
+            solutions=SolutionFiles(
+                pair.solutions.before or server, pair.solutions.after or server
+            ),
+        )
+        for pair in recipe.pairs
+    )
+    return replace(recipe, pairs=pairs)
 
 
 def _with_checkpoints(recipe: Recipe, where: str) -> Recipe:

@@ -82,15 +82,31 @@ class Asked(NamedTuple):
     """Texts that end an answer."""
 
     given: str | None
-    """A file with solutions that it has written already."""
+    """Where its solutions come from: a file, or the address of a server."""
+
+    @property
+    def file(self) -> str | None:
+        """A file with solutions that it has written already."""
+        return None if is_address(self.given) else self.given
+
+    @property
+    def server(self) -> str | None:
+        """The address of a server that writes them."""
+        return self.given if is_address(self.given) else None
+
+
+def is_address(given: str | None) -> bool:
+    """Whether solutions come from a server."""
+    return given is not None and given.lower().startswith(("http://", "https://"))
 
 
 @dataclass(frozen=True, config=STRICT)
 class SolutionFiles:
-    """Solutions that were generated elsewhere; see `probe.solutions` for what is understood."""
+    """Solutions that are generated elsewhere; see `probe.solutions` for what is understood."""
 
     before: Place | None = None
-    """A file or folder with those of the model before; None to generate them here."""
+    """A file or folder with those of the model before, or the address of a server that writes them,
+    `http://host:8000/v1`; None to generate them here."""
 
     after: Place | None = None
     """Likewise of the model after."""
@@ -143,7 +159,7 @@ class Pair:
     """Texts that end an answer, as an end-of-sequence token does; see `probe.solutions`."""
 
     solutions: SolutionFiles = Field(default_factory=SolutionFiles)
-    """Files with solutions that were generated elsewhere."""
+    """Files with solutions that were generated elsewhere, or servers that write them."""
 
     def asked(self) -> tuple[Asked, Asked]:
         """How it asks its two models."""
@@ -271,8 +287,12 @@ class SolutionOptions:
     engine: Engine = "auto"
     """`continuous` or `static` batches; `auto` is continuous on a GPU; see `probe.solutions`."""
 
+    server: str = ""
+    """Address of a server that speaks OpenAI's API and writes the solutions, `http://host:8000/v1`;
+    behind a `#` its name of a model. Files and servers that a pair names come before it."""
+
     batch_size: Count = 32
-    """How many questions run at once in a static batch."""
+    """How many questions run at once in a static batch, or are under way on such a server."""
 
     decoding: Decoding = "greedy"
     """`greedy`, or `model`: by the settings in the model's own generation_config.json, where they

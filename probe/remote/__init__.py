@@ -1,4 +1,4 @@
-"""Remote: an NDIF server, and what travels to it and back."""
+"""Remote: an NDIF server and servers of answers, and what travels to them and back."""
 
 import lazy_loader
 

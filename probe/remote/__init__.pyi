@@ -1,5 +1,13 @@
+from ._address import check_address as check_address
+from ._address import check_key as check_key
 from ._host import Deployment as Deployment
 from ._host import Host as Host
+from ._openai import KEY as KEY
+from ._openai import KEYS_HOST as KEYS_HOST
+from ._openai import Completion as Completion
+from ._openai import CompletionServer as CompletionServer
+from ._openai import RefusedError as RefusedError
+from ._openai import open_completions as open_completions
 from ._wire import GO_ON as GO_ON
 from ._wire import PassingError as PassingError
 from ._wire import failure as failure

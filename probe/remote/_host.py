@@ -12,7 +12,6 @@ header and nowhere else.
 `probe.hosting` says what a server has, checks that it fits, and loads a model that runs there.
 """
 
-import itertools
 import json
 import socket
 import threading
@@ -33,6 +32,7 @@ from probe.remote._limits import (
     body,
     deadline,
 )
+from probe.remote._patience import insist
 from probe.remote._wire import (
     GO_ON,
     IncompleteError,
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
 
 # Seconds for a server to take a connection, and to answer a plain question.
 _CONNECT, _ANSWER = 10.0, 60.0
-_LONGEST_PAUSE = 30.0
 _YEAR = 365 * 24 * 3600.0
 # How many letters of a refusal are repeated.
 _WORDS = 2_000
@@ -193,18 +192,7 @@ class Host:
         Raises:
             ProbeError: The last of them.
         """
-        first: float | None = None
-        for pause in itertools.chain((1.0, 2.0, 4.0, 8.0, 16.0), itertools.repeat(_LONGEST_PAUSE)):
-            try:
-                return call()
-            except PassingError as fault:
-                first = first or time.monotonic()
-                if time.monotonic() + pause - first > patience:
-                    after = f" for {patience:.0f} s" if patience else ""
-                    raise ProbeError(f"{self.url}: {fault}{after}{hint}") from None
-                self.say(f"{self.url}: {fault}; trying again in {pause:.0f} s")
-                time.sleep(pause)
-        raise AssertionError
+        return insist(call, self.url, patience, self.say, hint)
 
     def clean(self, text: str) -> str:
         """A server's words without the key: some refusals repeat it."""

@@ -254,7 +254,7 @@ def _accuracy(
     sides = [[side[name].correct for name in before] for side in (before, after)]
     groups = [clusters.get(name) for name in before]
     first, second = (
-        cut_off(side.values(), pair.max_new_tokens) if asked.given is None else 0
+        cut_off(side.values(), pair.max_new_tokens) if asked.file is None else 0
         for asked, side in zip(pair.asked(), (before, after), strict=True)
     )
     row = make_accuracy(pair.name, benchmark, *sides, clusters=groups, flips=flips)

@@ -26,6 +26,7 @@ from probe.checkpoints import fingerprint
 from probe.errors import ProbeError
 from probe.models import Model
 from probe.recipe import Recipe
+from probe.run._answering import check_served
 from probe.run._choosing import Side
 from probe.run._parallel import Event, OnEvent
 from probe.run._session import Run, Setup
@@ -98,7 +99,9 @@ def attribute_with(
         if like is not None and folder.read_temperatures(side.comparison, side.side) is None:
             edges = None  # nobody knows which questions count
         if edges is None:
-            model = model or setup.load(reference, device, kernels)
+            if model is None:
+                model = setup.load(reference, device, kernels)
+                check_served(setup, model, on_event)
             try:
                 target, done = _target(recipe, model, side, folder, like)
             except NoTemperature as mistake:

@@ -28,6 +28,7 @@ from probe.models import (
 )
 from probe.problems import BENCHMARKS, Problem, data_set_here, load_problems
 from probe.recipe import Recipe
+from probe.remote import open_completions
 from probe.report import check_extras
 from probe.run._plan import reading_lines
 from probe.solutions import match, read_given
@@ -64,8 +65,15 @@ def check_here(recipe: Recipe) -> None:
         if len(models) == 2:
             check_pair(pair.before, pair.after)
         for asked in pair.asked():
-            if asked.given is not None:
-                given = read_given(at_home(asked.given))
+            if asked.server is not None:
+                open_completions(asked.server)
+                if recipe.solutions.decoding == "model":
+                    raise ProbeError(
+                        "a model's own decoding works here only, and not on a server of answers; "
+                        "use solutions.decoding greedy"
+                    )
+            if asked.file is not None:
+                given = read_given(at_home(asked.file))
                 for benchmark in problems:
                     match(given, problems, benchmark)
 

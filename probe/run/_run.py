@@ -206,8 +206,8 @@ def _read_given(
     given: dict[str, Given] = {}
     answers: dict[tuple[str, str], dict[str, GivenAnswer]] = {}
     for asked, name in model_names(recipe).items():
-        if asked.given is not None:
-            given[name] = read_given(at_home(asked.given))
+        if asked.file is not None:
+            given[name] = read_given(at_home(asked.file))
             for benchmark in problems:
                 answers[name, benchmark] = match(given[name], problems, benchmark)
     return given, answers

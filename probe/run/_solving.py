@@ -10,16 +10,17 @@ computed again.
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
 from probe.models import Model, read_tokenizer
 from probe.problems import Problem
 from probe.recipe import Asked
+from probe.run._answering import find_served
 from probe.run._parallel import Event, OnEvent
 from probe.run._session import Run, Setup
-from probe.solutions import GivenAnswer, Solution, cut_off, imported, solve
+from probe.solutions import GivenAnswer, Served, Solution, ask, cut_off, imported, solve
 from probe.store import RunFolder, model_names
 from probe.vocabulary import CUT_OFF_SHARE
 
@@ -73,32 +74,19 @@ def solve_with(
     Returns:
         Its solutions by benchmark, in the order of the questions.
     """
-    folder, options = setup.folder, setup.recipe.solutions
+    folder = setup.folder
     solutions: dict[str, list[Solution]] = {}
-    model: Model | None = None
+    writer = _Writer(setup, asked, name, device, on_event)
     for benchmark, questions in problems.items():
         file = folder.solutions_file(name, benchmark)
         done = _solved(folder, name, benchmark, questions, on_event)
         on_event(Event(len(done)))
         if len(done) < len(questions):
-            if asked.given is not None:
+            if asked.file is not None:
                 tokenizer, answers = read_tokenizer(asked.model), given[name, benchmark]
                 batches = imported(tokenizer, questions, asked.prompt, answers, frozenset(done))
             else:
-                model = model or setup.load(asked.model, device)
-                batches = solve(
-                    model,
-                    questions,
-                    asked.prompt,
-                    max_new_tokens=asked.max_new_tokens,
-                    stop=asked.stop,
-                    batch_size=options.batch_size,
-                    engine=options.engine,
-                    decoding=options.decoding,
-                    seed=options.seed,
-                    done=frozenset(done),
-                    say=lambda text: on_event(Event(text=text)),
-                )
+                batches = writer.write(questions, frozenset(done))
             start, tokens = time.monotonic(), 0
             with closing(batches):
                 for batch in batches:
@@ -109,7 +97,7 @@ def solve_with(
                     on_event(Event(len(batch), speed=speed))
             folder.write_solutions(file, [done[problem.id] for problem in questions])
         solutions[benchmark] = [done[problem.id] for problem in questions]
-        count = 0 if asked.given else cut_off(solutions[benchmark], asked.max_new_tokens)
+        count = 0 if asked.file else cut_off(solutions[benchmark], asked.max_new_tokens)
         if count > CUT_OFF_SHARE * len(questions):
             on_event(
                 Event(
@@ -118,9 +106,57 @@ def solve_with(
                     "max_new_tokens, or see `probe doctor` for end tokens and template"
                 )
             )
-    del model
+    del writer
     gc.collect()
     return solutions
+
+
+class _Writer:
+    """Writes solutions of one model, here or at a server; either is loaded once it is needed."""
+
+    def __init__(
+        self, setup: Setup, asked: Asked, name: str, device: str, on_event: OnEvent
+    ) -> None:
+        self._setup, self._asked, self._name = setup, asked, name
+        self._device, self._on_event = device, on_event
+        self._model: Model | None = None
+        self._served: Served | None = None
+
+    def write(
+        self, questions: Sequence[Problem], done: frozenset[str]
+    ) -> Generator[list[Solution], None, None]:
+        """Solutions of the questions that are not done, batch by batch."""
+        asked, options = self._asked, self._setup.recipe.solutions
+        if asked.server is not None:
+            self._served = self._served or find_served(
+                self._setup, asked, self._name, questions, self._on_event
+            )
+            return ask(
+                self._served,
+                questions,
+                asked.prompt,
+                max_new_tokens=asked.max_new_tokens,
+                at_once=options.batch_size,
+                done=done,
+                say=self._say,
+            )
+        self._model = self._model or self._setup.load(asked.model, self._device)
+        return solve(
+            self._model,
+            questions,
+            asked.prompt,
+            max_new_tokens=asked.max_new_tokens,
+            stop=asked.stop,
+            batch_size=options.batch_size,
+            engine=options.engine,
+            decoding=options.decoding,
+            seed=options.seed,
+            done=done,
+            say=self._say,
+        )
+
+    def _say(self, text: str) -> None:
+        self._on_event(Event(text=text))
 
 
 def _solved(

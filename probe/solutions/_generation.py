@@ -24,7 +24,7 @@ import torch
 
 from probe.concurrency import in_flight
 from probe.errors import ProbeError, not_known, reason
-from probe.models import Model, end_tokens, greedy, over, own, own_stops
+from probe.models import Model, ModelFiles, end_tokens, greedy, over, own, own_stops
 from probe.solutions import _continuous as continuous
 from probe.tracing import generate_tokens
 from probe.vocabulary import Decoding, Engine
@@ -92,7 +92,7 @@ def generate(
         raise ProbeError(not_known("decoding", decoding, get_args(Decoding)))
     if decoding == "model" and (engine == "continuous" or model.deployment):
         raise ProbeError("a model's own decoding works here and in static batches only")
-    ending = _Ending(model, tuple(stop), decoding)
+    ending = Ending(model, tuple(stop), decoding)
     left = {place for place in range(len(prompts)) if place not in skip}
     if engine == "continuous" and model.deployment:
         raise ProbeError("a server generates in static batches; use engine auto or static")
@@ -121,10 +121,12 @@ def generate(
         yield from _static(model, prompts, limits, left, ending, batch_size, seed)
 
 
-class _Ending:
+class Ending:
     """The rule by which answers end."""
 
-    def __init__(self, model: Model, stop: tuple[str, ...], decoding: Decoding) -> None:
+    def __init__(
+        self, model: Model | ModelFiles, stop: tuple[str, ...], decoding: Decoding = "greedy"
+    ) -> None:
         self.ends = list(end_tokens(model.settings, model.tokenizer))
         self.own = model.settings if decoding == "model" else None
         self.stop = (*stop, *own_stops(self.own)) if self.own else stop
@@ -184,7 +186,7 @@ def _past_the_turn(
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     left: set[int],
-    ending: _Ending,
+    ending: Ending,
     batch_size: int,
     seed: int,
 ) -> Iterator[list[Answer]]:
@@ -219,7 +221,7 @@ def drawn_with(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _own_settings(model: Model, ending: _Ending) -> Iterator[None]:
+def _own_settings(model: Model, ending: Ending) -> Iterator[None]:
     """Say in one line that a model's own settings, which may be anything, cannot be used."""
     try:
         yield
@@ -239,7 +241,7 @@ def _static(
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     wanted: set[int],
-    ending: _Ending,
+    ending: Ending,
     batch_size: int,
     seed: int,
 ) -> Iterator[list[Answer]]:
@@ -301,7 +303,7 @@ def _continuous(
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     wanted: set[int],
-    ending: _Ending,
+    ending: Ending,
     say: Callable[[str], object],
 ) -> Iterator[list[Answer]]:
     """Every prompt is a request to transformers, which keeps as many going as memory allows."""

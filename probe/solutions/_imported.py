@@ -134,20 +134,32 @@ def _tokens(
     else:
         before = encode_prompt(tokenizer, prompt, problem.question)
     if given.tokens is not None:
-        spelled = str(tokenizer.decode(list(given.tokens), skip_special_tokens=True))
+        written = str(tokenizer.decode(list(given.tokens), skip_special_tokens=True))
         # The text may lack a stop string that the tokens have.
-        if given.text and not _plain(spelled).startswith(_plain(given.text)):
+        if given.text and not _plain(written).startswith(_plain(given.text)):
             raise ProbeError(
-                f"its token ids spell {_short(spelled)!r} with the model's "
+                f"its token ids spell {_short(written)!r} with the model's "
                 f"tokenizer, not its text {_short(given.text)!r}"
             )
         return before, list(given.tokens)
-    # A word's first token can depend on what is before it, so the answer is read behind its prompt.
-    text = str(tokenizer.decode(before)) + (given.text or "")
-    whole = tokens_of(tokenizer, text)
+    return before, spelled(tokenizer, before, given.text or "")
+
+
+def spelled(tokenizer: "PreTrainedTokenizerBase", before: list[int], text: str) -> list[int]:
+    """Tokens of an answer's text, behind its prompt: a word's first one can depend on that.
+
+    Args:
+        tokenizer: The model's.
+        before: The tokens of the prompt.
+        text: The answer.
+
+    Raises:
+        ProbeError: The tokenizer cannot take it.
+    """
+    whole = tokens_of(tokenizer, str(tokenizer.decode(before)) + text)
     if whole[: len(before)] == before:
-        return before, whole[len(before) :]
-    return before, tokens_of(tokenizer, given.text or "")
+        return whole[len(before) :]
+    return tokens_of(tokenizer, text)
 
 
 def _key(

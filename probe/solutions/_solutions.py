@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from probe.errors import ProbeError
 from probe.grading import Grader, exact_answer, extract_answer
-from probe.models import Model, cpu_threads, encode_prompt
+from probe.models import Model, ModelFiles, cpu_threads, encode_prompt
 from probe.problems import Problem
 from probe.solutions._generation import generate
 from probe.solutions._selection import Solution
@@ -83,7 +83,9 @@ def solve(
             ]
 
 
-def encode_prompts(model: Model, problems: Sequence[Problem], prompt: str) -> list[list[int]]:
+def encode_prompts(
+    model: Model | ModelFiles, problems: Sequence[Problem], prompt: str
+) -> list[list[int]]:
     """The tokens of each problem's prompt.
 
     Raises:
@@ -111,7 +113,9 @@ def cut_off(solutions: Iterable[Solution], max_new_tokens: int) -> int:
     return sum(len(solution.answer) >= max_new_tokens for solution in solutions)
 
 
-def limits(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+def limits(
+    model: Model | ModelFiles, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[int]:
     """The longest answer to each prompt, in tokens: less where the context ends before."""
     room = [(model.context or len(p) + max_new_tokens) - len(p) for p in prompts]
     return [min(max_new_tokens, left) for left in room]

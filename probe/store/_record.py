@@ -24,7 +24,7 @@ from probe.attribution import METHODS
 from probe.checkpoints import fingerprint, hub_commits, model_inputs
 from probe.errors import ProbeError
 from probe.models import resolve_devices
-from probe.recipe import Recipe, recipe_from, recipe_table
+from probe.recipe import Recipe, is_address, recipe_from, recipe_table
 from probe.store._digests import Damaged
 from probe.store._run_folder import QUESTIONS, SCHEMA, RunFolder
 
@@ -32,7 +32,7 @@ from probe.store._run_folder import QUESTIONS, SCHEMA, RunFolder
 _FREE_KEYS = {
     "description": None,
     "compute": ("device", "threads", "kernels", "remote", "jobs", "timeout"),
-    "solutions": ("questions", "batch_size", "engine"),
+    "solutions": ("questions", "batch_size", "engine", "server"),
     "attribution": ("batch_size", "control"),
     "faithfulness": None,
     "report": None,
@@ -328,8 +328,18 @@ def _fixed(table: object) -> object:
             continue
         if key == "attribution" and not _takes_steps(value.get("method")):
             free = (*free, "ig_steps")
+        if key == "pairs":
+            value = [_without_servers(pair) for pair in value]
         fixed[key] = {k: v for k, v in value.items() if k not in free} if free else value
     return fixed
+
+
+def _without_servers(pair: object) -> object:
+    """A pair as where its solutions are written here: where does not decide what comes out."""
+    files = pair.get("solutions") if isinstance(pair, dict) else None
+    if not isinstance(pair, dict) or not isinstance(files, dict):
+        return pair
+    return {**pair, "solutions": {k: None if is_address(v) else v for k, v in files.items()}}
 
 
 def _takes_steps(method: object) -> bool:

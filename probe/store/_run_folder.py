@@ -3,6 +3,7 @@
     run.json                                     recipe, models, versions, device, times
     solutions/MODEL.BENCHMARK.jsonl              a solution a line, added batch by batch
     solutions/unused/MODEL.BENCHMARK.jsonl       those of questions that are not asked any more
+    solutions/MODEL.server.json                  which server wrote them, and how they begin
     selection/PAIR.BENCHMARK.alpha-A.json        which questions, which lengths
     edges/PAIR.BENCHMARK.alpha-A.SIDE.safetensors   scores and losses
                                                  (SIDE: before, after; with the cross-text control
