@@ -75,7 +75,7 @@ def command(folder, *arguments):
 
 def test_the_answers_of_a_real_server_are_those_of_the_engine_here(url, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
-    subprocess.run(command(here), check=True, capture_output=True)
+    subprocess.run(command(here), check=True, capture_output=True, timeout=600)
     sides = (
         f"{side}={url}#{MODELS / name}" for side, name in (("before", "sft"), ("after", "grpo"))
     )
@@ -89,7 +89,7 @@ def test_the_answers_of_a_real_server_are_those_of_the_engine_here(url, tmp_path
     run.wait()
     left = len(first.read_bytes().splitlines())
     assert 10 <= left < 60
-    ended = subprocess.run(served, check=True, capture_output=True, text=True)
+    ended = subprocess.run(served, check=True, capture_output=True, text=True, timeout=600)
     assert "prompts go there as text, token ids are derived again from the text" in ended.stderr
     assert "otherwise" not in ended.stderr
     files = sorted(here.glob("solutions/*.jsonl"))
