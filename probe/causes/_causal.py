@@ -25,12 +25,14 @@ from probe.errors import check_count
 from probe.metrics import Array
 from probe.models import Graph, Model, Node, as_model
 from probe.stats import (
+    ActingEdge,
     CausalTest,
     Damages,
     Label,
     Matching,
     Places,
     Units,
+    acting_edges,
     judged_test,
     make_edge_test,
     make_set_test,
@@ -274,6 +276,8 @@ class _Design:
     ) -> Causes:
         """Test what was measured: [loss and right, 1 + set, question] by intervention."""
         edge_tests, set_tests, damages, treated = [], [], {}, {}
+        acting: list[ActingEdge] = []
+        tried = {}
         for name, values in measured.items():
             way = INTERVENTIONS[name]
             matching = self.matchings[way.levels]
@@ -283,6 +287,10 @@ class _Design:
             own = found.loss[:count].mean(1)
             damages[name] = np.full(len(self.places), np.nan)
             damages[name][self.single] = own
+            if way.levels == "both":
+                named = [self._named(edge) for edge in self.single]
+                tried[name] = count
+                acting += acting_edges(name, named, found.loss[:count], loss[0], units)
             labels = self.strengthening
             edge_tests.append(
                 make_edge_test(name, matching, labels, own, self.single, self.seed, way.sizes)
@@ -298,7 +306,7 @@ class _Design:
                 for label, edges in matching.treated.items()
             }
         return Causes(
-            judged_test(edge_tests, set_tests),
+            judged_test(edge_tests, set_tests, acting, tried),
             self.graph,
             self.strengthening,
             self.levels,

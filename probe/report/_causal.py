@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from probe.recipe import Recipe
 from probe.report._extras import ExtraTable
-from probe.stats import UNBALANCED, CausalTest, EdgeTest, Interval, SetTest
+from probe.stats import UNBALANCED, ActingEdge, CausalTest, EdgeTest, Interval, SetTest
 from probe.store import Damaged, RunFolder, causal_file
 
 _EDGES_NOTE = (
@@ -22,6 +22,9 @@ _EDGES_NOTE = (
     "pair. Of swapped edges the sizes of both are ranked, as a source's own change can cost at one "
     "reader and help at another. Seen: the smallest correlation that is found in 4 of 5 cases."
 )
+
+SHOWN = 10
+"""So many acting edges of a pair a table shows; the test's file has all."""
 
 _SETS_NOTE = (
     "The edges most strengthened or weakened, changed together, beside random sets of as many "
@@ -34,6 +37,14 @@ _SETS_NOTE = (
     "many questions for 3 points; -: sets differ by more among themselves, or lose all or nothing."
 )
 
+
+_ACTING_NOTE = (
+    "Edges that alone change the loss of right answers when they carry what the model before "
+    "writes (patched), or their source alone is that of the model before (swapped): what the "
+    f"training did, does something there. The largest {SHOWN} of each; nats are above 0 where the "
+    "change helps. Interval: 95 %, of this edge alone. p: by flipping the signs of questions, for "
+    "all edges together. Are they more than others as strong? That is what the tests above say."
+)
 
 _THROUGH_NOTE = (
     "The treated edges that are patched, one by one. Nats: rise of the loss of right answers where "
@@ -74,6 +85,7 @@ def causal_from(table: Mapping[str, object]) -> CausalTest:
         Damaged: It is none.
     """
     parts = {name: table.get(name) for name in ("edges", "sets")}
+    parts |= {name: table[name] for name in ("acting", "tried") if name in table}
     try:
         return TypeAdapter(CausalTest).validate_python(parts)
     except ValidationError as error:
@@ -115,6 +127,12 @@ def causal_tables(
             _SETS_NOTE,
             ("benchmark", "pair", "done", *_SET_COLUMNS),
             tuple((*where, *_set_row(row)) for where, test in found.items() for row in test.sets),
+        ),
+        ExtraTable(
+            "Causal test: edges that the change acts through",
+            _ACTING_NOTE,
+            ("benchmark", "pair", "done", "edge", "nats", "interval", "p"),
+            tuple((*where, *row) for where, test in found.items() for row in _acting_rows(test)),
         ),
         ExtraTable(
             "Causal test: what comes through an edge",
@@ -174,6 +192,23 @@ def _set_row(row: SetTest) -> tuple[str | float | None, ...]:
     )
 
 
+def _acting_rows(test: CausalTest) -> list[tuple[str | float | None, ...]]:
+    """The largest acting edges of each intervention."""
+    rows: list[tuple[str | float | None, ...]] = []
+    for name in test.tried:
+        acting = _acting(test, name)
+        if not acting:
+            rows.append((name, f"none of {test.tried[name]}", "-", "-", None))
+        for row in acting[:SHOWN]:
+            where = (name, f"{row.source} -> {row.target}", f"{row.damage:+.5f}")
+            rows.append((*where, _ends(row.interval, "+.5f"), row.p_value))
+    return rows
+
+
+def _acting(test: CausalTest, intervention: str) -> list[ActingEdge]:
+    return [row for row in test.acting if row.intervention == intervention]
+
+
 def _ends(interval: Interval | None, form: str, times: float = 1) -> str:
     return "-" if interval is None else "..".join(f"{times * end:{form}}" for end in interval)
 
@@ -220,4 +255,12 @@ def causal_sentence(test: CausalTest, benchmark: str, subject: str) -> str:
         if row.treated == "strengthened"
     ]
     more = f" Found in 4 of 5 cases: {'; '.join(power)}." if power else ""
+    for name, count in test.tried.items():
+        acting = _acting(test, name)
+        more += f" {name.capitalize()}, {len(acting) or 'none'} of {count} edges alone "
+        more += f"change{'s' * (len(acting) == 1)} the loss"
+        if acting:
+            first = acting[0]
+            more += f", most {first.source} -> {first.target} ({first.damage:+.2g} nats)"
+        more += "."
     return f"{start} {'; '.join(said)}.{more}"

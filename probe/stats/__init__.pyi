@@ -13,12 +13,14 @@ from ._agreement import explanation as explanation
 from ._agreement import shown_texts as shown_texts
 from ._agreement import view as view
 from ._causal import LABELS as LABELS
+from ._causal import ActingEdge as ActingEdge
 from ._causal import CausalTest as CausalTest
 from ._causal import Damages as Damages
 from ._causal import EdgeTest as EdgeTest
 from ._causal import Label as Label
 from ._causal import Matching as Matching
 from ._causal import SetTest as SetTest
+from ._causal import acting_edges as acting_edges
 from ._causal import judged_test as judged_test
 from ._causal import make_edge_test as make_edge_test
 from ._causal import make_set_test as make_set_test
@@ -57,6 +59,7 @@ from ._statistics import contributions as contributions
 from ._statistics import defined as defined
 from ._statistics import describe as describe
 from ._statistics import flip_all as flip_all
+from ._statistics import flip_largest as flip_largest
 from ._statistics import flips_for as flips_for
 from ._statistics import holm as holm
 from ._statistics import influence as influence

@@ -3,15 +3,17 @@
 Two kinds of test, of each intervention. The primary one is of single edges: within strata of edges
 that are alike, do those that were strengthened more do more damage when they are changed? The other
 one is of sets: the edges most strengthened, or most weakened, changed together, beside random sets
-that are matched to them. `_matching` says what is exchanged and why the p-values are exact.
+that are matched to them. `_matching` says what is exchanged and why the p-values are exact. Which
+edges change anything at all when they are as before is a third question, and `acting_edges` has it.
 
     >>> test = judged_test(edge_tests, set_tests)
     >>> test.sets[0].verdict
     'no sign'
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -30,7 +32,15 @@ from probe.stats._matching import (
     treated_edges,
     two_sided,
 )
-from probe.stats._statistics import LEVEL, Interval, Units, holm, t_interval
+from probe.stats._statistics import (
+    LEVEL,
+    Interval,
+    Units,
+    flip_largest,
+    holm,
+    t_interval,
+    without_rounding,
+)
 
 Label = Literal["strengthened", "weakened"]
 """Which edges are treated: those whose share grew most, or fell most."""
@@ -139,6 +149,28 @@ class SetTest:
     """What follows."""
 
 
+class ActingEdge(NamedTuple):
+    """An edge that changes the loss when it is as it was before the training."""
+
+    intervention: str
+    """What is done to it."""
+
+    source: str
+    """What writes."""
+
+    target: str
+    """What reads."""
+
+    damage: float
+    """Rise of the mean loss of right answers, in nats: above 0 where its change helps."""
+
+    interval: Interval | None
+    """95 % t interval of that, over questions or clusters of them; of this edge alone."""
+
+    p_value: float
+    """By flipping the signs of questions, adjusted for all edges."""
+
+
 @dataclass(frozen=True)
 class CausalTest:
     """All tests of a pair."""
@@ -148,6 +180,13 @@ class CausalTest:
 
     sets: tuple[SetTest, ...]
     """Of sets."""
+
+    acting: tuple[ActingEdge, ...] = ()
+    """The edges that alone change the loss measurably when they are as before, by what is done; the
+    largest first."""
+
+    tried: dict[str, int] = field(default_factory=dict)
+    """How many edges were tried for that, by what is done."""
 
 
 class Matching(NamedTuple):
@@ -289,6 +328,36 @@ def make_set_test(
     )
 
 
+def acting_edges(
+    intervention: str, edges: Sequence[tuple[str, str]], damages: Array, loss: Array, units: Units
+) -> list[ActingEdge]:
+    """The edges that alone change the loss, the largest change first.
+
+    Args:
+        intervention: What was done to each.
+        edges: Source and target of each.
+        damages: Rise of the loss, in nats, [edge, question].
+        loss: Of the model as it is, in nats, [question].
+        units: The cluster of each question.
+    """
+    # An edge that nothing changed differs by the rounding of the loss, and by that every time.
+    parts = without_rounding(damages, loss + 1).T
+    p_values = flip_largest(parts, units)
+    means = parts.mean(0)
+    return [
+        ActingEdge(
+            intervention,
+            edges[place][0],
+            edges[place][1],
+            float(means[place]),
+            t_interval(parts[:, place], units),
+            float(p_values[place]),
+        )
+        for place in np.argsort(-np.abs(means), kind="stable")
+        if p_values[place] < LEVEL
+    ]
+
+
 def questions_needed(damages: Array, effect: float) -> int | None:
     """How many questions let a difference from matched sets be found in 4 of 5 cases.
 
@@ -308,7 +377,12 @@ def questions_needed(damages: Array, effect: float) -> int | None:
     return int(np.ceil(of_questions / room)) if room > 0 and of_questions > 0 else None
 
 
-def judged_test(edges: Sequence[EdgeTest], sets: Sequence[SetTest]) -> CausalTest:
+def judged_test(
+    edges: Sequence[EdgeTest],
+    sets: Sequence[SetTest],
+    acting: Sequence[ActingEdge] = (),
+    tried: Mapping[str, int] = MappingProxyType({}),
+) -> CausalTest:
     """Adjust the p-values of all tests of a pair together, and say what follows.
 
     Tests without a fair comparison count among the tests, and have no verdict.
@@ -323,6 +397,8 @@ def judged_test(edges: Sequence[EdgeTest], sets: Sequence[SetTest]) -> CausalTes
             replace(row, p_holm=p, verdict=_verdict(row.verdict, p, row.damage - row.matched))
             for row, p in zip(sets, adjusted[len(edges) :], strict=True)
         ),
+        tuple(acting),
+        dict(tried),
     )
 
 

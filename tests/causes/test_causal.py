@@ -8,6 +8,7 @@ import torch
 
 import probe
 from probe.causes import _causal, answers_under, causal_test, halves, intervene
+from probe.checkpoints import PACKAGE_DATA
 from probe.errors import ProbeError
 
 SFT = "probe:tiny-math/sft"
@@ -18,18 +19,20 @@ def model():
     return probe.load_model(SFT)
 
 
-@pytest.fixture(scope="module")
-def sequences(model):
+def written(model, questions):
     """Questions with the answers that the model writes."""
-    texts = [
-        probe.TokenSequence.from_text(model, f"{a}+{71 - 2 * a}-{b}=?", "0")
-        for a, b in zip(range(10, 20), range(30, 20, -1), strict=True)
-    ]
-    answers = answers_under(model, texts, [[]], max_new_tokens=12)[0]
+    texts = [probe.TokenSequence.from_text(model, question, "0") for question in questions]
+    answers = answers_under(model, texts, [[]], max_new_tokens=64)[0]
     return [
         probe.TokenSequence(text.prompt, answer, f"q{place}")
         for place, (text, answer) in enumerate(zip(texts, answers, strict=True))
     ]
+
+
+@pytest.fixture(scope="module")
+def sequences(model):
+    numbers = zip(range(10, 20), range(30, 20, -1), strict=True)
+    return written(model, [f"{a}+{71 - 2 * a}-{b}=?" for a, b in numbers])
 
 
 def silenced(layer, head):
@@ -63,6 +66,18 @@ def test_a_head_that_was_silenced_or_copied_is_found(model, sequences, monkeypat
     own = [found.graph.sources[source] == "a{}.h{}".format(*head) for source, _ in edges]
     assert not damages[~np.array(own)].any()
     assert (np.abs(damages[own]) > 1e-6).mean() > 0.9
+
+
+def test_the_edges_of_a_silenced_head_act_and_no_others(model, monkeypatch):
+    swapped = {"swapped": _causal.INTERVENTIONS["swapped"]}
+    monkeypatch.setattr(_causal, "INTERVENTIONS", swapped)
+    lines = (PACKAGE_DATA / "tiny-math" / "problems.jsonl").read_text().splitlines()[:16]
+    sequences = written(model, [json.loads(line)["question"] for line in lines])
+    test = causal_test(model, silenced(2, 3), sequences, sets=1).test
+    # Of 8 questions the smallest p is 2 / 2^8, and an effect has to have one sign in all of them.
+    assert [(row.source, row.target) for row in test.acting] == [("a2.h3", "m2"), ("a2.h3", "m3")]
+    assert all(row.p_value == 1 / 64 and row.damage < -1 for row in test.acting)
+    assert not causal_test(model, model, sequences[:12], sets=1).test.acting
 
 
 class InterruptedTest(Exception):
@@ -215,10 +230,16 @@ def test_the_causal_test_of_a_run(tmp_path, monkeypatch):
         assert not set(table["ranked_on"]) & set(table["measured_on"])
     (run / "causal" / "sft-dpo.tiny-math.json").write_text("{")
     report = probe.open_run(run).report
-    single, sets, through = report.extras[-3:]
-    assert [table.title for table in (single, sets)] == [
-        "Causal test: single edges",
-        "Causal test: sets of edges",
+    single, sets, acting, through = report.extras[-4:]
+    assert [table.title.removeprefix("Causal test: ") for table in (single, sets, acting)] == [
+        "single edges",
+        "sets of edges",
+        "edges that the change acts through",
+    ]
+    # Of three questions no p is below 1/4.
+    assert [row[2:4] for row in acting.rows] == [
+        ("patched", "none of 45"),
+        ("swapped", "none of 45"),
     ]
     assert "of the edges that GRPO changed" in single.note
     assert len(single.rows) == 4
