@@ -158,6 +158,9 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--dtype", help="float32, bfloat16, float16 or float64."),
         click.option("--kernels", help="auto, eager, or liger: fused kernels on a GPU."),
         remote_option,
+        click.option(
+            "--cluster", metavar="WHERE", help="A Ray cluster: auto, local or ray://host:port."
+        ),
         click.option("--jobs", type=click.IntRange(1), help="Batches under way there at once."),
         click.option("--fresh", is_flag=True, help="Start over instead of going on."),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
@@ -175,6 +178,7 @@ KEYS = {
     "device": "compute.device",
     "dtype": "compute.dtype",
     "kernels": "compute.kernels",
+    "cluster": "compute.cluster",
     "remote": "compute.remote",
     "jobs": "compute.jobs",
 }

@@ -176,13 +176,14 @@ def read_recipe(
     Raises:
         ProbeError: No such recipe, not TOML, an unknown key or a bad value; the message names the
             file, the key, what was expected and the nearest known key. Or the file names a server
-            that the overrides do not.
+            or a cluster that the overrides do not.
     """
     path, table = _read_table(recipe)
     found = recipe_from(_included(table, path), str(path), overrides)
     if "compute.remote" not in (overrides or {}):
         check_named_server(found, str(path))
     _check_answering(found, str(path), overrides or {})
+    _check_cluster(found, str(path), overrides or {})
     return found
 
 
@@ -204,6 +205,20 @@ def _check_answering(
                     f"you trust that server, ask for it: --answers {asked.server}, or --set "
                     f"pairs.{number}.solutions.{side}={asked.server}"
                 )
+
+
+def _check_cluster(recipe: Recipe, where: str, overrides: Mapping[str, str | int | float]) -> None:
+    """Refuse a cluster that only a file names: it runs code here, and reads files.
+
+    Raises:
+        ProbeError: It names a host that the overrides do not.
+    """
+    cluster = recipe.compute.cluster
+    if ":" in cluster and "compute.cluster" not in overrides:
+        raise ProbeError(
+            f"{where}: compute.cluster would let {cluster!r} run this and read its files; if you "
+            f"trust that cluster, ask for it: --cluster {cluster}"
+        )
 
 
 def check_named_server(recipe: Recipe, where: str) -> None:

@@ -66,6 +66,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
+CLUSTER = r"^(auto|local|(ray://)?[A-Za-z0-9_.-]+:[0-9]+)?$"
+"""What a cluster may be called."""
+
+
 class Asked(NamedTuple):
     """A model as a pair asks it: all that its solutions depend on."""
 
@@ -257,6 +261,13 @@ class Compute:
     threads: Count | None = None
     """Threads of a run on CPU; by each model's size if not given (docs/performance.md)."""
 
+    cluster: Annotated[str, Field(pattern=CLUSTER)] = ""
+    """`auto`, `local`, `ray://host:port` or `host:port`: the Ray cluster whose nodes run the
+    models; `auto` is the one that this machine is in. See docs/cluster.md."""
+
+    gpus: Annotated[int, BeforeValidator(whole_number), Field(ge=0)] | Literal["auto"] = "auto"
+    """How many GPUs a model gets on a cluster; `auto` is one, or none where it has none."""
+
     remote: str = ""
     """`ndif` or `http://host:port`: the NDIF server that runs the models; nothing to run them
     here. See `probe.remote`."""
@@ -270,8 +281,8 @@ class Compute:
 
     @property
     def device_here(self) -> str:
-        """The device, or the CPU where the models run on a server."""
-        return "cpu" if self.remote else self.device
+        """The device; with a server the CPU, and with a cluster what this machine has."""
+        return "cpu" if self.remote else "auto" if self.cluster else self.device
 
 
 @dataclass(frozen=True, config=STRICT)

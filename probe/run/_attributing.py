@@ -28,7 +28,7 @@ from probe.models import Model
 from probe.recipe import Recipe
 from probe.run._answering import check_served
 from probe.run._choosing import Side
-from probe.run._parallel import Event, OnEvent
+from probe.run._parallel import Event, OnEvent, Unit
 from probe.run._session import Run, Setup
 from probe.store import Damaged, RunFolder, edges_key
 from probe.tracing import Target, rule_of
@@ -47,17 +47,37 @@ def attribute_all(run: Run, sides: Sequence[Side]) -> None:
             ("attribution", [side for side in sides if not _waits(side)]),
             ("at a loss", [side for side in sides if _waits(side)]),
         ):
-            models = [model for model in references if any(s.model == model for s in part)]
-            work = [
-                partial(attribute_with, run.setup, model, [s for s in part if s.model == model])
-                for model in models
+            units = [
+                Unit(
+                    label,
+                    sides[0].model,
+                    sum(len(side.sequences) for side in sides),
+                    partial(attribute_with, run.setup, sides[0].model, sides),
+                )
+                for label, sides in _together(part, references, apart=run.cluster is not None)
             ]
-            if not work:
+            if not units:
                 continue
-            found = run.on_each(work, name, sum(len(side.sequences) for side in part))
-            for model, error in zip(models, found, strict=True):
-                errors[model] = max(errors[model], error)
+            found = run.on_each(units, name)
+            for unit, error in zip(units, found, strict=True):
+                errors[unit.model] = max(errors[unit.model], error)
         run.note("residual_error", errors)
+
+
+def _together(
+    sides: Sequence[Side], references: Sequence[str], apart: bool
+) -> list[tuple[str, list[Side]]]:
+    """The sides that are scored by one unit, and its name: those of a model, model by model.
+
+    On a cluster, those of a pair on a benchmark are apart: a base has as many as all checkpoints.
+    """
+    groups: dict[tuple[str, str], list[Side]] = {}
+    for reference in references:
+        for side in sides:
+            if side.model == reference:
+                part = side.comparison.rpartition(".alpha-")[0] if apart else ""
+                groups.setdefault((reference, part), []).append(side)
+    return [(" in ".join(filter(None, key)), group) for key, group in groups.items()]
 
 
 def _waits(side: Side) -> bool:

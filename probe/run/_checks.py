@@ -48,6 +48,9 @@ def check_here(recipe: Recipe) -> None:
     check_methods(recipe)
     check_extras(recipe)
     check_metrics(recipe)
+    options = recipe.compute
+    if options.remote and options.cluster:
+        raise ProbeError("models run on a server or on a cluster: take --remote or --cluster away")
     devices = resolve_devices(recipe.compute.device_here)
     problems = _problems_here(recipe)
     for pair in recipe.pairs:
@@ -55,11 +58,12 @@ def check_here(recipe: Recipe) -> None:
         for model in models:
             kind = read_config(model).model_type
             architecture_of(kind)
-            if not recipe.compute.remote:
+            if not options.remote:
                 check_folder(model)
                 if weight_files(model):
                     check_model(model, numbers=False)
-                resolve_kernels(recipe.compute.kernels, devices[0], kind)
+                if not options.cluster:  # its nodes say what they have
+                    resolve_kernels(options.kernels, devices[0], kind)
             if chat_message(pair.prompt)[0] and not read_tokenizer(model).chat_template:
                 raise ProbeError(no_template(model))
         if len(models) == 2:

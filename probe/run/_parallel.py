@@ -15,7 +15,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -48,6 +48,22 @@ class Work(Protocol[Result]):
     def __call__(self, *, device: str, on_event: OnEvent) -> Result:
         """Do it on a device, or on several joined by commas."""
         ...
+
+
+class Unit(NamedTuple, Generic[Result]):
+    """A piece of work, as tables name it."""
+
+    name: str
+    """What it is called."""
+
+    model: str
+    """The reference of its model."""
+
+    size: int
+    """How many things there are to do."""
+
+    work: Work[Result]
+    """What does it."""
 
 
 def devices_for(references: Sequence[str], devices: Sequence[torch.device]) -> list[str]:

@@ -328,7 +328,7 @@ def _work(recipe: Recipe) -> str:
         f"questions that qualify, at most {recipe.selection.samples}, per benchmark, pair "
         f"({pairs}), side and alpha "
         f"({', '.join(f'{alpha:g}' for alpha in alphas)}), in {recipe.compute.dtype} on "
-        f"{recipe.compute.device}."
+        f"{'a cluster' if recipe.compute.cluster else recipe.compute.device}."
     )
 
 
@@ -387,7 +387,11 @@ def reading_lines(recipe: Recipe) -> list[str]:
 def _on_cpu(recipe: Recipe) -> bool:
     """Whether a recipe whose models are all here runs on the CPU, where no GPU's time is of use."""
     here = all(weight_files(model) for model in recipe.models())
-    return here and resolve_devices(recipe.compute.device)[0].type == "cpu"
+    return (
+        here
+        and not recipe.compute.cluster
+        and resolve_devices(recipe.compute.device)[0].type == "cpu"
+    )
 
 
 def _downloads(plan: Plan) -> str:

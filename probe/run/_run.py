@@ -26,6 +26,7 @@ from probe.report import EXTRAS, Report, build_report
 from probe.run._attributing import attribute_all
 from probe.run._checks import check_here, check_output
 from probe.run._choosing import select_all
+from probe.run._cluster import Cluster, cluster_of
 from probe.run._extra_passes import PASSES
 from probe.run._measuring import measure_models
 from probe.run._plan import (
@@ -101,8 +102,11 @@ def run_recipe(
         if weight_files(reference):
             for line in check_model(reference, numbers=reference not in known):
                 console.print(line, soft_wrap=True)
-    with locked(folder, said_on(console)) as held:
-        return _run(held, recipe, problems, given, answers, host, fresh, add, console)
+    with (
+        cluster_of(recipe, said_on(console)) as cluster,
+        locked(folder, said_on(console)) as held,
+    ):
+        return _run(held, recipe, problems, given, answers, host, cluster, fresh, add, console)
 
 
 def _run(
@@ -112,6 +116,7 @@ def _run(
     given: Mapping[str, Given],
     answers: Mapping[tuple[str, str], Mapping[str, GivenAnswer]],
     host: Host | None,
+    cluster: Cluster | None,
     fresh: bool,
     add: bool,
     console: Console,
@@ -142,7 +147,9 @@ def _run(
     expected = time_line(plan) if worth_timing(plan) and not begun else None
     if expected:
         console.print(expected, soft_wrap=True)
-    with running(recipe, folder, record, host, console) as run:
+    if cluster:
+        record["devices"] = cluster.nodes
+    with running(recipe, folder, record, host, console, cluster) as run:
         sides = select_all(run, solve_all(run, problems, answers))
         lengths = [sequence.length for side in sides for sequence in side.sequences]
         if lengths:

@@ -9,7 +9,7 @@ Work that may go to a process of its own gets a `Setup`, the part of it that is 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -31,8 +31,9 @@ from probe.hosting import check_host, load_hosted, open_host
 from probe.models import Model, cpu_threads, load_model, resolve_devices
 from probe.recipe import Recipe
 from probe.remote import Host
-from probe.run._parallel import Event, Work, devices_for, on_each
-from probe.store import RunFolder, timed
+from probe.run._cluster import Cluster
+from probe.run._parallel import Event, Unit, devices_for, on_each
+from probe.store import LOCK, RunFolder, timed
 from probe.vocabulary import Kernels
 
 T = TypeVar("T")
@@ -95,10 +96,18 @@ class Run(Setup):
     record: dict[str, object]
     """What run.json says; steps add to it."""
 
+    cluster: Cluster | None = None
+    """The cluster that does its units; None where its devices do."""
+
     @property
     def setup(self) -> Setup:
         """The part of it that work in another process gets."""
-        return Setup(self.recipe, self.folder, self.host)
+        folder = self.folder
+        if self.cluster is not None:
+            # On another machine a file system has another number: whoever does a unit there checks
+            # the lock beforehand.
+            folder = replace(folder, path=folder.path.absolute(), lock=None)
+        return Setup(self.recipe, folder, self.host)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Add the time that is spent within to the record."""
@@ -118,9 +127,12 @@ class Run(Setup):
         """Print a line above the bars."""
         self.progress.console.print(line, soft_wrap=True)
 
-    def on_each(self, work: Sequence[Work[T]], name: str, total: int) -> list[T]:
-        """Do all work on the devices, with a bar for its events; what it returns, in order."""
-        bar = self.bar(name, total)
+    def on_each(self, units: Sequence[Unit[T]], name: str) -> list[T]:
+        """Do all units on the devices, with a bar for their events; what they return, in order."""
+        if self.cluster is not None:
+            lock = self.folder.path.absolute() / LOCK
+            return self.cluster.do(units, lock, self.progress, name)
+        bar = self.bar(name, sum(unit.size for unit in units))
 
         def show(event: Event) -> None:
             if event.text:
@@ -128,7 +140,7 @@ class Run(Setup):
             if event.advance:
                 bar.advance(event.advance, event.speed)
 
-        return on_each(work, self.devices, show)
+        return on_each([unit.work for unit in units], self.devices, show)
 
 
 @contextmanager
@@ -138,6 +150,7 @@ def running(
     record: dict[str, object],
     host: Host | None,
     console: Console,
+    cluster: Cluster | None = None,
 ) -> Iterator[Run]:
     """Make a run, and show its bars for as long as it goes on.
 
@@ -149,6 +162,7 @@ def running(
         record: Its record.
         host: The server that runs the models; None where they run here.
         console: Where progress goes.
+        cluster: The cluster that does its units; None where they are done here.
     """
     devices = devices_for(recipe.models(), resolve_devices(recipe.compute.device_here))
     with (
@@ -156,7 +170,7 @@ def running(
         cpu_threads(recipe.compute.threads),
         _jobs_shown(host, record, progress),
     ):
-        yield Run(recipe, folder, host, devices, progress, record)
+        yield Run(recipe, folder, host, devices, progress, record, cluster)
 
 
 def recipe_host(recipe: Recipe, console: Console) -> Host | None:

@@ -18,7 +18,7 @@ from probe.models import Model, read_tokenizer
 from probe.problems import Problem
 from probe.recipe import Asked
 from probe.run._answering import find_served
-from probe.run._parallel import Event, OnEvent
+from probe.run._parallel import Event, OnEvent, Unit
 from probe.run._session import Run, Setup
 from probe.solutions import GivenAnswer, Served, Solution, ask, cut_off, imported, solve
 from probe.store import RunFolder, model_names
@@ -32,16 +32,24 @@ def solve_all(
 ) -> dict[tuple[str, str], list[Solution]]:
     """Let each model solve each benchmark, once; solutions by file name of model and benchmark."""
     names = model_names(run.recipe)
-    total = len(names) * sum(len(part) for part in problems.values())
-    work = [
-        partial(solve_with, run.setup, asked, name, problems, given)
+    # A cluster has room for each benchmark apart; a device has each model on it once.
+    parts = [{key: part} for key, part in problems.items()] if run.cluster else [problems]
+    owners = [name for name in names.values() for _ in parts]
+    units = [
+        Unit(
+            f"{name} on {', '.join(part)}",
+            asked.model,
+            sum(map(len, part.values())),
+            partial(solve_with, run.setup, asked, name, part, given),
+        )
         for asked, name in names.items()
+        for part in parts
     ]
     with run.phase("solutions"):
-        found = run.on_each(work, "solutions", total)
+        found = run.on_each(units, "solutions")
         solved = {
             (name, benchmark): solutions
-            for name, of_model in zip(names.values(), found, strict=True)
+            for name, of_model in zip(owners, found, strict=True)
             for benchmark, solutions in of_model.items()
         }
         # So that a report can tell when some of them are lost.

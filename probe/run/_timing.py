@@ -75,7 +75,8 @@ def time_line(plan: Plan) -> str | None:
     """What a dry run and a run say of the time that a recipe takes; None if it runs elsewhere."""
     found = time_batches(plan)
     if found is None:
-        if plan.recipe.compute.remote or plan.missing_models:
+        options = plan.recipe.compute
+        if options.remote or options.cluster or plan.missing_models:
             return None
         why = "until the questions are here" if plan.missing_data else "as a model is large"
         return f"Time on this machine: not measured, {why}; a run's bars tell after some batches."
@@ -101,7 +102,7 @@ def time_batches(plan: Plan) -> Timing | None:
     """
     recipe = plan.recipe
     files = [file for need in plan.models for file in weight_files(need.reference)]
-    if recipe.compute.remote or plan.missing_models or plan.missing_data:
+    if recipe.compute.remote or recipe.compute.cluster or plan.missing_models or plan.missing_data:
         return None
     if max(file.stat().st_size for file in files) > LARGEST_BYTES:
         return None

@@ -9,8 +9,10 @@ from ._record import open_record as open_record
 from ._record import phase_seconds as phase_seconds
 from ._record import timed as timed
 from ._record import version_lines as version_lines
+from ._record import versions as versions
 from ._record import with_earlier_tables as with_earlier_tables
 from ._run_folder import FOLDERS as FOLDERS
+from ._run_folder import LOCK as LOCK
 from ._run_folder import QUESTIONS as QUESTIONS
 from ._run_folder import SCHEMA as SCHEMA
 from ._run_folder import Missing as Missing

@@ -31,7 +31,16 @@ from probe.store._run_folder import QUESTIONS, SCHEMA, RunFolder
 # Keys of a recipe that do not change what comes out, only how fast or how it is shown.
 _FREE_KEYS = {
     "description": None,
-    "compute": ("device", "threads", "kernels", "remote", "jobs", "timeout"),
+    "compute": (
+        "device",
+        "threads",
+        "kernels",
+        "cluster",
+        "gpus",
+        "remote",
+        "jobs",
+        "timeout",
+    ),
     "solutions": ("questions", "batch_size", "engine", "server"),
     "attribution": ("batch_size", "control"),
     "faithfulness": None,
@@ -83,12 +92,12 @@ def open_record(
         "commits": _table_of(kept, "commits")
         | {k: v for model in models for k, v in hub_commits(model).items()},
         "given_solutions": _table_of(kept, "given_solutions") | solutions,
-        "versions": _versions(),
+        "versions": versions(),
         "devices": [recipe.compute.remote]
         if recipe.compute.remote
         else [
             _device_name(device, recipe.compute.threads)
-            for device in resolve_devices(recipe.compute.device)
+            for device in resolve_devices(recipe.compute.device_here)
         ],
         "started": now(),
         "seconds": times,
@@ -107,7 +116,8 @@ def _table_of(record: Mapping[str, object], key: str) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of this package, Python and the libraries that numbers come from."""
     return {
         "probe": probe.__version__,
         "python": platform.python_version(),
@@ -119,7 +129,7 @@ def _earlier_versions(old: Mapping[str, object]) -> list[object]:
     """The versions that a run was gone on with so far, but for those that are here now."""
     before = old.get("earlier_versions", [])
     found = [*before, old.get("versions")] if isinstance(before, list) else []
-    here = _numbers_from(_versions())
+    here = _numbers_from(versions())
     return [
         each
         for place, each in enumerate(found)
