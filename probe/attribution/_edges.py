@@ -254,6 +254,17 @@ class EdgeScores:
             raise ProbeError(f"there is no edge from {source} to {target}, which reads before it")
         return float(self._mean()[row, column])
 
+    def nodes(self) -> dict[str, float]:
+        """The mean score of every source as a whole, in nats: the sum of its edges'.
+
+        The gradients of all that reads a source add up to that of what it writes, so with `eap`
+        this is attribution patching of nodes: minus the gradient times the output.
+
+        Raises:
+            ProbeError: There are no sequences.
+        """
+        return dict(zip(self.graph.sources, self._mean().sum(1).tolist(), strict=True))
+
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per sequence and edge: `id`, `source`, `target`, `score`.
 

@@ -149,7 +149,8 @@ class SetTest:
     """What follows."""
 
 
-class ActingEdge(NamedTuple):
+@dataclass(frozen=True)
+class ActingEdge:
     """An edge that changes the loss when it is as it was before the training."""
 
     intervention: str

@@ -160,6 +160,32 @@ def test_the_strongest_edges_have_names():
     assert len(edges.top(1000)) == GRAPH.mask.sum()
 
 
+def test_a_node_is_the_gradient_times_what_it_writes():
+    """By plain autograd at the outputs of attentions and FFNs."""
+    model = probe.load_model("probe:tiny-math/sft")
+    text = probe.TokenSequence.from_text(model, "12+7-5=?", "12+7=19;")
+    network, written = model.network._module, {}
+
+    def keep(name, output):
+        written[name] = output
+        output.retain_grad()
+
+    layers = network.model.layers
+    hooks = [layers[1].mlp.register_forward_hook(lambda *of: keep("m1", of[2]))]
+    hooks += [layers[2].self_attn.register_forward_hook(lambda *of: keep("a2", of[2][0]))]
+    tokens = torch.tensor([[*text.prompt, *text.answer]])
+    with torch.enable_grad():
+        embeds = network.get_input_embeddings()(tokens[:, :-1]).detach().requires_grad_()
+        logits = network(inputs_embeds=embeds).logits[0, len(text.prompt) - 1 :]
+        torch.nn.functional.cross_entropy(logits, tokens[0, len(text.prompt) :]).backward()
+    for hook in hooks:
+        hook.remove()
+    nodes = probe.attribute(model, [text]).nodes()
+    assert list(nodes) == [*model.graph("qkv").sources]
+    for name, output in written.items():
+        assert nodes[name] == pytest.approx(-float((output.grad * output.detach()).sum()), abs=1e-5)
+
+
 def test_no_edge_outranks_an_edge_of_zero():
     edges = some_edges() * 0
     assert {(e.source, e.target) for e in edges.top(1000)} == {

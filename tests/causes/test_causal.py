@@ -1,6 +1,7 @@
 """The causal test: what is known is found, nothing is lost by a kill, halves keep clusters."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import probe
 from probe.causes import _causal, answers_under, causal_test, halves, intervene
 from probe.checkpoints import PACKAGE_DATA
 from probe.errors import ProbeError
+from probe.report import causal_from
 
 SFT = "probe:tiny-math/sft"
 
@@ -78,6 +80,9 @@ def test_the_edges_of_a_silenced_head_act_and_no_others(model, monkeypatch):
     assert [(row.source, row.target) for row in test.acting] == [("a2.h3", "m2"), ("a2.h3", "m3")]
     assert all(row.p_value == 1 / 64 and row.damage < -1 for row in test.acting)
     assert not causal_test(model, model, sequences[:12], sets=1).test.acting
+    kept = json.loads(json.dumps(asdict(test)))
+    assert kept["acting"][0]["source"] == "a2.h3"
+    assert causal_from(kept) == test
 
 
 class InterruptedTest(Exception):
