@@ -207,13 +207,14 @@ def edge_effects(
     """Exact effects batch by batch; a batch holds each of its sequences once more, whole.
 
     The whole sequence runs beside its ablations so that both round alike: effects are small
-    differences of two values.
+    differences of two values. What lies before the first target of a batch is the whole sequence's
+    in all its rows; where these are all of one sequence, it runs in one.
     """
-    order = sorted(edges)
+    order = sorted(edges, key=lambda edge: (edge.sequence, edge.target, edge.source))
     batching = Batching(model, graph, options.batch_size, recompute=False)
 
     def effects(indices: list[int], memory: MemoryMode) -> torch.Tensor:
-        part = [order[index] for index in indices]
+        part = [order[index] for index in sorted(indices)]
         whole = sorted({edge.sequence for edge in part})
         rows = [*whole, *(edge.sequence for edge in part)]
         removed = [None] * len(whole) + [(edge.source, edge.target) for edge in part]
@@ -225,8 +226,11 @@ def edge_effects(
             texts += [options.corrupted[i] for i in whole]
             removed += [None] * len(whole)
             wholes += range(len(whole))
+        elif len(whole) == 1:
+            texts = texts[:1]
         found = options.references
-        references = None if found is None else [found[whole[row]] for row in wholes]
+        first = wholes[: len(texts)]
+        references = None if found is None else [found[whole[row]] for row in first]
         batch = make_batch(texts, references=references)
         values = ablated_values(
             model, batch, graph, removed, options.baseline, options.target, wholes, beside
@@ -236,7 +240,7 @@ def edge_effects(
 
     lengths = [sequences[edge.sequence].length for edge in order]
     for indices, found in batching.run(lengths, effects):
-        yield [order[index] for index in indices], found
+        yield [order[index] for index in sorted(indices)], found
 
 
 def make_batch(

@@ -287,9 +287,11 @@ def ablated_values(
 
     Args:
         model: The model.
-        batch: The rows; a sequence may stand in many.
+        batch: The rows; a sequence may stand in many. Or one sequence, which then stands in all
+            rows: what they have in common is computed once, as in `changed_outcomes`.
         graph: The model's graph.
-        edges: For each row its edge, as indices (source, target) in the graph, or None.
+        edges: For each row its edge, as indices (source, target) in the graph, or None. Of one
+            sequence: None of row 0, and targets that ascend.
         baseline: B of each source, [source, d_model]; zero if not given.
         target: The target.
         wholes: For each row, which row is the same sequence with all edges.
@@ -311,8 +313,13 @@ def ablated_values(
         if edge:
             changed[row, edge[0], edge[1]] = True
     wiring, shares = wiring_of(model, graph), (1 - strength, strength)
-    changes = EdgeChanges(wiring, graph.mask, changed, *shares, baseline, beside)
+    born = _births(graph, changed) if len(batch.input_ids) == 1 else []
+    changes = EdgeChanges(wiring, graph.mask, changed, *shares, baseline, beside, born)
     reference = batch.reference
+    if born:
+        columns, labels = (part.expand(len(edges), -1) for part in (columns, labels))
+        if reference is not None:
+            reference = reference.expand(len(edges), -1, -1)
 
     with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
         with network.trace(
