@@ -311,12 +311,12 @@ def flip_all(tested: Sequence[tuple[Array, Units]], flips: int = FLIPS) -> list[
 def flip_largest(parts: Array, units: Units, flips: int = FLIPS) -> Array:
     """The p-values of the means of many tests, adjusted for their number by flipping all together.
 
-    Each is held against the largest of all (Westfall and Young 1993): however they depend on each
-    other, one in twenty families has any p below 0.05 where contributions are as often up as down.
-    A mean is taken relative to the root of its contributions' sum of squares.
+    Each is held against the largest of all (Westfall and Young 1993), however they depend on each
+    other. Means are compared as they are, not relative to their errors: where a few questions hold
+    most of an edge's effect, a sample without these has a small mean and a far smaller error.
 
     Args:
-        parts: Contributions, [question, test].
+        parts: Contributions, in one unit, [question, test].
         units: The cluster of each question.
         flips: How many random flips; up to `EXACT` clusters, all are gone through.
 
@@ -324,12 +324,8 @@ def flip_largest(parts: Array, units: Units, flips: int = FLIPS) -> Array:
         [test]
     """
     sums = np.stack([np.bincount(units, column) for column in parts.T], axis=1)
-    sizes = np.sqrt((sums**2).sum(0))
-    columns = sums / np.where(sizes > 0, sizes, 1)
-    bar = np.abs(columns.sum(0)) - _ROUNDING_OF_SUMS * np.abs(columns).sum(0)
-    largest = [
-        np.abs(signs @ columns).max(1) for signs in _signs(len(columns), flips, max(columns.shape))
-    ]
+    bar = np.abs(sums.sum(0)) - _ROUNDING_OF_SUMS * np.abs(sums).sum(0)
+    largest = [np.abs(signs @ sums).max(1) for signs in _signs(len(sums), flips, max(sums.shape))]
     return (np.concatenate(largest)[:, None] >= bar).mean(0)
 
 

@@ -76,9 +76,9 @@ def test_the_edges_of_a_silenced_head_act_and_no_others(model, monkeypatch):
     lines = (PACKAGE_DATA / "tiny-math" / "problems.jsonl").read_text().splitlines()[:16]
     sequences = written(model, [json.loads(line)["question"] for line in lines])
     test = causal_test(model, silenced(2, 3), sequences, sets=1).test
-    # Of 8 questions the smallest p is 2 / 2^8, and an effect has to have one sign in all of them.
+    # Of 8 questions the smallest p is 2 / 2^8.
     assert [(row.source, row.target) for row in test.acting] == [("a2.h3", "m2"), ("a2.h3", "m3")]
-    assert all(row.p_value == 1 / 64 and row.damage < -1 for row in test.acting)
+    assert all(1 / 128 <= row.p_value < 0.05 and row.damage < -1 for row in test.acting)
     assert not causal_test(model, model, sequences[:12], sets=1).test.acting
     kept = json.loads(json.dumps(asdict(test)))
     assert kept["acting"][0]["source"] == "a2.h3"

@@ -16,6 +16,7 @@ from probe.stats import (
     compare_sides,
     describe,
     flip_all,
+    flip_largest,
     flips_for,
     holm,
     influence,
@@ -370,3 +371,28 @@ def test_holm_against_its_definition(p_values):
 @pytest.mark.parametrize("cells", [1, 24, 1000])
 def test_flips_let_every_cell_be_significant(cells):
     assert holm([1 / (1 + flips_for(cells))] * cells)[0] < 0.05
+
+
+def test_flips_of_many_tests_together():
+    """As by going through all flips one by one; one test alone has the p-value of `flip_all`."""
+    random = np.random.default_rng(3)
+    parts, units = random.normal(size=(9, 4)), np.array([0, 0, 1, 2, 2, 3, 4, 5, 5])
+    parts[:, 0] += 1
+    sums = np.array([parts[units == unit].sum(0) for unit in range(6)])
+    largest = [abs(np.array(s) @ sums).max() for s in itertools.product((1, -1), repeat=6)]
+    expected = [np.mean(np.array(largest) >= abs(total) - 1e-12) for total in sums.sum(0)]
+    assert flip_largest(parts, units) == pytest.approx(expected)
+    for number in (6, 40):
+        alone, own = random.normal(0.3, size=(number, 1)), np.arange(number)
+        assert flip_largest(alone, own, 999)[0] == flip_all([(alone[:, 0], own)], 999)[0]
+    assert flip_largest(np.zeros((5, 3)), np.arange(5)).tolist() == [1, 1, 1]
+
+
+def test_one_in_twenty_families_finds_what_is_not_there():
+    """Tests that depend on each other, of very different sizes, up as often as down."""
+    random, found = np.random.default_rng(5), 0
+    for _ in range(400):
+        shared = random.standard_t(3, size=(40, 1))
+        parts = (shared + random.standard_t(3, size=(40, 30))) * 10.0 ** random.integers(-3, 1, 30)
+        found += (flip_largest(parts, np.arange(40), 199) <= 0.05).any()
+    assert 8 <= found <= 34  # 20 expected, standard error 4.4
