@@ -1,10 +1,12 @@
 from ._adapters import check_adapter as check_adapter
 from ._adapters import merge_adapter as merge_adapter
+from ._file_digests import keep_entries as keep_entries
 from ._gguf import gguf_remark as gguf_remark
 from ._gguf import is_gguf as is_gguf
 from ._hub import HubName as HubName
 from ._hub import hub_reachable as hub_reachable
 from ._hub import unreachable as unreachable
+from ._inputs import input_entries as input_entries
 from ._inputs import model_inputs as model_inputs
 from ._inputs import unread_inputs as unread_inputs
 from ._quantized import dequantized as dequantized

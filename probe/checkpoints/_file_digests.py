@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -37,22 +37,42 @@ def file_digests(paths: Iterable[Path]) -> dict[Path, str]:
     Raises:
         ProbeError: A file cannot be read.
     """
+    return _digests(paths)[0]
+
+
+def digest_entries(paths: Iterable[Path]) -> dict[str, list[object]]:
+    """What is kept of each file, once it is read, for a machine with the same file system.
+
+    Raises:
+        ProbeError: A file cannot be read.
+    """
+    paths = list(paths)
+    entries = _digests(paths)[1]
+    names = {str(path.resolve()) for path in paths}
+    return {name: entry for name, entry in entries.items() if name in names}
+
+
+def keep_entries(entries: Mapping[str, list[object]]) -> None:
+    """Keep what another machine has read; where a file is another one here, that is noticed."""
+    _keep(_known(), entries)
+
+
+def _digests(paths: Iterable[Path]) -> tuple[dict[Path, str], dict[str, list[object]]]:
+    """The digests, and all that is kept."""
     known = _known()
     found, unread = _sorted_out(paths, known)
     # Before they are read: what changes meanwhile is another file the next time.
     began, stamps = time.time_ns(), {path: _stamp(path) for path in unread}
     with ThreadPoolExecutor(4) as pool:
         found |= zip(unread, pool.map(_read, unread), strict=True)
-    _keep(
-        known,
-        {
-            str(path.resolve()): [stamp, found[path]]
-            for path, stamp in stamps.items()
-            # Within a tick of the clock a file can change without new times.
-            if stamp[0] >= SMALL and max(stamp[1:3]) < began - 2 * 10**9
-        },
-    )
-    return found
+    new: dict[str, list[object]] = {
+        str(path.resolve()): [stamp, found[path]]
+        for path, stamp in stamps.items()
+        # Within a tick of the clock a file can change without new times.
+        if stamp[0] >= SMALL and max(stamp[1:3]) < began - 2 * 10**9
+    }
+    _keep(known, new)
+    return found, known | new
 
 
 def unread_bytes(paths: Iterable[Path]) -> int:
@@ -101,11 +121,11 @@ def _known() -> dict[str, list[object]]:
     return table if isinstance(table, dict) else {}
 
 
-def _keep(known: dict[str, list[object]], new: dict[str, list[object]]) -> None:
+def _keep(known: dict[str, list[object]], new: Mapping[str, list[object]]) -> None:
     """Keep what was read, and forget what is gone."""
     if not new:
         return
-    table = {path: entry for path, entry in (known | new).items() if Path(path).is_file()}
+    table = {path: entry for path, entry in {**known, **new}.items() if Path(path).is_file()}
     with suppress(OSError):  # a home that cannot be written to: files are read again
         cache_folder().mkdir(parents=True, exist_ok=True)
         text = json.dumps(table, indent=1)

@@ -6,7 +6,7 @@
 
 from pathlib import Path
 
-from probe.checkpoints._file_digests import file_digests, unread_bytes
+from probe.checkpoints._file_digests import digest_entries, file_digests, unread_bytes
 from probe.checkpoints._gguf import is_gguf
 from probe.checkpoints._references import ADAPTER_WEIGHTS, WEIGHTS, find_checkpoint, weights_in
 from probe.files import at_home
@@ -28,6 +28,11 @@ def model_inputs(reference: str) -> dict[str, str]:
     files = _files(reference)
     digests = file_digests(files.values())
     return {name: digests[path] for name, path in files.items()}
+
+
+def input_entries(reference: str) -> dict[str, list[object]]:
+    """What is kept of these files, once they are read; `keep_entries` takes it elsewhere."""
+    return digest_entries(_files(reference).values())
 
 
 def unread_inputs(reference: str) -> int:

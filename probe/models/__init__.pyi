@@ -18,6 +18,7 @@ from ._decoding import own as own
 from ._decoding import own_stops as own_stops
 from ._decoding import read_settings as read_settings
 from ._diagnosis import check_model as check_model
+from ._diagnosis import check_numbers as check_numbers
 from ._diagnosis import diagnosis_lines as diagnosis_lines
 from ._diagnosis import doctor as doctor
 from ._fitting import check_weights as check_weights

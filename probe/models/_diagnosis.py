@@ -129,12 +129,7 @@ def check_model(reference: str, numbers: bool = True) -> tuple[str, ...]:
     read_tokenizer(reference)
     remarks = check_weights(reference, read_config(reference, whole=True))
     if numbers:
-        broken = find_not_finite(weight_files(reference))
-        if broken:
-            raise ProbeError(
-                f"{reference}: {broken} holds a number that is NaN or infinite; train and save the "
-                "model again"
-            )
+        check_numbers(reference)
     settings = _left_out(read_settings(fetch_checkpoint(reference).folder))
     if settings:
         remarks = (
@@ -142,6 +137,20 @@ def check_model(reference: str, numbers: bool = True) -> tuple[str, ...]:
             f"{reference}: greedy decoding leaves out its own {', '.join(settings)}",
         )
     return remarks
+
+
+def check_numbers(reference: str) -> None:
+    """Check that all numbers of a model are finite, which takes as long as reading them.
+
+    Raises:
+        ProbeError: One is not.
+    """
+    broken = find_not_finite(weight_files(reference))
+    if broken:
+        raise ProbeError(
+            f"{reference}: {broken} holds a number that is NaN or infinite; train and save the "
+            "model again"
+        )
 
 
 def doctor(before: str, after: str | None = None) -> Diagnosis:

@@ -57,8 +57,8 @@ class Task(NamedTuple):
     weights: str
     """The fingerprint of its model here."""
 
-    lock: Path
-    """The lock of the run folder."""
+    lock: Path | None
+    """The lock of the run folder; None where it is not begun yet."""
 
     inode: int
     """The lock's number on the shared file system, by which a worker knows it."""
@@ -129,15 +129,23 @@ class Cluster:
                 found.append(f"{node['NodeManagerAddress']} ({gpus} GPUs, {cpus} cores)")
         return found
 
-    def do(self, units: Sequence[Unit[_R]], lock: Path, progress: Progress, name: str) -> list[_R]:
+    def do(
+        self,
+        units: Sequence[Unit[_R]],
+        lock: Path | None,
+        progress: Progress,
+        name: str,
+        on_gpus: bool = True,
+    ) -> list[_R]:
         """Do units, as many at once as the cluster has room for; what they return, in order.
 
         Args:
             units: To be sent to a process, their work must be made of functions of modules and
                 plain data.
-            lock: The lock of the run folder.
+            lock: The lock of the run folder; None for units that need no folder.
             progress: Where the units that run are shown.
             name: What is done with them.
+            on_gpus: Whether they need GPUs, where units do.
 
         Raises:
             ProbeError: A unit has lost its worker too often, or a node does not see the folder.
@@ -151,9 +159,12 @@ class Cluster:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         box = ray.remote(Box).options(num_cpus=0, scheduling_strategy=here).remote()
         work = ray.remote(_do).options(
-            num_gpus=self.gpus, num_cpus=self.cpus, max_retries=RETRIES, name="probe unit"
+            num_gpus=self.gpus if on_gpus else 0,
+            num_cpus=self.cpus,
+            max_retries=RETRIES,
+            name="probe unit",
         )
-        inode = lock.stat().st_ino
+        inode = lock.stat().st_ino if lock else 0
         weights = {unit.model: fingerprint(unit.model) for unit in units}
         waiting: dict[ObjectRef[_R], int] = {}
         table = _Table(progress, units, name, self.say)
@@ -288,6 +299,8 @@ def _check_shared(task: Task, node: str) -> None:
     """
     if Path(task.here).is_dir():
         os.chdir(task.here)
+    if task.lock is None:
+        return
     try:
         found = task.lock.stat().st_ino
     except OSError:

@@ -379,8 +379,12 @@ def reading_lines(recipe: Recipe) -> list[str]:
     if size < MUCH:
         return []
     return [
-        f"All {_size(size)} of weights are read once, so that a change is noticed: about "
-        f"{duration(size / READ_PER_SECOND)}."
+        f"All {_size(size)} of weights are read once, so that a change is noticed: "
+        + (
+            "by all nodes."
+            if recipe.compute.cluster
+            else f"about {duration(size / READ_PER_SECOND)}."
+        )
     ]
 
 

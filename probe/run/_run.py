@@ -37,6 +37,7 @@ from probe.run._plan import (
     reading_lines,
     took_line,
 )
+from probe.run._reading import read_models
 from probe.run._session import recipe_host, running, said_on
 from probe.run._solving import solve_all
 from probe.run._timing import time_line, worth_timing
@@ -98,15 +99,16 @@ def run_recipe(
     begun = folder.record.exists() and not fresh
     known = folder.read_record().get("models") if begun else None
     known = known if isinstance(known, dict) else {}
-    for reference in recipe.models():
-        if weight_files(reference):
-            for line in check_model(reference, numbers=reference not in known):
-                console.print(line, soft_wrap=True)
-    with (
-        cluster_of(recipe, said_on(console)) as cluster,
-        locked(folder, said_on(console)) as held,
-    ):
-        return _run(held, recipe, problems, given, answers, host, cluster, fresh, add, console)
+    with cluster_of(recipe, said_on(console)) as cluster:
+        for reference in recipe.models():
+            if weight_files(reference):
+                numbers = cluster is None and reference not in known
+                for line in check_model(reference, numbers):
+                    console.print(line, soft_wrap=True)
+        if cluster is not None:
+            read_models(recipe.models(), known, cluster, console)
+        with locked(folder, said_on(console)) as held:
+            return _run(held, recipe, problems, given, answers, host, cluster, fresh, add, console)
 
 
 def _run(

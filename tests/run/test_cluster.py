@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import probe
-from probe.checkpoints import PACKAGE_DATA
+from probe.checkpoints import PACKAGE_DATA, unread_inputs
 from probe.errors import ProbeError
 from probe.recipe import read_recipe
 
@@ -71,7 +71,7 @@ def recipe(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone():
+def alone(tmp_path_factory):
     """Ray where nobody else reaches it, and with nothing of this machine's home."""
     if not only_loopback():
         pytest.skip("not in a network namespace of its own")
@@ -80,6 +80,7 @@ def alone():
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PROBE_CACHE", str(tmp_path_factory.mktemp("of-nodes")))
         pytest.importorskip("ray", reason="there is no Ray; .ci/run has it")
         yield
 
@@ -152,9 +153,10 @@ def when(condition, act):
 
 
 @pytest.mark.cluster
-def test_twelve_checkpoints_on_two_nodes_with_losses(recipe, cluster, tmp_path):
+def test_twelve_checkpoints_on_two_nodes_with_losses(recipe, cluster, tmp_path, monkeypatch):
     """Who began it is killed, a worker while it writes answers, a node while edges are scored."""
     folder, lost = tmp_path / "cluster", []
+    monkeypatch.setenv("PROBE_CACHE", str(tmp_path / "cache"))
 
     def solved(count):
         return len(list(folder.glob("solutions/*.jsonl"))) >= count
@@ -162,7 +164,10 @@ def test_twelve_checkpoints_on_two_nodes_with_losses(recipe, cluster, tmp_path):
     first = command("recipe", recipe, "--output", folder, "--cluster", cluster.address)
     until(lambda: solved(3))
     first.kill()
-    first.communicate()
+    said, _ = first.communicate()
+    assert "weights of " in said
+    # The nodes have read the weights; small files are read each time.
+    assert all(unread_inputs(name) < 500_000 for name in read_recipe(recipe).models())
     assert first.returncode == -signal.SIGKILL
     assert not (folder / "report.json").exists()
     begun = {file.name: file.read_text() for file in folder.glob("solutions/*.jsonl")}
@@ -207,6 +212,21 @@ def test_what_a_unit_raises_is_one_line(cluster, tmp_path):
     with pytest.raises(ProbeError, match="expert") as caught:
         probe.run_recipe("tiny-math", tmp_path / "run", overrides=keys)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.cluster
+def test_a_broken_number_is_found_by_a_node(cluster, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(TINY / "grpo", broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    file = tmp_path / "one.toml"
+    pair = PAIR.format(step=1, folder="x").replace("x/step-1", str(broken))
+    file.write_text(RECIPE.format(pairs=pair))
+    with pytest.raises(ProbeError, match=r"model.norm.weight in .* is NaN or infinite"):
+        run(file, tmp_path / "run", cluster=cluster.address)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.cluster
