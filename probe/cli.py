@@ -635,12 +635,14 @@ def export(run: str, file: str) -> None:
     """Write a run's edges for other tools.
 
     FILE's suffix is the format: .parquet has both models' score of every edge and question, for
-    pandas and polars; .dot the edges that changed most, for Graphviz.
+    pandas and polars; .dot the edges that changed most, for Graphviz. Without a suffix it is a
+    folder, for the viewers of circuit-tracer and Neuronpedia.
 
     \b
     Examples:
       probe export runs/tiny-math edges.parquet
       probe export runs/tiny-math edges.dot
+      probe export runs/tiny-math graphs
     """
     from pathlib import Path
 

@@ -13,6 +13,7 @@ from probe.errors import ProbeError, not_known
 from probe.files import write_where_asked, write_whole
 from probe.recipe import Comparison
 from probe.report._circuit import EDGES, STRONGER, WEAKER
+from probe.report._graph_files import write_graphs
 from probe.report._report import Report, build_report
 from probe.report._strength import Strength, read_strengths
 from probe.store import RunFolder
@@ -26,7 +27,8 @@ def export_run(run: str | Path, path: Path) -> None:
 
     `.parquet` has a row per comparison, question and edge: `pair`, `benchmark`, `alpha`,
     `question`, `source`, `target`, and the scores `before` and `after` in nats, float32. `.dot` has
-    a digraph per comparison with the edges whose mean |score| changed most.
+    a digraph per comparison with the edges whose mean |score| changed most. A folder gets graphs
+    in the JSON of circuit-tracer and Neuronpedia; see `write_graphs`.
 
     Args:
         run: A run folder, or a file in it.
@@ -38,7 +40,7 @@ def export_run(run: str | Path, path: Path) -> None:
     """
     write = _FORMATS.get(path.suffix)
     if write is None:
-        raise ProbeError(f"{path}: {not_known('format', path.suffix, _FORMATS)}")
+        raise ProbeError(f"{path}: {not_known('format', path.suffix, filter(None, _FORMATS))}")
     report = build_report(run)
     if not report.cells:
         raise ProbeError(f"{report.path} has no edges of both models yet; run the recipe again")
@@ -122,4 +124,5 @@ def _quoted(text: str) -> str:
 _FORMATS: dict[str, Callable[[Report, Path], None]] = {
     ".parquet": _write_parquet,
     ".dot": _write_dot,
+    "": write_graphs,
 }
