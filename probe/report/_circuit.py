@@ -37,10 +37,14 @@ _BOX = 0.13, 0.76
 def draw_circuit(strength: Strength, count: int = EDGES) -> Figure:
     """Draw the edges whose strength differs most between the two models.
 
+    Where nearly all of them go one way, those are drawn whose share of all strength differs most.
+
     Args:
         strength: The strengths of all edges.
         count: How many edges, at most.
     """
+    one_way = strength.one_way(count)
+    strength = strength.shares if one_way else strength
     changes = strength.largest(count)
     nodes = [*strength.graph.sources, "logits"]
     step = min(0.42, max(0.15, 4.2 / len(nodes)))  # inches per node
@@ -62,10 +66,13 @@ def draw_circuit(strength: Strength, count: int = EDGES) -> Figure:
     axes.set_xlim(-1.05, 1.05)
     axes.set_ylim(-0.6, len(nodes) - 0.4)
     axes.set_axis_off()
-    figure.text(0.03, 1 - 0.1 / tall, _title(strength, len(changes)), fontsize=10, va="top")
+    figure.text(
+        0.03, 1 - 0.1 / tall, _title(strength, len(changes), one_way), fontsize=10, va="top"
+    )
+    less, more = ("smaller share", "larger share") if one_way else ("weaker", "stronger")
     handles = [
-        Line2D([], [], color=WEAKER, ls=(0, (4, 1.5)), lw=1.8, label=f"weaker: {counts[-1]}"),
-        Line2D([], [], color=STRONGER, lw=1.8, label=f"stronger: {counts[1]}"),
+        Line2D([], [], color=WEAKER, ls=(0, (4, 1.5)), lw=1.8, label=f"{less}: {counts[-1]}"),
+        Line2D([], [], color=STRONGER, lw=1.8, label=f"{more}: {counts[1]}"),
     ]
     figure.legend(handles=handles, loc="lower center", ncols=2, frameon=False, fontsize=9)
     return figure
@@ -102,16 +109,16 @@ def _node(axes: Axes, height: int, node: str, points: float) -> None:
             )
 
 
-def _title(strength: Strength, count: int) -> str:
+def _title(strength: Strength, count: int, one_way: bool) -> str:
     total = int(strength.graph.mask.sum())
-    first = strength.largest(1)
-    text = f"{strength.title}\nthe {count} of {total:,} edges whose mean |W| changed most"
-    if first:
-        edge = first[0]
-        text += (
-            f"\nthickest: {edge.source} to {edge.target}, "
-            f"{number(edge.before)} → {number(edge.after)} nats"
-        )
+    what = "share of all |W|" if one_way else "mean |W|"
+    text = f"{strength.title}\nthe {count} of {total:,} edges whose {what} changed most"
+    text += " (nearly all go one way)" * one_way
+    for edge in strength.largest(1):
+        ends = f"{number(edge.before)} → {number(edge.after)} nats"
+        if one_way:
+            ends = f"{edge.before:.2g} → {edge.after:.2g} %"
+        text += f"\nthickest: {edge.source} to {edge.target}, {ends}"
     return text
 
 

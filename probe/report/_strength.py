@@ -92,6 +92,34 @@ class Strength:
                 found.append(ChangedEdge(*nodes, *ends))
         return found
 
+    @property
+    def shares(self) -> "Strength":
+        """What each edge has of the sum of all, in percent."""
+        before, after = (100 * side / (side.sum() or 1) for side in (self.before, self.after))
+        return replace(self, before=before, after=after)
+
+    def one_way(self, count: int) -> bool:
+        """Whether nearly all edges that changed most became weaker, or nearly all stronger.
+
+        Then their shares tell them apart, and where they do not, this is what they have in common.
+        """
+        changes = self.largest(count)
+        rises = sum(edge.after > edge.before for edge in changes)
+        return 10 * min(rises, len(changes) - rises) < len(changes)
+
+    @property
+    def rank_change(self) -> Array:
+        """How many ranks by strength each edge rose, [source, target]; NaN where no edge is."""
+        mask = self.graph.mask.numpy()
+        ranks = []
+        for side in (self.before, self.after):
+            order = np.argsort(-side[mask], kind="stable")
+            ranks.append(np.empty(len(order)))
+            ranks[-1][order] = np.arange(len(order))
+        change = np.full(mask.shape, np.nan)
+        change[mask] = ranks[0] - ranks[1]
+        return change
+
 
 def read_strengths(report: Report) -> Iterator[Strength]:
     """The strengths of each cell of a report, read from its run folder one after the other."""

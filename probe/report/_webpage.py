@@ -256,11 +256,14 @@ def _explorer(there: bool) -> list[str]:
         '<div class="controls">',
         '<label>cell <select id="cell"></select></label>',
         '<label>colour <select id="colour"><option value="change">change of strength</option>'
+        '<option value="rank">change of rank</option>'
         '<option value="before">strength before</option>'
         '<option value="after">strength after</option></select></label>',
         '<label>edges of the circuit <input id="count" type="range" min="5" max="200" step="5" '
         'value="40"> <output id="counted"></output></label></div>',
         '<h3 id="which"></h3>',
+        '<p class="note" id="shares" hidden>Nearly all edges that changed most went one way: the '
+        "circuit has the edges whose share of the sum of all |W| changed most.</p>",
         '<div class="explorer"><div>',
         '<svg id="heatmap" role="img" tabindex="0" aria-label="Heat map of all edges"></svg>',
         f'<dl id="edge" aria-live="polite">{values}</dl></div>',

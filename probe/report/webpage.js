@@ -5,7 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 const FEW = 30;
 const page = Object.fromEntries(
-  ["cell", "colour", "count", "counted", "heatmap", "circuit", "edge", "which"].map(
+  ["cell", "colour", "count", "counted", "heatmap", "circuit", "edge", "which", "shares"].map(
     (name) => [name, document.getElementById(name)]));
 const state = { cell: data.first, chosen: 0, colour: "change", count: 40 };
 
@@ -34,9 +34,19 @@ function edgesOf(cell) {
       cell.edges.push({ place, source, target, before: before[place], after: after[place] });
     }
   });
-  cell.ranked = [...cell.edges].sort(
-    (a, b) => Math.abs(b.after - b.before) - Math.abs(a.after - a.before) || a.place - b.place);
+  const ordered = (size) => [...cell.edges].sort((a, b) => size(b) - size(a) || a.place - b.place);
+  const total = (side) => cell.edges.reduce((sum, edge) => sum + edge[side], 0) || 1;
+  const all = { before: total("before"), after: total("after") };
+  for (const edge of cell.edges) {
+    edge.difference = edge.after - edge.before;
+    edge.gained = edge.after / all.after - edge.before / all.before;
+  }
+  cell.ranked = ordered((edge) => Math.abs(edge.difference));
+  cell.moved = ordered((edge) => Math.abs(edge.gained));
   cell.ranked.forEach((edge, rank) => { edge.rank = rank; });
+  for (const side of ["before", "after"]) {
+    ordered((edge) => edge[side]).forEach((edge, rank) => { edge["rank-" + side] = rank + 1; });
+  }
   return cell.edges;
 }
 
@@ -54,6 +64,7 @@ function scale(cell) {
   const edges = cell.edges;
   const value = {
     change: (edge) => Math.log2(edge.after / edge.before),
+    rank: (edge) => edge["rank-before"] - edge["rank-after"],
     before: (edge) => Math.log10(edge.before),
     after: (edge) => Math.log10(edge.after),
   }[state.colour];
@@ -72,6 +83,12 @@ function scale(cell) {
       const place = centre + part * limit, share = 2 ** place - 1;
       return [place, share ? (share > 0 ? "+" : "") + +(100 * share).toPrecision(3) + " %" : "0"];
     });
+  } else if (state.colour === "rank") {
+    const sizes = sorted(edges.map((edge) => Math.abs(value(edge))));
+    high = Math.max(1, sizes[Math.floor(0.95 * (sizes.length - 1))] || 1);
+    low = -high;
+    ticks = [-1, -0.5, 0, 0.5, 1].map((part) => [part * high,
+      (part > 0 ? "up " : part < 0 ? "down " : "") + Math.abs(Math.round(part * high))]);
   } else {
     const both = sorted(edges.flatMap((edge) => [Math.log10(edge.before), Math.log10(edge.after)]));
     high = Math.ceil(both.length ? both[both.length - 1] : 0);
@@ -167,12 +184,17 @@ function drawCircuit(cell) {
   svg.setAttribute("viewBox", `0 0 ${width} ${height + 24}`);
   svg.style.fontSize = "14px";
   const y = (place) => height - step * (place + 0.5);
-  const drawn = cell.ranked.slice(0, state.count).filter((edge) => edge.after !== edge.before);
-  const largest = drawn.length ? Math.abs(drawn[0].after - drawn[0].before) : 1;
+  const first = (list, size) => list.slice(0, state.count).filter((edge) => edge[size]);
+  let size = "difference", drawn = first(cell.ranked, size);
+  const rising = drawn.filter((edge) => edge.difference > 0).length;
+  // Where nearly all go one way, what they have of the whole tells them apart.
+  const one = 10 * Math.min(rising, drawn.length - rising) < drawn.length;
+  if (one) drawn = first(cell.moved, size = "gained");
+  const largest = drawn.length ? Math.abs(drawn[0][size]) : 1;
   const arcs = element(svg, "g", {}), hits = element(svg, "g", {});
   let stronger = 0;
   for (const edge of [...drawn].reverse()) {
-    const side = edge.after > edge.before ? 1 : -1;
+    const side = edge[size] > 0 ? 1 : -1;
     stronger += side > 0;
     const [target, branch] = graph.targets[edge.target].split(".");
     const from = edge.source + 0.27;
@@ -180,7 +202,7 @@ function drawCircuit(cell) {
     const reach = half + 22 + 292 * ((to - from) / nodes.length) ** 0.7;
     const x = middle + side * half, out = middle + side * reach;
     const d = `M${x} ${y(from)}C${out} ${y(from)} ${out} ${y(to)} ${x} ${y(to)}`;
-    const thick = 0.7 + 4.3 * Math.abs(edge.after - edge.before) / largest;
+    const thick = 0.7 + 4.3 * Math.abs(edge[size]) / largest;
     element(arcs, "path", {
       d, class: "arc " + (side > 0 ? "stronger" : "weaker"), "data-place": edge.place,
       "stroke-width": thick.toFixed(2),
@@ -197,10 +219,21 @@ function drawCircuit(cell) {
       x: middle, y: y(place), "text-anchor": "middle", "dominant-baseline": "central",
       "font-size": Math.min(14, 0.66 * step),
     }, node);
+    if (node[0] !== "a" || step < 30) return;
+    for (const [letter, up] of Object.entries(port)) {
+      for (const side of [-1, 1]) {
+        element(svg, "text", {
+          x: middle + side * (half - 6), y: y(place + up), class: "port", "text-anchor": "middle",
+          "dominant-baseline": "central", "font-size": 0.2 * step,
+        }, letter);
+      }
+    }
   });
   const base = height + 18;
-  element(svg, "text", { x: 8, y: base }, `weaker (dashed): ${drawn.length - stronger}`);
-  element(svg, "text", { x: width - 8, y: base, "text-anchor": "end" }, `stronger (solid): ${stronger}`);
+  const [less, more] = one ? ["smaller share", "larger share"] : ["weaker", "stronger"];
+  element(svg, "text", { x: 8, y: base }, `${less} (dashed): ${drawn.length - stronger}`);
+  element(svg, "text", { x: width - 8, y: base, "text-anchor": "end" }, `${more} (solid): ${stronger}`);
+  page.shares.hidden = !one;
   page.counted.textContent = String(drawn.length);
 }
 
@@ -224,7 +257,8 @@ function choose(place) {
   const values = {
     source: graph.sources[edge.source], target: graph.targets[edge.target],
     before: number(edge.before) + " nats", after: number(edge.after) + " nats", change,
-    rank: `${edge.rank + 1} of ${cell.edges.length} by size of the difference`,
+    rank: `${edge.rank + 1} of ${cell.edges.length} by size of the difference; by strength ` +
+      `${edge["rank-before"]} before, ${edge["rank-after"]} after`,
   };
   for (const [name, value] of Object.entries(values)) {
     page.edge.querySelector(`[data-value=${name}]`).textContent = value;

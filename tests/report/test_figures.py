@@ -127,6 +127,7 @@ def test_a_circuit_shows_the_largest_changes(n_layers):
     figure = draw_circuit(drawn, 10)
     axes = figure.axes[0]
     arcs = [patch for patch in axes.patches if isinstance(patch, PathPatch)]
+    drawn = drawn.shares if drawn.one_way(10) else drawn
     expected = drawn.largest(10)
     assert len(arcs) == len(expected)
     nodes = [*drawn.graph.sources, "logits"]
@@ -141,6 +142,36 @@ def test_a_circuit_shows_the_largest_changes(n_layers):
     widths = [arc.get_linewidth() for arc in arcs]
     assert widths == sorted(widths)
     assert f"the {len(expected)} of {drawn.graph.mask.sum():,} edges" in texts(figure)
+
+
+def test_where_everything_falls_a_circuit_has_shares():
+    drawn = strength()
+    fallen = replace(drawn, after=drawn.after / 16)
+    assert not drawn.one_way(40)
+    assert fallen.one_way(40)
+    sums = fallen.shares.before.sum(), fallen.shares.after.sum()
+    assert sums == (pytest.approx(100), pytest.approx(100))
+    figure = draw_circuit(fallen)
+    arcs = [patch for patch in figure.axes[0].patches if isinstance(patch, PathPatch)]
+    assert {arc.get_linestyle() for arc in arcs} > {"-"}
+    assert "smaller share" in texts(figure)
+    assert "(nearly all go one way)" in texts(figure)
+
+
+def test_ranks_do_not_move_where_everything_falls():
+    drawn = strength(4, "qkv", parallel=False)
+    mask = drawn.graph.mask.numpy()
+    fallen = replace(drawn, after=drawn.before / 7)
+    assert np.array_equal(np.isfinite(fallen.rank_change), mask)
+    assert not fallen.rank_change[mask].any()
+    first, second = np.argsort(-drawn.before[mask])[:2]
+    after = drawn.before.copy()
+    values = after[mask]
+    values[[first, second]] = values[[second, first]]
+    after[mask] = values
+    change = replace(drawn, after=after).rank_change[mask]
+    assert (change[first], change[second], np.abs(change).sum()) == (-1, 1, 2)
+    assert len(draw_heatmap(fallen).axes) == 4  # two matrices, each with its colours
 
 
 def test_a_circuit_in_which_nothing_changed():

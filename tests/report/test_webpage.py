@@ -164,6 +164,7 @@ seen.arc = arcs.map((arc) => {
   arc.dispatchEvent(new PointerEvent("pointermove", { bubbles: true }));
   return shown();
 });
+seen.shares = document.getElementById("shares").hidden;
 seen.sides = [...circuit.querySelectorAll(".arc")].map((arc) => arc.getAttribute("class"));
 const colour = document.getElementById("colour");
 for (const option of colour.options) {
@@ -220,6 +221,10 @@ def test_a_reader_in_a_browser(half_run, tmp_path):
         change = float(values["change"].split()[0])
         assert change == pytest.approx(100 * (edge.after / edge.before - 1), abs=0.06)
         assert values["rank"].startswith(f"{rank + 1} of {len(ranked)} ")
+        before, after = map(int, re.search(r"(\d+) before, (\d+) after", values["rank"]).groups())
+        rows, columns = strength.graph.sources, strength.graph.targets
+        where = rows.index(edge.source), columns.index(edge.target)
+        assert before - after == strength.rank_change[where]
     assert not named  # every edge could be pointed at
     assert seen["first"]["rank"].startswith("1 of")
     assert [(v["source"], v["target"]) for v in seen["keys"]] == [
@@ -230,11 +235,13 @@ def test_a_reader_in_a_browser(half_run, tmp_path):
     ]
     assert seen["arcs"] == min(40, len(ranked))
     assert seen["fewer"] == 5
-    for edge, values, side in zip(ranked[4::-1], seen["arc"], seen["sides"], strict=False):
+    shown = strength.shares if strength.one_way(5) else strength
+    assert seen["shares"] == (not strength.one_way(5))
+    for edge, values, side in zip(shown.largest(5)[::-1], seen["arc"], seen["sides"], strict=True):
         assert (values["source"], values["target"]) == (edge.source, edge.target)
         assert ("stronger" in side) == (edge.after > edge.before)
     assert len(seen["sides"]) == 5
-    for name in ("change", "before", "after"):
+    for name in ("change", "rank", "before", "after"):
         count, colours = seen[f"fills {name}"]
         assert count == len(ranked)
         assert colours > 5
