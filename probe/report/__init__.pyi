@@ -4,6 +4,7 @@ from ._causal import causal_tables as causal_tables
 from ._circuit import STRONGER as STRONGER
 from ._circuit import WEAKER as WEAKER
 from ._circuit import draw_circuit as draw_circuit
+from ._circuit import draw_strongest as draw_strongest
 from ._curves import curves_table as curves_table
 from ._curves import draw_curves as draw_curves
 from ._export import export_run as export_run

@@ -8,14 +8,20 @@ key or value. This stays legible from 4 layers to 32.
     >>> draw_circuit(strength).savefig("circuit.png")
 """
 
+from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch, Rectangle
-from matplotlib.path import Path
+from matplotlib.path import Path as Curve
 
+from probe.attribution import ScoredEdge
+from probe.escaping import figure as escape
 from probe.models import Node
 from probe.report._strength import Strength
 from probe.report._wording import number
@@ -34,6 +40,22 @@ _BOX = 0.13, 0.76
 """Half the width of a node, and its height."""
 
 
+class _Change(NamedTuple):
+    """One edge to be drawn."""
+
+    source: str
+    """The node that it leaves."""
+
+    target: str
+    """The node where it ends."""
+
+    branch: str
+    """`q`, `k` or `v` of an attention that is drawn whole; else empty."""
+
+    value: float
+    """How strong it is; above 0 it is drawn on the right."""
+
+
 def draw_circuit(strength: Strength, count: int = EDGES) -> Figure:
     """Draw the edges whose strength differs most between the two models.
 
@@ -45,31 +67,73 @@ def draw_circuit(strength: Strength, count: int = EDGES) -> Figure:
     """
     one_way = strength.one_way(count)
     strength = strength.shares if one_way else strength
-    changes = strength.largest(count)
-    nodes = [*strength.graph.sources, "logits"]
-    step = min(0.42, max(0.15, 4.2 / len(nodes)))  # inches per node
+    edges = strength.largest(count)
+    changes = [
+        _Change(e.source, node.block, node.branch, e.after - e.before)
+        for e, node in ((edge, Node.parse(edge.target)) for edge in edges)
+    ]
+    words = ("smaller share", "larger share") if one_way else ("weaker", "stronger")
+    title = _title(strength, len(changes), one_way)
+    return _draw([*strength.graph.sources, "logits"], changes, title, words)
+
+
+def draw_strongest(path: Path, model: str, method: str, edges: Sequence[ScoredEdge]) -> None:
+    """Draw the strongest edges of one model into a PNG file, between the nodes that have any.
+
+    Those that lower the loss of the answer are on the right, those that raise it on the left.
+
+    Args:
+        path: The file.
+        model: The model's name.
+        method: What scored them.
+        edges: The edges, the strongest first.
+    """
+    title = f"{escape(model)}\nthe {len(edges)} strongest edges by {method}"
+    changes = []
+    for edge in edges:
+        node = Node.parse(edge.target)
+        # A key or value may be that of several heads, so it stands for itself.
+        apart = node.part and node.branch in ("k", "v")
+        name = edge.target if apart else ".".join(filter(None, (node.block, node.part)))
+        changes.append(_Change(edge.source, name, "" if node.part else node.branch, edge.score))
+    ends = {end for change in changes for end in (change.source, change.target)}
+    nodes = sorted(ends, key=_height)
+    if edges:
+        first = edges[0]
+        title += f"\nthickest: {first.source} to {first.target}, {number(first.score)} nats"
+    figure = _draw(nodes, changes, title, ("raise the loss", "lower the loss"))
+    FigureCanvasAgg(figure).print_figure(path, format="png")
+
+
+def _height(name: str) -> tuple[bool, int, str]:
+    """Where a node stands among others."""
+    node = Node.parse(name)
+    return node.kind == "logits", node.time, name
+
+
+def _draw(
+    nodes: Sequence[str], changes: Sequence[_Change], title: str, words: tuple[str, str]
+) -> Figure:
+    """Draw edges between nodes, the largest first in `changes`."""
+    step = min(0.42, max(0.15, 4.2 / max(1, len(nodes))))  # inches per node
     tall = 1.4 + step * len(nodes)
     figure = Figure((6.2, tall), dpi=160)
     axes = figure.add_axes((0.02, 0.4 / tall, 0.96, 1 - 1.15 / tall))
     for height, node in enumerate(nodes):
         _node(axes, height, node, 72 * step)
-    largest = max((abs(edge.after - edge.before) for edge in changes), default=1)
+    largest = max((abs(change.value) for change in changes), default=1)
     counts = {1: 0, -1: 0}
-    for edge in reversed(changes):
-        side = 1 if edge.after > edge.before else -1
+    for change in reversed(changes):
+        side = 1 if change.value > 0 else -1
         counts[side] += 1
-        target = Node.parse(edge.target)
-        start = nodes.index(edge.source) + _OUTPUT
-        end = nodes.index(target.block) + _PORTS[target.branch]
-        width = 0.5 + 3.5 * abs(edge.after - edge.before) / largest
-        _arc(axes, start, end, side, width, len(nodes))
+        start = nodes.index(change.source) + _OUTPUT
+        end = nodes.index(change.target) + _PORTS[change.branch]
+        _arc(axes, start, end, side, 0.5 + 3.5 * abs(change.value) / largest, len(nodes))
     axes.set_xlim(-1.05, 1.05)
     axes.set_ylim(-0.6, len(nodes) - 0.4)
     axes.set_axis_off()
-    figure.text(
-        0.03, 1 - 0.1 / tall, _title(strength, len(changes), one_way), fontsize=10, va="top"
-    )
-    less, more = ("smaller share", "larger share") if one_way else ("weaker", "stronger")
+    figure.text(0.03, 1 - 0.1 / tall, title, fontsize=10, va="top")
+    less, more = words
     handles = [
         Line2D([], [], color=WEAKER, ls=(0, (4, 1.5)), lw=1.8, label=f"{less}: {counts[-1]}"),
         Line2D([], [], color=STRONGER, lw=1.8, label=f"{more}: {counts[1]}"),
@@ -81,7 +145,7 @@ def draw_circuit(strength: Strength, count: int = EDGES) -> Figure:
 def _node(axes: Axes, height: int, node: str, points: float) -> None:
     """A box with the node's name, and the letters of its branches where there is room."""
     half, tall = _BOX
-    attention = Node.parse(node).kind == "attention"
+    attention = Node.parse(node).kind == "attention" and not Node.parse(node).part
     axes.add_patch(
         Rectangle(
             (-half, height - tall / 2),
@@ -125,9 +189,9 @@ def _title(strength: Strength, count: int, one_way: bool) -> str:
 def _arc(axes: Axes, start: float, end: float, side: int, width: float, nodes: int) -> None:
     """A curve from one height to another, the wider the longer, solid to the right."""
     out = side * (_BOX[0] + 0.08 + 1.05 * ((end - start) / nodes) ** 0.7)
-    path = Path(
+    path = Curve(
         [(side * _BOX[0], start), (out, start), (out, end), (side * _BOX[0], end)],
-        [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4],
+        [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4],
     )
     axes.add_patch(
         PathPatch(

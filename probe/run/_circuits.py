@@ -14,14 +14,14 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from probe.attribution import EdgeScores, TokenSequence, attribute, method_named
+from probe.attribution import EdgeScores, ScoredEdge, TokenSequence, attribute, method_named
 from probe.causes import Circuit, Curve, Leaves, faithfulness_curves, halves, sizes_of
 from probe.checkpoints import fingerprint
 from probe.errors import check_count
 from probe.escaping import PlainConsole
 from probe.models import Model
 from probe.recipe import Recipe
-from probe.report import draw_curves
+from probe.report import draw_curves, draw_strongest
 from probe.run._choosing import Side, measured_sides, read_sides
 from probe.run._finished import check_unchanged, recorded
 from probe.run._session import Run, recipe_host, running, said_on
@@ -149,7 +149,25 @@ def _measured(run: Run, side: Side, name: str, device: str, options: Options) ->
         folder.write_json(file, header | {"curves": table})
     draw = partial(draw_curves, model=name, curves=curves, questions=len(held_out))
     folder.write((folder.path / file).with_suffix(".png"), draw)
+    _draw_best(folder, file, name, curves)
     return curves
+
+
+def _draw_best(folder: RunFolder, file: str, name: str, curves: Sequence[Curve]) -> None:
+    """Draw the strongest edges by the method whose circuits are the most faithful."""
+    best = max(range(len(curves)), key=lambda place: curves[place].cpr)
+    table = folder.read_json(file) or {}
+    edges = TypeAdapter(list[_Edges]).validate_python(table.get("curves"))[best].top_edges
+    draw = partial(draw_strongest, model=name, method=curves[best].method, edges=edges)
+    folder.write((folder.path / file).with_suffix(".edges.png"), draw)
+
+
+@dataclass(frozen=True)
+class _Edges:
+    """What a file has of the edges of a method."""
+
+    top_edges: list[ScoredEdge]
+    """The strongest."""
 
 
 def _known(run: Run, file: str, key: str) -> tuple[Curve, ...] | None:

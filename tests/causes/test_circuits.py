@@ -188,7 +188,8 @@ def test_the_circuits_of_a_run(run, monkeypatch):
         assert not set(table["ranked_on"]) & set(table["measured_on"])
         assert table["curves"][0]["cpr"] == curve.cpr
         assert len(table["curves"][0]["top_edges"]) == 20
-        assert (run / "circuits" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        for picture in (f"{name}.png", f"{name}.edges.png"):
+            assert (run / "circuits" / picture).read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ProbeError, match="at least 4"):
         probe.run_circuits(run, methods="eap", questions=3)
     with pytest.raises(ProbeError, match="'magic' is not known"):
