@@ -53,15 +53,17 @@ def check_here(recipe: Recipe) -> None:
         raise ProbeError("models run on a server or on a cluster: take --remote or --cluster away")
     devices = resolve_devices(recipe.compute.device_here)
     problems = _problems_here(recipe)
+    checked: set[str] = set()  # a training's base is in each of its pairs
     for pair in recipe.pairs:
         models = [model for model in (pair.before, pair.after) if find_checkpoint(model)]
         for model in models:
             kind = read_config(model).model_type
             architecture_of(kind)
-            if not options.remote:
+            if not options.remote and model not in checked:
                 check_folder(model)
                 if weight_files(model):
                     check_model(model, numbers=False)
+                checked.add(model)
                 if not options.cluster:  # its nodes say what they have
                     resolve_kernels(options.kernels, devices[0], kind)
             if chat_message(pair.prompt)[0] and not read_tokenizer(model).chat_template:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from probe.checkpoints import fetch_checkpoint, weight_files
+from probe.checkpoints import fetch_checkpoint, find_checkpoint, weight_files
 from probe.escaping import PlainConsole
 from probe.files import at_home
 from probe.models import check_model, check_pair, encode_prompt, read_tokenizer
@@ -186,6 +186,7 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
             broken benchmark file, a device that is not here.
     """
     check_here(recipe)
+    new = [p for p in recipe.pairs if not all(map(find_checkpoint, (p.before, p.after)))]
     check_reach(recipe)
     options = recipe.solutions
     questions = None if options.questions == "all" else options.questions
@@ -199,12 +200,13 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
         )
         for benchmark in recipe.benchmarks
     }
-    for pair in recipe.pairs:
+    for pair in new:  # the others are checked
         check_pair(pair.before, pair.after)
-        for model in (pair.before, pair.after):
-            tokenizer = read_tokenizer(model)
-            for first, *_ in problems.values():
-                encode_prompt(tokenizer, pair.prompt, first.question)
+    asked = [(model, pair.prompt) for pair in recipe.pairs for model in (pair.before, pair.after)]
+    for model, prompt in dict.fromkeys(asked):
+        tokenizer = read_tokenizer(model)
+        for first, *_ in problems.values():
+            encode_prompt(tokenizer, prompt, first.question)
     return problems
 
 
