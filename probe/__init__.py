@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from probe.attribution import TokenSequence as Sequence
     from probe.attribution import TokenSequence as TokenSequence
     from probe.attribution import attribute as attribute
+    from probe.attribution import attribute_positions as attribute_positions
     from probe.attribution import exact_effects as exact_effects
     from probe.attribution import matched_temperature as matched_temperature
     from probe.attribution import matched_temperatures as matched_temperatures
@@ -69,6 +70,7 @@ _MODULES = {
     "METHODS": "attribution",
     "Method": "attribution",
     "attribute": "attribution",
+    "attribute_positions": "attribution",
     "exact_effects": "attribution",
     "Circuit": "causes",
     "faithfulness_curves": "causes",

@@ -16,6 +16,9 @@ from ._methods import method_named as method_named
 from ._model_check import ModelCheck as ModelCheck
 from ._model_check import check as check
 from ._model_check import check_lines as check_lines
+from ._positions import PlacedEdge as PlacedEdge
+from ._positions import PositionScores as PositionScores
+from ._positions import attribute_positions as attribute_positions
 from ._row_checks import check_before as check_before
 from ._scoring import ablation_means as ablation_means
 from ._scoring import attribute as attribute

@@ -61,6 +61,9 @@ class Options:
     check: bool = True
     """Whether to compare what branches read with what the graph says."""
 
+    positions: bool = False
+    """Whether scores are position by position."""
+
 
 def eap(
     model: Model, sequences: Sequence[TokenSequence], graph: Graph, options: Options
@@ -123,6 +126,7 @@ def _gradients(
         options.memory,
         options.target,
         options.check,
+        options.positions,
     )
 
 

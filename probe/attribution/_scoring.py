@@ -100,7 +100,7 @@ def attribute(
     """
     way, target = method_named(method), Target.of(target)
     model = as_model(model)
-    _check_method(model, method, way, ig_steps)
+    check_method(model, method, way, ig_steps)
     graph = model.graph(granularity)
     check_roles(model, graph)
     sequences = as_sequences(model, sequences, answer, max_new_tokens)
@@ -231,7 +231,7 @@ def _corrupted(
     return corrupted_beside(model, given, sequences)
 
 
-def _check_method(model: Model, name: str, way: Method, ig_steps: Steps) -> None:
+def check_method(model: Model, name: str, way: Method, ig_steps: Steps) -> None:
     """Check that a method runs with a model's kernels, and with its blocks, in so many steps."""
     if ig_steps != "auto":
         check_count("ig_steps", ig_steps, " or auto")

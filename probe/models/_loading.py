@@ -313,7 +313,7 @@ def read_tokenizer(reference: str) -> "PreTrainedTokenizerBase":
 
 
 def load_model(
-    reference: str,
+    reference: str | Path,
     device: str = "cpu",
     dtype: str = "float32",
     kernels: "Kernels" = "eager",
@@ -346,6 +346,7 @@ def load_model(
     from probe.models._fitting import check_weights, load_weights
     from probe.models._kernels import fuse, resolve_kernels
 
+    reference = str(reference)
     check_dtype(dtype)
     place, *more = resolve_devices(device)
     if more and any(part.type != "cuda" for part in (place, *more)):

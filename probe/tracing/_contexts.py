@@ -112,7 +112,8 @@ class EdgeBatch(NamedTuple):
     """What comes out of one batch, where it was computed."""
 
     scores: torch.Tensor
-    """[sequence, source, target], 0 where there is no edge."""
+    """[sequence, source, target], 0 where there is no edge; a row for each position of each
+    sequence where that was asked for."""
 
     values: torch.Tensor
     """[sequence]: the target."""
@@ -167,6 +168,7 @@ def edge_scores(
     memory: MemoryMode = FASTEST,
     target: Target = LOSS,
     check: bool = True,
+    positions: bool = False,
 ) -> EdgeBatch:
     """Score every edge: -<G, O - B>, accumulated in float32 (float64 for a float64 model).
 
@@ -192,6 +194,8 @@ def edge_scores(
         memory: What to do for the sake of memory.
         target: L.
         check: Whether to compare what branches read with what the graph says that they read.
+        positions: Whether the sum over positions is left out: scores are [sequence * position,
+            source, target] then.
     """
     network = model.network
     away, exact, layers = model.deployment is not None, exact_dtype(model), layers_of(model)
@@ -207,7 +211,9 @@ def edge_scores(
     scored = [part.to(model.device, non_blocking=True) for part in scored]
     checked = _checked_positions(batch).to(model.device, non_blocking=True)
     reference = None if batch.reference is None else batch.reference[batch.labels != -100]
-    edge_pass = _edge_pass(model, batch, graph, path, relp, baseline, memory, target, check)
+    edge_pass = _edge_pass(
+        model, batch, graph, path, relp, baseline, memory, target, check, positions
+    )
     hooks, readout = edge_pass.hooks, edge_pass.readout
 
     with _recomputing(model, memory.recompute), _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
@@ -247,6 +253,7 @@ def _edge_pass(
     memory: MemoryMode,
     target: Target,
     check: bool,
+    positions: bool,
 ) -> EdgePass:
     """What a pass that scores a batch consists of; the arguments are those of `edge_scores`."""
     hooks, wiring, n_sequences = Hooks(), wiring_of(model, graph), len(batch.input_ids)
@@ -261,6 +268,7 @@ def _edge_pass(
         lengths=batch.lengths if path.from_mean else None,
         corrupted=batch.corrupted is not None,
         on_host=memory.sources_on_host,
+        positions=positions,
     )
     checks = None
     if check:

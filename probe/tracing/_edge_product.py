@@ -44,6 +44,7 @@ class EdgeProduct:
         lengths: torch.Tensor | None = None,
         corrupted: bool = False,
         on_host: bool = False,
+        positions: bool = False,
     ) -> None:
         """Say how large it is.
 
@@ -58,8 +59,10 @@ class EdgeProduct:
                 of the input is the mean of its own embeddings.
             corrupted: Whether B is what the source writes in the first rows.
             on_host: Whether outputs wait in the host's memory.
+            positions: Whether scores are kept position by position.
         """
         self.mask, self.baseline, self.corrupted = mask, baseline, corrupted
+        self.positions = positions
         self.lengths = lengths
         self.points, self.weights, self.steps = points, weights, len(points)
         self.n_sequences, self.on_host = n_sequences, on_host
@@ -93,6 +96,9 @@ class EdgeProduct:
         divisors = (p for p in range(1, length + 1) if length % p == 0)
         piece = min(divisors, key=lambda p: max(p / wanted, wanted / p))
         self._piece = (length if stream.device.type == "cpu" else piece) * width
+        rows = self.n_sequences
+        if self.positions:
+            self._piece, rows = width, rows * length
         self._outputs = torch.empty(
             (self.n_sources, self.n_sequences, length, width),
             dtype=stream.dtype,
@@ -100,9 +106,7 @@ class EdgeProduct:
             pin_memory=self.on_host,
         )
         self._unwritten = set(range(self.n_sources))
-        self._scores = stream.new_zeros(
-            self.n_sequences, self.n_sources, self.n_targets, dtype=exact
-        )
+        self._scores = stream.new_zeros(rows, self.n_sources, self.n_targets, dtype=exact)
         self.write(0, stream)
         # The one line that switches the graph on: parameters are frozen.
         return stream.requires_grad_(True)
@@ -183,7 +187,10 @@ class EdgeProduct:
         return checks.errors(self._outputs)
 
     def close(self) -> torch.Tensor:
-        """Give the scores, [sequence, source, target], and let everything else go."""
+        """Give the scores, [sequence, source, target], and let everything else go.
+
+        Position by position they are [sequence * position, source, target].
+        """
         self._multiply()
         mask = self.mask.to(self._scores.device, non_blocking=True)
         scores = self._scores.masked_fill(~mask, 0)
@@ -208,14 +215,17 @@ class EdgeProduct:
         for step, weight in enumerate(self.weights.tolist()):
             read = gradients[:, step].flatten(1).unflatten(1, (-1, self._piece))
             found = self._product(outputs, read.permute(1, 2, 0))  # [piece, source, target]
-            found = found.unflatten(0, (self.n_sequences, -1)).sum(1)[..., : len(targets)]
+            found = found.unflatten(0, (len(self._scores), -1)).sum(1)[..., : len(targets)]
             scores -= found if self.steps == 1 else found * weight
         if self.baseline is not None or self.lengths is not None:
             weights = self.weights.to(gradients.device, scores.dtype)
-            total = gradients[: len(targets)].sum(3, dtype=scores.dtype)  # [target, step, seq, d]
-            total = torch.einsum("tknd,k->tnd", total, weights)
+            total = gradients[: len(targets)]  # [target, step, sequence, position, d_model]
+            if not self.positions:
+                total = total.sum(3, keepdim=True, dtype=scores.dtype)
+            total = torch.einsum("tknpd,k->tnpd", total.to(scores.dtype), weights).flatten(1, 2)
             if self.lengths is not None:
                 begun = self._own_mean(self._outputs[0]).to(total)  # [sequence, d_model]
+                begun = begun.repeat_interleave(len(scores) // len(begun), 0)
                 scores[:, 0] += torch.einsum("nd,tnd->nt", begun, total)
             if self.baseline is not None:
                 baseline = self.baseline[:reach].to(total.dtype)
