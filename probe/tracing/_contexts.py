@@ -194,13 +194,11 @@ def edge_scores(
         memory: What to do for the sake of memory.
         target: L.
         check: Whether to compare what branches read with what the graph says that they read.
-        positions: Whether the sum over positions is left out: scores are [sequence * position,
-            source, target] then.
+        positions: Whether to leave positions apart: [sequence * position, source, target].
     """
     network = model.network
     away, exact, layers = model.deployment is not None, exact_dtype(model), layers_of(model)
     final = attrgetter(model.architecture.final_norm)(network)
-    final_norm = there(final)
     unembedding = attrgetter(model.architecture.unembedding)(network)
     n_sequences = len(batch.input_ids)
     # What is copied without waiting lets one batch begin while the one before is computed.
@@ -211,16 +209,15 @@ def edge_scores(
     scored = [part.to(model.device, non_blocking=True) for part in scored]
     checked = _checked_positions(batch).to(model.device, non_blocking=True)
     reference = None if batch.reference is None else batch.reference[batch.labels != -100]
-    edge_pass = _edge_pass(
-        model, batch, graph, path, relp, baseline, memory, target, check, positions
-    )
+    asked = (path, relp, baseline, memory, target, check, positions)
+    edge_pass = _edge_pass(model, batch, graph, *asked)
     hooks, readout = edge_pass.hooks, edge_pass.readout
 
     with _recomputing(model, memory.recompute), _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
         with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=backend):
             (checked,) = settle(away, network.device, checked)
             try:
-                edge_pass.watch(layers, final, final_norm)
+                edge_pass.watch(layers, final, there(final))
                 # Here the model runs.
                 own = network.output.logits.detach()[compared_row, -1].to(exact)
                 scores = edge_pass.finish(unembedding, scored, compared, reference, checked)
