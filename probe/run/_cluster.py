@@ -377,8 +377,8 @@ def _connect(address: str) -> bool:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ProbeError(
-            f"no Ray cluster at {address!r}: {reason(error)}; start one (`ray start --head`), or "
-            "run on this machine alone with --cluster local"
+            f"no Ray cluster at {address!r}: {reason(error)}; start one (`ray start --head`), "
+            "set RAY_AUTH_TOKEN where it asks for one, or take this machine alone: --cluster local"
         ) from error
     if alone and ray.util.get_node_ip_address() != LOOPBACK:
         ray.shutdown()
