@@ -200,7 +200,7 @@ def edge_scores(
     away, exact, layers = model.deployment is not None, exact_dtype(model), layers_of(model)
     final = attrgetter(model.architecture.final_norm)(network)
     unembedding = attrgetter(model.architecture.unembedding)(network)
-    n_sequences = len(batch.input_ids)
+    final_norm, n_sequences = there(final), len(batch.input_ids)
     # What is copied without waiting lets one batch begin while the one before is computed.
     input_ids, n_silent = _blocks(batch, len(path.points))
     input_ids = input_ids.to(model.device, non_blocking=True)
@@ -217,7 +217,7 @@ def edge_scores(
         with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=backend):
             (checked,) = settle(away, network.device, checked)
             try:
-                edge_pass.watch(layers, final, there(final))
+                edge_pass.watch(layers, final, final_norm)
                 # Here the model runs.
                 own = network.output.logits.detach()[compared_row, -1].to(exact)
                 scores = edge_pass.finish(unembedding, scored, compared, reference, checked)
