@@ -136,6 +136,15 @@ def test_heads_there_and_here(folders, method):
     assert torch.equal(one.entropies, other.entropies)
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "exact"])
+def test_positions_there_and_here(folders, method):
+    here = probe.load_model(str(folders["llama"]))
+    there = load_hosted(str(folders["llama"]), InProcess(here))
+    found = (probe.attribute_positions(model, SEQUENCES, method) for model in (here, there))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.scores, other.scores)
+
+
 def squared(logits, labels):
     """A target of one's own, in a module that the server does not have."""
     return logits.gather(1, labels[:, None])[:, 0] ** 2
