@@ -61,12 +61,12 @@ def _columns(report: Report) -> list[Term]:
     return [("change %", change), ("*", sure), ("interval", ends), *last]
 
 
-def glossary(report: Report) -> list[Term]:
+def glossary(reports: Sequence[Report]) -> list[Term]:
     """The legend, and before it the names of the parts of a model."""
-    shown = legend([report])
+    shown = legend(reports)
     if not shown:
         return []
-    recipe = report.recipe.attribution
+    recipe = reports[0].recipe.attribution
     parts: list[Term] = [
         (
             "edge",

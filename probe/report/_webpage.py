@@ -12,7 +12,8 @@ import base64
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,7 +22,7 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from probe.errors import ProbeError, install
+from probe.errors import install
 from probe.escaping import html as escape
 from probe.metrics import Array
 from probe.recipe import recipe_text
@@ -41,7 +42,7 @@ from probe.report._opening import opening
 from probe.report._problem_panel import panel, panel_data
 from probe.report._report import Report
 from probe.report._strength import Strength, read_strengths
-from probe.report._wording import groups, heading, notes
+from probe.report._wording import compared, groups, heading, notes, run_names
 from probe.store import RunFolder
 
 _CLASSES = {"yes": " good", "✓": " good", "no": " bad", "✗": " bad"}
@@ -52,23 +53,26 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 
 def page(reports: Sequence[Report]) -> str:
-    """Write a report as one HTML document.
+    """Write a report as one HTML document, or several side by side.
 
-    Raises:
-        ProbeError: More than one report.
+    Of several runs there is no list of questions: that is on the page of each.
     """
-    if len(reports) != 1:
-        raise ProbeError("a page holds one run; give one, or another --format")
-    report = reports[0]
     here = Path(__file__).with_name("webpage")
-    strengths = list(read_strengths(report))
-    body = [_head(report), *_tables(shared_tables([report])), *_cell_tables(report)]
-    problems = panel_data(report)
-    body += [*panel(bool(problems["pairs"])), *_explorer(bool(strengths)), *_figures(report)]
-    body += [*_tables(further_tables(report)), *_reading(report), *_making(report)]
+    strengths = list(_strengths(reports))
+    body = [_head(reports), *_tables(shared_tables(reports))]
+    problems: Mapping[str, object] = {}
+    if len(reports) == 1:
+        problems = panel_data(reports[0])
+        body += [*_cell_tables(reports[0]), *panel(bool(problems["pairs"]))]
+    body += [*_explorer(bool(strengths)), *_figures(reports)]
+    for name, report in zip(run_names(reports), reports, strict=True):
+        tables = further_tables(report)
+        body += [f"<h2>{escape(name)}</h2>"] if tables and len(reports) > 1 else []
+        body += _tables(tables)
+    body += [*_reading(reports), *_making(reports)]
     if strengths:
         body += _script("data", explorer_data(strengths), here)
-    if problems["pairs"]:
+    if problems.get("pairs"):
         body += _script("problem-data", problems, here.with_name("problems"))
     style = here.with_suffix(".css").read_text(encoding="utf-8")
     return "\n".join(
@@ -80,7 +84,7 @@ def page(reports: Sequence[Report]) -> str:
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<link rel="icon" href="data:,">',
-            f"<title>{escape(report.recipe.name)}: before and after</title>",
+            f"<title>{escape(_title(reports))}</title>",
             f"<style>\n{style}</style>",
             "</head>",
             "<body>",
@@ -89,6 +93,20 @@ def page(reports: Sequence[Report]) -> str:
             "</html>",
         ]
     )
+
+
+def _title(reports: Sequence[Report]) -> str:
+    if compared(reports):
+        return f"{', '.join(run_names(reports))}: side by side"
+    return f"{', '.join(dict.fromkeys(r.recipe.name for r in reports))}: before and after"
+
+
+def _strengths(reports: Sequence[Report]) -> Iterator[Strength]:
+    """The strengths of all cells; of several runs, each pair with its run's name."""
+    for name, report in zip(run_names(reports), reports, strict=True):
+        for strength in read_strengths(report):
+            named = f"{name}: {strength.pair}" if len(reports) > 1 else strength.pair
+            yield replace(strength, pair=named)
 
 
 def _script(name: str, data: Mapping[str, object], path: Path) -> list[str]:
@@ -141,12 +159,8 @@ def _packed(values: Array) -> str:
     return base64.b64encode(values.astype("<f4").tobytes()).decode()
 
 
-def _head(report: Report) -> str:
-    recipe = report.recipe
-    record = RunFolder(report.path).read_record()
-    when = str(record.get("finished") or record.get("started") or "")[:10]
-    state = f"{len(report.missing)} parts are missing" if report.missing else "complete"
-    terms = glossary(report)
+def _head(reports: Sequence[Report]) -> str:
+    terms = glossary(reports)
     known = _known(terms)
     findings = "".join(
         f"<section><h2>{escape(one.subject)}</h2><dl>"
@@ -155,17 +169,26 @@ def _head(report: Report) -> str:
             for label, text in one.lines
         )
         + "</dl></section>"
-        for one in opening([report])
+        for one in opening(reports)
     )
     words = "".join(f"<dt>{escape(t)}</dt><dd>{escape(meaning)}</dd>" for t, meaning in terms)
     key = f'<details class="words" open><summary>Words and marks</summary><dl>{words}</dl>'
     key = f"{key}</details>" if words else ""
+    names = run_names(reports) if len(reports) > 1 else [""]
+    told = "".join(_told(*one) for one in zip(names, reports, strict=True))
     return (
-        f"<header><h1>{escape(recipe.name)}: before and after</h1>"
-        f"<p>{escape(recipe.description)}</p>"
-        f'<p class="faint">{escape(" · ".join(filter(None, (when, state))))}</p></header>'
+        f"<header><h1>{escape(_title(reports))}</h1>{told}</header>"
         f'<div class="start"><div class="findings">{findings}</div>{key}</div>'
     )
+
+
+def _told(name: str, report: Report) -> str:
+    """What a run is, and from when."""
+    record = RunFolder(report.path).read_record()
+    when = str(record.get("finished") or record.get("started") or "")[:10]
+    state = f"{len(report.missing)} parts are missing" if report.missing else "complete"
+    facts = " · ".join(filter(None, (name, when, state)))
+    return f'<p>{escape(report.recipe.description)}</p><p class="faint">{escape(facts)}</p>'
 
 
 def _known(terms: Iterable[Term]) -> dict[str, str]:
@@ -271,14 +294,14 @@ def _explorer(there: bool) -> list[str]:
     ]
 
 
-def _figures(report: Report) -> list[str]:
-    if not report.cells:
+def _figures(reports: Sequence[Report]) -> list[str]:
+    metrics = {cell.metric for report in reports for cell in report.cells}
+    if not metrics:
         return []
-    metrics = {cell.metric for cell in report.cells}
-    figures = [("Inter-sample diversity in every experiment", draw_diversity([report]))]
+    figures = [("Inter-sample diversity in every experiment", draw_diversity(reports))]
     for metric, name in ENTROPIES.items():
         if metric in metrics:
-            figures.append((name, draw_entropy([report], metric)))
+            figures.append((name, draw_entropy(reports, metric)))
     images = [
         f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{_svg(figure)}">'
         for name, figure in figures
@@ -293,13 +316,24 @@ def _svg(figure: Figure) -> str:
     return base64.b64encode(text.getvalue()).decode()
 
 
-def _reading(report: Report) -> list[str]:
-    lines = (f'<p class="note">{escape(line)}</p>' for line in notes([report]))
+def _reading(reports: Sequence[Report]) -> list[str]:
+    lines = (f'<p class="note">{escape(line)}</p>' for line in notes(reports))
     return ["<h2>How to read the tables</h2>", *lines]
 
 
-def _making(report: Report) -> list[str]:
+def _making(reports: Sequence[Report]) -> list[str]:
     """The plan, the versions, and how to run it again."""
+    found = ["<h2>How it was made</h2>"]
+    for name, report in zip(run_names(reports), reports, strict=True):
+        if len(reports) > 1:
+            found.append(f"<details><summary>{escape(name)}</summary>")
+        found += _made(report)
+        found += ["</details>"] * (len(reports) > 1)
+    return found
+
+
+def _made(report: Report) -> list[str]:
+    """Of one run."""
     record = RunFolder(report.path).read_record()
     recipe = report.recipe
     pairs = ExtraTable(
@@ -330,7 +364,6 @@ def _making(report: Report) -> list[str]:
     version = versions.get("probe", "")
     command = f"{install()}  # in a checkout of probe {version}\nprobe recipe recipe.toml"
     return [
-        "<h2>How it was made</h2>",
         f"<p>{escape(steps)}</p>",
         _table(pairs),
         _table(table),

@@ -85,7 +85,7 @@ def test_every_word_of_the_tables_is_explained_beside_the_first(half_run, style)
 
 def test_the_page_explains_the_parts_of_a_model(half_run):
     report = build_report(half_run.path)
-    parts = dict(glossary(report))
+    parts = dict(glossary([report]))
     assert {"edge", "a0, m0", "q/k/v", "alpha", "cell"} <= parts.keys()
     text = render(report, "html")
     start = text.index("Words and marks")
@@ -95,12 +95,12 @@ def test_the_page_explains_the_parts_of_a_model(half_run):
     assert '<abbr title="share of the usual length of an answer that is scored">alpha' in text
     blocks = replace(report.recipe.attribution, granularity="block")
     report = replace(report, recipe=replace(report.recipe, attribution=blocks))
-    assert "q/k/v" not in dict(glossary(report))
+    assert "q/k/v" not in dict(glossary([report]))
 
 
 def test_nothing_is_explained_where_there_is_nothing(half_run):
     report = replace(build_report(half_run.path), cells=(), extras=(ExtraTable("a", "", (), ()),))
-    assert legend([report]) == glossary(report) == []
+    assert legend([report]) == glossary([report]) == []
     assert "Words and marks" not in render(report, "html")
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from probe.errors import ProbeError
 from probe.recipe import read_recipe
 from probe.report import ExtraTable, build_report, explorer_data, read_strengths, render
+from probe.report._layout import shared_tables
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 NASTY = "</script><script>alert('x')</script><img src=//a.test onerror=\"alert(1)\"> & 'q'"
@@ -105,13 +105,32 @@ def test_the_recipe_on_the_page_runs(half_run, tmp_path):
     assert read_recipe(tmp_path / "recipe.toml") == report.recipe
 
 
-def test_a_page_of_nothing_and_of_two_runs(half_run):
+def test_a_page_of_nothing(half_run):
     report = build_report(half_run.path)
     empty = render(replace(report, cells=()), "html")
     assert "<svg" not in empty
     assert "<h2>How it was made</h2>" in empty
-    with pytest.raises(ProbeError, match="a page holds one run"):
-        render([report, report], "html")
+
+
+def test_two_runs_on_one_page(half_run, tmp_path):
+    """Their cells stand beside each other, as in Markdown, and every cell of both can be drawn."""
+    other = shutil.copytree(half_run.path, tmp_path / "other <run>")
+    reports = [build_report(half_run.path), build_report(other)]
+    text = render(reports, "html")
+    names = [half_run.path.name, "other <run>"]
+    seen = elements(text).text
+    assert f"{', '.join(names)}: side by side" in seen
+    assert "other <run>" not in text
+    for table in shared_tables(reports):
+        assert table.title in seen
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
+    pairs = [
+        f"{name}: {strength.title}"
+        for name, r in zip(names, reports, strict=True)
+        for strength in read_strengths(r)
+    ]
+    assert [cell["title"] for cell in data["cells"]] == pairs
+    assert text.count("<summary>recipe.toml</summary>") == 2
 
 
 def test_rows_stay_rows(half_run):
