@@ -77,7 +77,10 @@ def _together(
             if side.model == reference:
                 part = side.comparison.rpartition(".alpha-")[0] if apart else ""
                 groups.setdefault((reference, part), []).append(side)
-    return [(" in ".join(filter(None, key)), group) for key, group in groups.items()]
+    return [
+        (f"{part}, {group[0].side}" if part else reference, group)
+        for (reference, part), group in groups.items()
+    ]
 
 
 def _waits(side: Side) -> bool:

@@ -51,8 +51,11 @@ class Task(NamedTuple):
     unit: Unit[object]
     """What is to be done."""
 
+    phase: str
+    """A name for the units that are done together."""
+
     number: int
-    """Which of the units it is."""
+    """Which of them it is."""
 
     weights: str
     """The fingerprint of its model here."""
@@ -72,6 +75,9 @@ class Task(NamedTuple):
 
 class Said(NamedTuple):
     """What a worker says of a unit."""
+
+    phase: str
+    """With which others the unit is done: what is late is of no use to the next ones."""
 
     number: int
     """Which unit."""
@@ -113,6 +119,9 @@ class Cluster:
     cpus: int
     """How many CPU cores a unit gets."""
 
+    box: "ActorHandle[Box]"
+    """Where its workers leave what they say."""
+
     say: Callable[[str], object]
     """Is told a line for the reader."""
 
@@ -153,11 +162,7 @@ class Cluster:
         """
         import ray
         from ray.exceptions import RayError, RayTaskError
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        # On no node that may be lost while this goes on.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        box = ray.remote(Box).options(num_cpus=0, scheduling_strategy=here).remote()
         work = ray.remote(_do).options(
             num_gpus=self.gpus if on_gpus else 0,
             num_cpus=self.cpus,
@@ -167,16 +172,21 @@ class Cluster:
         inode = lock.stat().st_ino if lock else 0
         weights = {unit.model: fingerprint(unit.model) for unit in units}
         waiting: dict[ObjectRef[_R], int] = {}
+        phase = uuid.uuid4().hex
         table = _Table(progress, units, name, self.say)
         results: dict[int, _R] = {}
         try:
             for number, unit in enumerate(units):
-                task = Task(unit, number, weights[unit.model], lock, inode, os.getcwd(), versions())
-                waiting[work.remote(task, box)] = number
+                task = Task(
+                    *(unit, phase, number, weights[unit.model]),
+                    *(lock, inode, os.getcwd(), versions()),
+                )
+                waiting[work.remote(task, self.box)] = number
             while waiting:
                 done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=SECONDS)
-                for said in ray.get(box.take.remote()):
-                    table.show(said)
+                for said in ray.get(self.box.take.remote()):
+                    if said.phase == phase:
+                        table.show(said)
                 for ref in done:
                     number = waiting[ref]
                     results[number] = ray.get(ref)
@@ -262,7 +272,7 @@ def _do(task: Task, box: "ActorHandle[Box]") -> object:
     attempt, node = uuid.uuid4().hex, ray.util.get_node_ip_address()
 
     def on_event(event: Event) -> None:
-        box.put.remote(Said(task.number, attempt, node, event))
+        box.put.remote(Said(task.phase, task.number, attempt, node, event))
 
     on_event(Event())
     _check_versions(task, node)
@@ -329,11 +339,16 @@ def cluster_of(recipe: Recipe, say: Callable[[str], object]) -> Iterator[Cluster
         return
     own = _connect(compute.cluster)
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     try:
+        # One for all phases, as it takes a process that is there already; and on no node that may
+        # be lost while this goes on.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        box = ray.remote(Box).options(num_cpus=0, scheduling_strategy=here).remote()
         total = ray.cluster_resources()
         gpus = int(total.get("GPU", 0) > 0) if compute.gpus == "auto" else compute.gpus
-        cluster = Cluster(gpus, compute.threads or 1, say)
+        cluster = Cluster(gpus, compute.threads or 1, box, say)
         fits = any(
             node["Alive"] and node["Resources"].get("GPU", 0) >= gpus for node in ray.nodes()
         )
