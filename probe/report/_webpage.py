@@ -49,6 +49,10 @@ _CLASSES = {"yes": " good", "✓": " good", "no": " bad", "✗": " bad"}
 MARKS = ("change %", "*", "interval", "paper", "paper %", "!")
 """What of the legend stands again beside the first table."""
 
+LONG, WIDE, SHORT = 25, 10, 16
+"""From how many rows on a table may go over to the next page in print, from how many columns on it
+is set smaller there, and how many letters are not broken."""
+
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
@@ -239,7 +243,9 @@ def _table(
     table: ExtraTable, classes: Sequence[str] = (), known: Mapping[str, str] = MappingProxyType({})
 ) -> str:
     right = numeric(table)
-    lines = [f'<section class="part"><h3>{escape(table.title)}</h3><div class="scroll"><table>']
+    kinds = ("part", "long" * (len(table.rows) > LONG), "wide" * (len(table.columns) > WIDE))
+    start = f'<section class="{" ".join(filter(None, kinds))}"><h3>{escape(table.title)}</h3>'
+    lines = [f'{start}<div class="scroll"><table>']
     lines.append("<thead><tr>" + _cells("th", table.columns, right, known) + "</tr></thead><tbody>")
     texts = extra_texts(table)
     for row, kind in zip(texts, classes or [""] * len(texts), strict=True):
@@ -250,10 +256,15 @@ def _table(
 
 def _cells(tag: str, texts: Iterable[str], right: Sequence[bool], known: Mapping[str, str]) -> str:
     return "".join(
-        f'<{tag} class="{"number" if number else "text"}{_CLASSES.get(text, "")}">'
+        f'<{tag} class="{"number" if number else "text"}{_short(text)}{_CLASSES.get(text, "")}">'
         f"{_word(text, known)}</{tag}>"
         for text, number in zip(texts, right, strict=True)
     )
+
+
+def _short(text: str) -> str:
+    """Names stay on one line, whatever hyphens and spaces they have."""
+    return " short" if len(text) <= SHORT else ""
 
 
 def _word(text: str, known: Mapping[str, str]) -> str:
