@@ -1,6 +1,6 @@
 r"""LaTeX: the tables of a report, to be read into a paper with \input.
 
-They need the package booktabs, and nothing else.
+They need the packages booktabs and graphicx, and nothing else.
 
     >>> print(document([report]))
 """
@@ -15,6 +15,12 @@ from probe.report._opening import opening
 from probe.report._report import Report
 from probe.report._wording import notes
 
+ROWS = 40
+"""So many rows a page has room for, with a caption; a longer table goes on in another float."""
+
+_FITTED = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+"""What is wider than a line is made smaller, in a column of a paper too."""
+
 
 def document(reports: Sequence[Report]) -> str:
     """The tables of a report, or of several: Table 1 as the paper lays it out, and all others."""
@@ -23,7 +29,7 @@ def document(reports: Sequence[Report]) -> str:
         tables.append(table_1(reports))
     for report in reports:
         tables += further_tables(report)
-    lines = [r"% \usepackage{booktabs}"]
+    lines = [r"% \usepackage{booktabs,graphicx}"]
     lines += [f"% {escape(line)}" for line in _remarks(reports)]
     for table in tables:
         lines += ["", *table_lines(table)]
@@ -37,20 +43,28 @@ def _remarks(reports: Sequence[Report]) -> list[str]:
 
 
 def table_lines(table: ExtraTable) -> list[str]:
-    """Any table as a float of its own, with a space above rows that are headings."""
+    """Any table as a float of its own, or as several where it is long."""
     columns = "".join("r" if right else "l" for right in numeric(table))
-    wide = len(table.columns) > 8
-    size = r"\scriptsize\tabcolsep=2pt" if wide else r"\footnotesize\tabcolsep=3pt"
-    lines = [r"\begin{table}", rf"\centering{size}"]
-    lines += [rf"\begin{{tabular}}{{{columns}}}"]
-    lines += [r"\toprule", _row(table.columns), r"\midrule"]
-    for place, row in enumerate(extra_texts(table)):
+    texts = extra_texts(table)
+    lines = []
+    for start in range(0, max(len(texts), 1), ROWS):
+        lines += [r"\begin{table}", r"\centering\footnotesize\tabcolsep=3pt", _FITTED]
+        lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _row(table.columns), r"\midrule"]
+        lines += _rows(texts[start : start + ROWS])
+        lines += [r"\bottomrule", r"\end{tabular}}"]
+        said = f"{table.title}, continued" if start else f"{table.title}. {table.note}".strip()
+        lines += [rf"\caption{{{escape(said)}}}", r"\end{table}", ""]
+    return lines[:-1]
+
+
+def _rows(texts: Sequence[Sequence[str]]) -> list[str]:
+    """Rows, with a space above those that are headings."""
+    lines = []
+    for place, row in enumerate(texts):
         if place and row[0] and not any(row[1:]):
             lines.append(r"\addlinespace")
         indent = r"\quad " if row[0].startswith(" ") else ""
         lines.append(indent + _row(row))
-    caption = f"{table.title}. {table.note}".strip()
-    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{escape(caption)}}}", r"\end{table}"]
     return lines
 
 

@@ -243,9 +243,11 @@ def test_latex_compiles(half_run, tmp_path):
     odd = ExtraTable(
         r"50 % & more_{}^~\#$", "<|x|> ≤ α · -1", ("a_b", "-1"), (("[x]", -0.5), ("*", None))
     )
-    write_report([replace(report, extras=(odd,))], "latex", tmp_path / "tables.tex")
+    wide = ExtraTable("Wide", "", ("a wide column",) * 16, (("some words", *(1.5,) * 15),) * 90)
+    write_report([replace(report, extras=(odd, wide))], "latex", tmp_path / "tables.tex")
     (tmp_path / "main.tex").write_text(
-        r"\documentclass{article}\usepackage{booktabs}\begin{document}\input{tables}\end{document}"
+        r"\documentclass{article}\usepackage{booktabs,graphicx}"
+        r"\begin{document}\input{tables}\end{document}"
     )
     done = subprocess.run(
         ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"],
@@ -255,6 +257,9 @@ def test_latex_compiles(half_run, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:]
+    assert r"Overfull \hbox" not in done.stdout
+    assert "Float too large" not in done.stdout
+    assert (tmp_path / "tables.tex").read_text().count("caption{Wide, continued}") == 2
 
 
 def test_a_report_can_be_written_to_a_file(half_run, tmp_path):
