@@ -41,6 +41,7 @@ from ._strength import Strength as Strength
 from ._strength import read_strengths as read_strengths
 from ._terminal import table_view as table_view
 from ._terminal import view as view
+from ._training import training_figures as training_figures
 from ._viewer import Viewer as Viewer
 from ._viewer import run_folders as run_folders
 from ._viewer import run_state as run_state

@@ -33,6 +33,7 @@ from probe.report._circuit import draw_circuit
 from probe.report._heatmap import draw_heatmap
 from probe.report._report import Report
 from probe.report._strength import read_strengths
+from probe.report._training import training_figures
 from probe.report._wording import (
     compared,
     diversity_cells,
@@ -90,6 +91,8 @@ def write_figures(
             write(draw_heatmap(strength), f"heatmap.{strength.name}")
             write(draw_circuit(strength), f"circuit.{strength.name}")
         write(draw_diversity(reports), "diversity")
+        for name, figure in (one for report in reports for one in training_figures(report)):
+            write(figure, name)
         for metric in ENTROPIES:
             if metric in metrics:
                 write(draw_entropy(reports, metric), metric.replace("_", "-"))

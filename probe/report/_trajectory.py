@@ -39,7 +39,7 @@ _LEAST = 3
 def trajectory_rows(folder: RunFolder, recipe: Recipe) -> list[Row]:
     """The slopes of every training of a recipe, as far as its checkpoints are scored."""
     rows: list[Row] = []
-    for (name, benchmark, alpha), training in _trainings(recipe).items():
+    for (name, benchmark, alpha), training in trainings(recipe).items():
         cases = [(step, Case(folder, recipe, one)) for step, one in sorted(training)]
         for text, side in _TEXTS:
             here = [
@@ -52,7 +52,7 @@ def trajectory_rows(folder: RunFolder, recipe: Recipe) -> list[Row]:
     return rows
 
 
-def _trainings(
+def trainings(
     recipe: Recipe,
 ) -> dict[tuple[str, str, float], list[tuple[int, Comparison]]]:
     """Steps and comparisons of each training, by its name, the benchmark and alpha."""

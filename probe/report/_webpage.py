@@ -42,6 +42,8 @@ from probe.report._opening import opening
 from probe.report._problem_panel import panel, panel_data
 from probe.report._report import Report
 from probe.report._strength import Strength, read_strengths
+from probe.report._training import training_figures
+from probe.report._trajectory import trainings
 from probe.report._wording import compared, groups, heading, notes, run_names
 from probe.store import RunFolder
 
@@ -75,7 +77,9 @@ def page(reports: Sequence[Report]) -> str:
         body += _tables(tables)
     body += [*_reading(reports), *_making(reports)]
     if strengths:
-        body += _script("data", explorer_data(strengths), here)
+        runs = _trainings(reports, [strength.title for strength in strengths])
+        more = {"trainings": runs} if runs else {}
+        body += _script("data", {**explorer_data(strengths), **more}, here)
     if problems.get("pairs"):
         body += _script("problem-data", problems, here.with_name("problems"))
     style = here.with_suffix(".css").read_text(encoding="utf-8")
@@ -120,6 +124,22 @@ def _script(name: str, data: Mapping[str, object], path: Path) -> list[str]:
     script = path.with_suffix(".js").read_text(encoding="utf-8")
     held = f'<script type="application/json" id="{name}">{text}</script>'
     return [held, f"<script>\n{script}</script>"]
+
+
+def _trainings(reports: Sequence[Report], titles: Sequence[str]) -> list[dict[str, list[int]]]:
+    """Of each training its steps, and which of the cells each is, in their order."""
+    found = []
+    for report in reports if len(reports) == 1 else ():
+        for (_, benchmark, alpha), checkpoints in trainings(report.recipe).items():
+            steps = {
+                titles.index(title): step
+                for step, one in checkpoints
+                if (title := f"{one.pair.name} on {benchmark}, alpha {alpha:g}") in titles
+            }
+            places = sorted(steps, key=lambda place: steps[place])
+            if len(places) > 1:
+                found.append({"cells": places, "steps": [steps[place] for place in places]})
+    return found
 
 
 def explorer_data(strengths: Sequence[Strength]) -> dict[str, object]:
@@ -289,6 +309,8 @@ def _explorer(there: bool) -> list[str]:
         "<code>probe plot</code> draws them as files.</p></noscript>",
         '<div class="controls">',
         '<label>cell <select id="cell"></select></label>',
+        '<label id="along" hidden>step <input id="step" type="range" min="0" step="1"> '
+        '<output id="stepped"></output></label>',
         '<label>colour <select id="colour"><option value="change">change of strength</option>'
         '<option value="rank">change of rank</option>'
         '<option value="before">strength before</option>'
@@ -313,6 +335,9 @@ def _figures(reports: Sequence[Report]) -> list[str]:
     for metric, name in ENTROPIES.items():
         if metric in metrics:
             figures.append((name, draw_entropy(reports, metric)))
+    for report in reports:
+        longest = max(report.recipe.selection.alpha)
+        figures += [one for one in training_figures(report) if one[0].endswith(f"-{longest:g}")]
     images = [
         f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{_svg(figure)}">'
         for name, figure in figures

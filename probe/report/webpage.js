@@ -5,7 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 const FEW = 30;
 const page = Object.fromEntries(
-  ["cell", "colour", "count", "counted", "heatmap", "circuit", "edge", "which", "shares"].map(
+  ["cell", "colour", "count", "counted", "heatmap", "circuit", "edge", "which", "shares", "along", "step", "stepped"].map(
     (name) => [name, document.getElementById(name)]));
 const state = { cell: data.first, chosen: 0, colour: "change", count: 40 };
 
@@ -265,8 +265,19 @@ function choose(place) {
   }
 }
 
+// The training that a cell is a checkpoint of.
+function training() {
+  return (data.trainings || []).find((one) => one.cells.includes(state.cell));
+}
+
 function draw(chosen) {
-  const cell = data.cells[state.cell];
+  const cell = data.cells[state.cell], along = training();
+  page.along.hidden = !along;
+  if (along) {
+    page.step.max = along.cells.length - 1;
+    page.step.value = along.cells.indexOf(state.cell);
+    page.stepped.textContent = String(along.steps[page.step.value]);
+  }
   edgesOf(cell);
   page.which.textContent = cell.title;
   drawHeatmap(cell);
@@ -301,6 +312,11 @@ page.heatmap.addEventListener("keydown", (event) => {
 page.circuit.addEventListener("pointermove", (event) => {
   const place = event.target.dataset && event.target.dataset.place;
   if (place !== undefined) choose(Number(place));
+});
+page.step.addEventListener("input", () => {
+  state.cell = training().cells[Number(page.step.value)];
+  page.cell.value = state.cell;
+  draw(state.chosen);
 });
 page.cell.addEventListener("change", () => { state.cell = Number(page.cell.value); draw(); });
 page.colour.addEventListener("change", () => { state.colour = page.colour.value; draw(state.chosen); });

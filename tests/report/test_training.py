@@ -1,0 +1,124 @@
+"""The picture of a training: every checkpoint at its step, as it is and at equal loss."""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from probe.recipe import recipe_from
+from probe.report import build_report, read_strengths, render, training_figures, write_figures
+from probe.stats import Accuracy
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+STEPS = (1, 2, 100)
+
+
+@pytest.fixture
+def report(half_run):
+    """A report of three checkpoints whose changes are known."""
+    found = build_report(half_run.path)
+    table = {
+        "name": "x",
+        "trajectories": [
+            {"name": "rl", "base": "a/b", "checkpoints": [f"a/rl@step_{step}" for step in STEPS]}
+        ],
+        "benchmarks": [{"name": "tiny-math"}],
+        "selection": {"alpha": [0.5]},
+    }
+    some = {cell.metric: cell for cell in found.cells if not cell.control}
+    intensity = some["activation_intensity"]
+    cells = [
+        replace(cell, pair=f"rl-step-{step}", control=control, change=change, interval=ends)
+        for step in reversed(STEPS)
+        for cell, control, change, ends in (
+            (intensity, "", -step / 200, (-step / 100, 0.0)),
+            (intensity, "equal loss", -step / 400, None),
+            (intensity, "sharpness", 5.0, None),
+            (some["distribution_kurtosis"], "", 0.25, (0.0, 0.5)),
+        )
+    ]
+    rows = [
+        Accuracy(f"rl-step-{step}", "tiny-math", 0.5, 0.5 + step / 1000, 200, interval=(0, 0.2))
+        for step in STEPS
+    ]
+    return replace(
+        found, recipe=recipe_from(table, "here"), cells=tuple(cells), accuracy=tuple(rows)
+    )
+
+
+def curves(axes):
+    return {
+        line.get_label(): dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        for line in axes.lines
+        if len(line.get_xdata()) == len(STEPS)
+    }
+
+
+def test_every_checkpoint_is_at_its_step(report):
+    ((name, figure),) = training_figures(report)
+    assert name == "training.rl.tiny-math.alpha-0.5"
+    accuracy, intensity, kurtosis = figure.axes
+    points = next(iter(curves(accuracy).values()))
+    assert points == pytest.approx({1: 50.1, 2: 50.2, 100: 60})
+    found = curves(intensity)
+    assert set(found) == {"as it is", "at equal loss"}  # sharpness alone is another question
+    assert found["as it is"] == pytest.approx({1: -0.5, 2: -1, 100: -50})
+    assert found["at equal loss"] == pytest.approx({1: -0.25, 2: -0.5, 100: -25})
+    assert set(curves(kurtosis)) == {"as it is"}
+    band = intensity.collections[0].get_paths()[0].vertices
+    assert pytest.approx([band[:, 1].min(), band[:, 1].max()]) == [-100.0, 0.0]
+    assert {axes.get_xscale() for axes in figure.axes} == {"log"}
+    assert intensity.get_title(loc="left") == "intensity, change (%)"
+
+
+def test_one_checkpoint_is_no_training(report):
+    cells = [cell for cell in report.cells if cell.pair == "rl-step-1"]
+    assert not list(training_figures(replace(report, cells=tuple(cells))))
+
+
+def test_it_is_among_the_figures_of_a_run(report, tmp_path, monkeypatch):
+    monkeypatch.setattr("probe.report._figures.read_strengths", lambda report: ())
+    names = [path.name for path in write_figures([report], tmp_path)]
+    assert "training.rl.tiny-math.alpha-0.5.png" in names
+    assert "training.rl.tiny-math.alpha-0.5.pdf" in names
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (in Debian: apt install chromium)")
+def test_a_page_steps_through_the_checkpoints(report, tmp_path, monkeypatch):
+    """The circuit of each is drawn when the slider comes to it."""
+    (strength,) = read_strengths(build_report(report.path))
+    found = [
+        replace(strength, pair=f"rl-step-{step}", after=strength.after * step) for step in STEPS
+    ]
+    monkeypatch.setattr("probe.report._webpage.read_strengths", lambda report: found)
+    monkeypatch.setattr("probe.report._webpage.panel_data", lambda report: {"pairs": []})
+    text = render(report, "html").replace("</body>", f"{SLIDE}</body>")
+    path = tmp_path / "page.html"
+    path.write_text(text, encoding="utf-8")
+    options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    command = [CHROMIUM, *options, profile, "--virtual-time-budget=5000", "--dump-dom"]
+    done = subprocess.run(
+        [*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    seen = json.loads(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)[1])
+    title = "rl-step-{} on tiny-math, alpha 0.5".format
+    assert seen == [[False, str(step), title(step)] for step in STEPS]
+
+
+SLIDE = """<script>{
+const step = document.getElementById("step"), seen = [];
+for (const place of [0, 1, 2]) {
+  step.value = place;
+  step.dispatchEvent(new Event("input"));
+  seen.push(["along", "stepped", "which"].map((name) => document.getElementById(name)).map(
+    (part, number) => number ? part.textContent : part.hidden));
+}
+const out = document.createElement("pre");
+out.id = "seen";
+out.textContent = JSON.stringify(seen);
+document.body.append(out);
+}</script>"""
