@@ -3,6 +3,7 @@
 What is marked needs Ray, in a network namespace of its own; .ci/run has both.
 """
 
+import json
 import os
 import secrets
 import shutil
@@ -51,6 +52,13 @@ before = "probe:tiny-math/sft"
 after = "{folder}/step-{step}"
 max_new_tokens = 64
 """
+TRAJECTORY = """
+[[trajectories]]
+name = "grpo"
+base = "probe:tiny-math/sft"
+checkpoints = {checkpoints}
+max_new_tokens = 64
+"""
 COMMAND = "import sys; from probe.cli import main; sys.exit(main())"
 
 
@@ -64,9 +72,9 @@ def recipe(tmp_path_factory):
         shutil.copytree(TINY / "grpo", place)
         mixed = {name: before[name].lerp(after[name], step / 12) for name in before}
         save_file(mixed, place / "model.safetensors", {"format": "pt"})
-    pairs = "".join(PAIR.format(step=step, folder=folder) for step in STEPS)
+    checkpoints = json.dumps([f"{folder}/step-{step}" for step in STEPS])
     file = folder / "steps.toml"
-    file.write_text(RECIPE.format(pairs=pairs))
+    file.write_text(RECIPE.format(pairs=TRAJECTORY.format(checkpoints=checkpoints)))
     return file
 
 
@@ -196,6 +204,7 @@ def test_twelve_checkpoints_on_two_nodes_with_losses(recipe, cluster, tmp_path, 
     one, _ = run(recipe, tmp_path / "one", device="cpu")
     assert report.table == one.table
     assert len(report.table["cells"]) == 12 * 6
+    assert "Along the training" in json.dumps(report.table)
 
     # All of it is there, so it takes no worker to say it again.
     again, said = run(recipe, folder, device="cpu")
