@@ -170,23 +170,22 @@ class Cluster:
             name="probe unit",
         )
         inode = lock.stat().st_ino if lock else 0
-        weights = {unit.model: fingerprint(unit.model) for unit in units}
+        weights = {model: fingerprint(model) for model in {unit.model for unit in units}}
+        here = (lock, inode, os.getcwd(), versions())
         waiting: dict[ObjectRef[_R], int] = {}
         phase = uuid.uuid4().hex
         table = _Table(progress, units, name, self.say)
         results: dict[int, _R] = {}
         try:
             for number, unit in enumerate(units):
-                task = Task(
-                    *(unit, phase, number, weights[unit.model]),
-                    *(lock, inode, os.getcwd(), versions()),
-                )
+                task = Task(unit, phase, number, weights[unit.model], *here)
                 waiting[work.remote(task, self.box)] = number
             while waiting:
                 done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=SECONDS)
+                over = {waiting[ref] for ref in done}
                 for said in ray.get(self.box.take.remote()):
                     if said.phase == phase:
-                        table.show(said)
+                        table.show(said, runs=said.number not in over)
                 for ref in done:
                     number = waiting[ref]
                     results[number] = ray.get(ref)
@@ -222,8 +221,11 @@ class _Table:
         self._done: dict[int, int] = {}
         self._finished = 0
 
-    def show(self, said: Said) -> None:
-        """Show what a worker says; of a unit that was begun again, only the last worker counts."""
+    def show(self, said: Said, runs: bool) -> None:
+        """Show what a worker says; of a unit that was begun again, only the last worker counts.
+
+        One that is over by now gets no row: drawing all of them takes long where units are many.
+        """
         unit, before = self._units[said.number], self._attempts.get(said.number)
         if before is None or before.attempt != said.attempt:
             if before is not None:
@@ -231,9 +233,10 @@ class _Table:
             self._count(said.number, -self._done.get(said.number, 0))
             self._attempts[said.number] = said
             self._remove(said.number)
-            self._rows[said.number] = self._progress.add_task(
-                f"{unit.name} ({said.node})", total=unit.size
-            )
+            if runs:
+                self._rows[said.number] = self._progress.add_task(
+                    f"{unit.name} ({said.node})", total=unit.size
+                )
         if said.event.text:
             self._say(said.event.text)
         self._count(said.number, said.event.advance)
