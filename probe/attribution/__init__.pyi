@@ -19,6 +19,8 @@ from ._model_check import check_lines as check_lines
 from ._positions import PlacedEdge as PlacedEdge
 from ._positions import PositionScores as PositionScores
 from ._positions import attribute_positions as attribute_positions
+from ._positions import check_placed as check_placed
+from ._positions import each_by_position as each_by_position
 from ._row_checks import check_before as check_before
 from ._scoring import ablation_means as ablation_means
 from ._scoring import attribute as attribute

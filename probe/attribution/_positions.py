@@ -6,6 +6,7 @@
 >>> found.shares                                  # of each token, they sum to 1
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +15,15 @@ import torch
 
 from probe.attribution._methods import Options, method_named
 from probe.attribution._row_checks import check_roles, check_row
-from probe.attribution._scoring import ablation_means, check_method
+from probe.attribution._scoring import ablation_means, check_method, check_target
 from probe.attribution._sequences import MAX_NEW_TOKENS, Given, TokenSequence, as_sequences
 from probe.errors import ProbeError, check_count
 from probe.models import Graph, Model, as_model
+from probe.tracing import LOSS, Target, Value
 from probe.vocabulary import Ablation, Granularity, Steps
+
+LARGEST = 2**29
+"""How many numbers the matrices of one text may have, twice which are in memory at once."""
 
 
 class PlacedEdge(NamedTuple):
@@ -93,6 +98,7 @@ def attribute_positions(
     ig_steps: Steps = "auto",
     answer: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    target: Target | str | Value = LOSS,
 ) -> list[PositionScores]:
     """Score every edge at every position, a sequence at a time.
 
@@ -100,22 +106,58 @@ def attribute_positions(
     sum is left out. The arguments are those of `attribute`.
 
     Raises:
-        ProbeError: As `attribute`; a method that is no such sum.
+        ProbeError: As `attribute`; a method that is no such sum; a text of too many numbers.
     """
-    way, model = method_named(method), as_model(model)
-    if way.passes is None:
-        raise ProbeError(f"{method} removes an edge at all positions at once; use another method")
+    model = as_model(model)
+    texts = as_sequences(model, sequences, answer, max_new_tokens)
+    return list(each_by_position(model, texts, method, granularity, ablation, ig_steps, target))
+
+
+def each_by_position(
+    model: Model,
+    texts: Sequence[TokenSequence],
+    method: str,
+    granularity: Granularity,
+    ablation: Ablation,
+    ig_steps: Steps,
+    target: Target | str | Value = LOSS,
+) -> Iterator[PositionScores]:
+    """The same one by one: nobody has to hold the matrices of many texts.
+
+    Raises:
+        ProbeError: As `attribute_positions`.
+    """
+    way, target = method_named(method), Target.of(target)
+    check_placed(method)
     check_method(model, method, way, ig_steps)
     graph = model.graph(granularity)
     check_roles(model, graph)
-    texts = as_sequences(model, sequences, answer, max_new_tokens)
+    check_target(model, target, texts, way, ig_steps)
     baseline = ablation_means(model, texts, graph, ablation, "auto")
-    options = Options(ig_steps, baseline, positions=True)
-    found = []
-    for text in texts:
+    for place, text in enumerate(texts):
+        size = text.length * graph.mask.numel()
+        if size > LARGEST:
+            raise ProbeError(
+                f"sequence {text.id}: {text.length} tokens of {graph.mask.numel()} edges each are "
+                f"{size:.1e} numbers, and {LARGEST:.1e} is the most; use a shorter text or "
+                "granularity qkv"
+            )
+        beside = target.beside([place], [len(text.answer)])
+        options = Options(
+            ig_steps, baseline, target=target, references=beside, check=place == 0, positions=True
+        )
         batch = way.score(model, [text], graph, options)
         if not batch.scores.isfinite().all():
             raise ProbeError(f"sequence {text.id}: a score is NaN or infinite")
         check_row(model, graph, batch)
-        found.append(PositionScores(text, batch.scores.cpu(), graph))
-    return found
+        yield PositionScores(text, batch.scores.cpu(), graph)
+
+
+def check_placed(method: str) -> None:
+    """Check that a method's scores are sums over positions.
+
+    Raises:
+        ProbeError: They are not.
+    """
+    if method_named(method).passes is None:
+        raise ProbeError(f"{method} removes an edge at all positions at once; use another method")

@@ -105,7 +105,7 @@ def attribute(
     check_roles(model, graph)
     sequences = as_sequences(model, sequences, answer, max_new_tokens)
     texts = _corrupted(model, corrupted, sequences, ablation)
-    _check_target(model, target, sequences, way, ig_steps)
+    check_target(model, target, sequences, way, ig_steps)
     steps = way.steps(ig_steps)
     found = _Collected(model, graph, [s.id for s in sequences], finished, integrated=steps > 1)
     baseline = ablation_means(model, sequences, graph, ablation, batch_size)
@@ -248,7 +248,7 @@ def check_method(model: Model, name: str, way: Method, ig_steps: Steps) -> None:
         )
 
 
-def _check_target(
+def check_target(
     model: Model, target: Target, sequences: Sequence[TokenSequence], way: Method, ig_steps: Steps
 ) -> None:
     """Check that a target fits the sequences, and that a method can take it."""
@@ -311,7 +311,7 @@ def exact_effects(
     sequences = as_sequences(model, sequences)
     edges, target = checked_edges(edges, graph, len(sequences)), Target.of(target)
     texts = _corrupted(model, corrupted, sequences, ablation)
-    _check_target(model, target, sequences, method_named("exact"), 1)
+    check_target(model, target, sequences, method_named("exact"), 1)
     check_before(model, graph, sequences)
     if baseline is None:
         baseline = ablation_means(model, sequences, graph, ablation, batch_size)

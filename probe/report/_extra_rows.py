@@ -25,7 +25,7 @@ from probe.stats import (
     units_of,
 )
 from probe.stats import _mass as mass
-from probe.store import TEXTS, Missing, RunFolder, states_file, weights_file
+from probe.store import TEXTS, Missing, RunFolder, states_file, tokens_file, weights_file
 
 Row = tuple[str | float | None, ...]
 
@@ -192,6 +192,25 @@ def similarity_rows(case: Case) -> list[Row]:
     layers = len(values[0]) - 1
     names = [f"layer {layer}" for layer in range(layers)] + ["logits"]
     return [(name, *row) for name, row in zip(names, zip(*values, strict=True), strict=True)]
+
+
+def token_rows(case: Case) -> list[Row]:
+    """Which part of the scores lies at the question, at the answer, and at one token."""
+    sides = []
+    for side in TEXTS:
+        name = tokens_file(case.comparison.pair, case.comparison.benchmark, side)
+        found = cast(list[dict[str, Any]], case.measured(name)["questions"])
+        (edges,) = case.sides(side)
+        if tuple(row["id"] for row in found) != edges.ids:
+            raise Missing(f"{name}: of other questions; run the recipe again")
+        prompt = [sum(row["shares"][: row["prompt"]]) for row in found]
+        sides.append([prompt, [1 - share for share in prompt], [max(r["shares"]) for r in found]])
+    values = np.array(sides).transpose(1, 0, 2)  # [part, side, question]
+    names = ("question", "answer", "strongest token")
+    return [
+        (name, *_paired(part, case, relative=False))
+        for name, part in zip(names, values, strict=True)
+    ]
 
 
 def weight_rows(case: Case) -> list[Row]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from probe.attribution import check_placed
 from probe.errors import ProbeError
 from probe.recipe import Recipe
 from probe.registry import Registry
@@ -29,6 +30,7 @@ from probe.report._extra_rows import (
     overlap_rows,
     similarity_rows,
     split_rows,
+    token_rows,
     weight_rows,
 )
 from probe.report._trajectory import COLUMNS, NOTE, TITLE, trajectory_rows
@@ -71,7 +73,7 @@ class Extra(NamedTuple):
     rows: Callable[[Case], list[Row]]
     """The rows of one case."""
 
-    needs: Literal["edges", "states", "weights"] = "edges"
+    needs: Literal["edges", "states", "weights", "tokens"] = "edges"
     """What it is computed from; all but edges cost another pass."""
 
     where: tuple[Literal["benchmark", "pair", "alpha"], ...] = ("benchmark", "pair", "alpha")
@@ -134,6 +136,17 @@ _ROWS: dict[str, Extra] = {
         ("before", "cosine on before", "cosine on after", "CKA on before", "CKA on after"),
         similarity_rows,
         needs="states",
+        where=("benchmark", "pair"),
+    ),
+    "tokens": Extra(
+        "Scores by token",
+        "Share of each question's sum of |score| over edges and positions, at the tokens of the "
+        "question, at those of the answer, and at the one token that has most; at the largest "
+        "alpha, averaged over questions. Change in percentage points; from low to high: 95 % t "
+        "interval of it. Each question's own are beside its answers.",
+        ("at", "before", "after", *_CHANGE),
+        token_rows,
+        needs="tokens",
         where=("benchmark", "pair"),
     ),
     "weights": Extra(
@@ -204,6 +217,8 @@ def check_extras(recipe: Recipe) -> None:
                 f"report.extra: the table {name!r} needs {EXTRAS[name].needs} of models, which "
                 "do not leave a server; leave it out, or run without --remote"
             )
+        if EXTRAS[name].needs == "tokens":
+            check_placed(recipe.attribution.method)
 
 
 def extra_tables(

@@ -10,12 +10,13 @@ there.
 
 import base64
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from probe.metrics import metric_named
 from probe.models import Graph
-from probe.report._problem_view import WORDS
+from probe.report._problem_view import LOST, WORDS
 from probe.report._problems import (
     SOLVED,
     ComparedProblem,
@@ -30,6 +31,9 @@ TEXT_BUDGET = 1_800_000
 
 MATRIX_BUDGET = 1_000_000
 """Bytes of the matrices of all questions; a page of more has none."""
+
+TOKEN_BUDGET = 1_000_000
+"""Characters of all tokens of a page; questions beyond have none."""
 
 DECADES = 6
 """How many powers of ten below a question's largest |score| its matrix shows."""
@@ -51,7 +55,8 @@ def panel_data(report: Report) -> dict[str, object]:
     pairs = {pair.name: pair for pair in report.recipe.pairs}
     scored = {where: question_edges(report, pairs[where[1]], where[0]) for where in groups}
     size = sum(2 * len(s.before.ids) * int(s.graph.mask.sum()) for s in scored.values() if s)
-    shown = []
+    shown: list[dict[str, Any]] = []
+    left = TOKEN_BUDGET
     for (benchmark, pair), rows in groups.items():
         edges = scored[benchmark, pair]
         packed = _matrices(edges) if edges and size <= MATRIX_BUDGET else {}
@@ -63,11 +68,13 @@ def panel_data(report: Report) -> dict[str, object]:
                 "rows": [_row(row, texts, edges, packed.get(row.id)) for row in rows],
             }
         )
+        left = _add_tokens(shown[-1]["rows"], rows, left)
     return {
         "pairs": shown,
         "texts": texts.cut(TEXT_BUDGET),
         "words": [WORDS[name] for name in SOLVED],
         "decades": DECADES,
+        "lost": LOST,
     }
 
 
@@ -120,6 +127,28 @@ def _row(
     if matrices:
         found["matrices"] = matrices
     return found
+
+
+def _add_tokens(
+    shown: Sequence[dict[str, object]], rows: Sequence[ComparedProblem], left: int
+) -> int:
+    """Add both models' tokens and their shares, a byte each, while characters are left.
+
+    255 is the largest share of a question's two texts. What is left is returned.
+    """
+    for made, row in zip(shown, rows, strict=True):
+        sides = row.by_token_before, row.by_token_after
+        left -= sum(len(token.token) + 4 for side in sides for token in side)
+        if not all(sides) or left < 0:
+            continue
+        largest = max(token.share for side in sides for token in side) or 1
+        made["pieces"] = [[token.token for token in side] for side in sides]
+        made["levels"] = [
+            base64.b64encode(bytes(round(255 * t.share / largest) for t in side)).decode()
+            for side in sides
+        ]
+        made["largest"] = _short(largest)
+    return left
 
 
 def _graph(graph: Graph) -> dict[str, object]:

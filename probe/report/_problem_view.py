@@ -6,6 +6,7 @@
 import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from itertools import zip_longest
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -14,7 +15,7 @@ from rich.text import Text
 from probe.errors import ProbeError
 from probe.metrics import metric_named
 from probe.report._extras import ExtraTable
-from probe.report._problems import SOLVED, ComparedProblem
+from probe.report._problems import SOLVED, STRONGEST, ComparedProblem
 from probe.report._terminal import table_view
 from probe.report._wording import counted, number
 
@@ -25,6 +26,9 @@ WORDS = {
     "both": "solved by both",
 }
 """Who solves a question, in words."""
+
+LOST = "The text of the question is not here: no benchmark on this machine is what was asked."
+"""Where a question would stand."""
 
 PARTS = re.compile(r"\\?\w+|\s+|[^\w\s]")
 """What answers are compared by: words, numbers and signs."""
@@ -42,13 +46,14 @@ def problem_list(problems: Sequence[ComparedProblem]) -> RenderableType:
             (
                 *(row.id, WORDS[row.solved].removeprefix("solved "), row.gold),
                 *(_short(answer) for answer in (row.extracted_before, row.extracted_after)),
-                _short(row.question),
+                _short(row.question or "(not here)"),
             )
             for row in rows
         )
+        note = "" if all(row.question for row in rows) else f"(not here) {LOST}"
         columns = ("id", "solved", "right", "before", "after", "question")
         title = f"{where[0]} · {where[1]}: {counted(len(rows), 'question')}"
-        table = ExtraTable(f"{title}; {', '.join(counts)}", "", columns, texts)
+        table = ExtraTable(f"{title}; {', '.join(counts)}", note, columns, texts)
         parts += [table_view(table), Text("")]
     return Group(*parts)
 
@@ -70,7 +75,8 @@ def problem_view(problems: Sequence[ComparedProblem], ids: Sequence[str]) -> Ren
 def _one(one: ComparedProblem) -> RenderableType:
     title = f"{one.benchmark} · {one.pair} · question {one.id}: {WORDS[one.solved]}"
     parts: list[RenderableType] = [Text(title, style="bold"), Text("")]
-    parts += [Padding(Text(one.question), (0, 0, 1, 2))] if one.question else []
+    question = Text(one.question) if one.question else Text(LOST, style="dim")
+    parts.append(Padding(question, (0, 0, 1, 2)))
     parts.append(Text(f"right answer: {one.gold}"))
     before, after = differences(one.text_before, one.text_after)
     sides = (
@@ -97,7 +103,35 @@ def _one(one: ComparedProblem) -> RenderableType:
             for name, share in one.shares.items()
         ),
     )
-    return Group(*parts, table_view(edges), Text(""), table_view(shares), Text(""))
+    parts += [table_view(edges), Text(""), table_view(shares), Text("")]
+    if one.by_token_before or one.by_token_after:
+        parts += [table_view(_tokens(one)), Text("")]
+    return Group(*parts)
+
+
+def _tokens(one: ComparedProblem) -> ExtraTable:
+    """The tokens that carry most, of each model beside those of the other."""
+    rows = []
+    strongest = [
+        sorted(enumerate(side, 1), key=lambda placed: -placed[1].share)[:STRONGEST]
+        for side in (one.by_token_before, one.by_token_after)
+    ]
+    for pair in zip_longest(*strongest):
+        row: list[str | float | None] = []
+        for placed in pair:
+            if placed is None:
+                row += ["", "", ""]
+            else:
+                place, (token, share, _) = placed
+                row += [str(place), repr(token)[1:-1], f"{100 * share:.1f} %"]
+        rows.append(tuple(row))
+    return ExtraTable(
+        "Tokens that carry most, before and after",
+        "Share of the sum of |score| over all edges and tokens; #: the token's place in question "
+        "and answer.",
+        ("#", "before", "share", "# ", "after", "share "),
+        tuple(rows),
+    )
 
 
 def differences(before: str, after: str) -> tuple[Text, Text]:

@@ -6,10 +6,10 @@ The page's panel, `probe problems` and `OpenRun.compared` are all made of these 
     >>> flipped[0].text_before, flipped[0].text_after
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -24,10 +24,33 @@ from probe.report._report import Report
 from probe.report._strength import ChangedEdge
 from probe.solutions import Solution
 from probe.stats import describe, units_of
-from probe.store import QUESTIONS, Damaged, Missing, RunFolder, model_names
+from probe.store import (
+    QUESTIONS,
+    TEXTS,
+    Damaged,
+    Missing,
+    RunFolder,
+    Text,
+    model_names,
+    tokens_file,
+)
 
 SOLVED = ("after", "before", "none", "both")
 """Who solves a question, in the order of lists: those that flipped come first."""
+
+
+class TokenShare(NamedTuple):
+    """What one token of a text carries."""
+
+    token: str
+    """The token."""
+
+    share: float
+    """Its share of the sum of |score| over all edges and tokens."""
+
+    score: float
+    """The sum of the scores of all edges there, in nats."""
+
 
 STRONGEST = 8
 """How many edges of a question are named."""
@@ -91,6 +114,13 @@ class ComparedProblem:
     shares: Mapping[str, float] = field(default_factory=dict)
     """Its share of all questions' |contributions| to the change of each metric, by name."""
 
+    by_token_before: tuple[TokenShare, ...] = ()
+    """What each token of question and scored answer carries in the model before; empty where
+    `report.extra` does not ask for `tokens`."""
+
+    by_token_after: tuple[TokenShare, ...] = ()
+    """In the model after, of its own answer."""
+
 
 class QuestionEdges(NamedTuple):
     """The edges of the questions of one pair on one benchmark, at the longest scored length."""
@@ -136,7 +166,14 @@ def compared_problems(report: Report) -> list[ComparedProblem]:
             ]
             scored = question_edges(report, pair, benchmark)
             found += sorted(
-                _with_edges(rows, scored, folder.read_clusters(benchmark)) if scored else rows,
+                _with_edges(
+                    rows,
+                    scored,
+                    folder.read_clusters(benchmark),
+                    [_by_token(folder, pair, benchmark, side) for side in TEXTS],
+                )
+                if scored
+                else rows,
                 key=lambda one: SOLVED.index(one.solved),
             )
     return found
@@ -178,6 +215,24 @@ def _questions(recipe: Recipe, folder: RunFolder) -> dict[str, dict[str, str]]:
     return found
 
 
+def _by_token(
+    folder: RunFolder, pair: Pair, benchmark: str, side: Text
+) -> dict[str, tuple[TokenShare, ...]]:
+    """What each token carries, by question; nothing where that was not measured.
+
+    Of a damaged file there is none; the table of the report says so.
+    """
+    try:
+        found = folder.read_measured(tokens_file(pair, benchmark, side))
+    except Missing:
+        return {}
+    rows = cast(list[dict[str, Any]], found["questions"])
+    return {
+        row["id"]: tuple(map(TokenShare, row["tokens"], row["shares"], row["scores"]))
+        for row in rows
+    }
+
+
 def digest_of(question: str) -> str:
     """What questions.json holds of a question's text."""
     return sha256(question.encode()).hexdigest()[:16]
@@ -209,7 +264,10 @@ def _compared(
 
 
 def _with_edges(
-    rows: list[ComparedProblem], scored: QuestionEdges, clusters: Mapping[str, str]
+    rows: list[ComparedProblem],
+    scored: QuestionEdges,
+    clusters: Mapping[str, str],
+    tokens: Sequence[Mapping[str, tuple[TokenShare, ...]]],
 ) -> Iterator[ComparedProblem]:
     """The same with what their edges say, where they were scored."""
     places = {name: place for place, name in enumerate(scored.before.ids)}
@@ -226,10 +284,15 @@ def _with_edges(
             loss_after=float(scored.after.losses[place]),
             edges=strongest(scored, place),
             shares={name: float(values[place]) for name, values in shares.items()},
+            by_token_before=tokens[0].get(row.id, ()),
+            by_token_after=tokens[1].get(row.id, ()),
         )
 
 
-_FROM_EDGES = ("alpha", "loss_before", "loss_after", "edges", "shares")
+_FROM_EDGES = (
+    *("alpha", "loss_before", "loss_after", "edges", "shares"),
+    *("by_token_before", "by_token_after"),
+)
 
 
 def strongest(scored: QuestionEdges, place: int, count: int = STRONGEST) -> tuple[ChangedEdge, ...]:

@@ -110,6 +110,19 @@ function matrix(parent, graph, packed, name) {
   const caption = add(figure, "figcaption", name);
 }
 
+// The tokens of one model's text, each as dark as its share.
+function carried(parent, row, side) {
+  const levels = Uint8Array.from(atob(row.levels[side]), (letter) => letter.charCodeAt(0));
+  const figure = add(parent, "figure");
+  const text = add(figure, "pre", undefined, "tokens");
+  row.pieces[side].forEach((piece, place) => {
+    const part = add(text, "span", piece);
+    part.style.setProperty("--share", (50 * levels[place] / 255).toFixed(0) + "%");
+    part.title = (100 * row.largest * levels[place] / 255).toFixed(1) + " % at token " + (place + 1);
+  });
+  add(figure, "figcaption", ["before", "after"][side]);
+}
+
 function open(pair, row) {
   const box = part("");
   box.replaceChildren();
@@ -119,6 +132,7 @@ function open(pair, row) {
   }
   add(box, "h3", "question " + row.id + ": " + found.words[row.solved]);
   if (found.texts[row.text[0]]) add(box, "pre", found.texts[row.text[0]]);
+  else add(box, "p", found.lost, "note");
   add(box, "p", "right answer: " + row.gold);
   const pieces = [1, 2].map((side) => words(found.texts[row.text[side]]));
   const kept = same(...pieces);
@@ -135,6 +149,13 @@ function open(pair, row) {
       [pair.graph.sources[source] + " → " + pair.graph.targets[target], before, after]));
   table(tables, "Its share of each change", ["metric", "share"],
     row.shares.map(([name, share]) => [name, (100 * share).toFixed(1) + " %"]));
+  if (row.pieces) {
+    add(box, "h4", "Which tokens carry the scores");
+    const texts = add(box, "div", undefined, "answers");
+    row.pieces.forEach((_, side) => carried(texts, row, side));
+    add(box, "p", "Dark is a large share of the sum of |score| over all edges and tokens; the darkest has "
+      + (100 * row.largest).toFixed(1) + " %. Point at a token for its own.", "note");
+  }
   if (!row.matrices) return;
   add(box, "h4", "Its edges, source down and target across");
   const both = add(box, "div", undefined, "matrices");
@@ -161,7 +182,7 @@ function list() {
     button.type = "button";
     const start = (text) => { const line = (text ?? "-").replace(/\s+/g, " "); return line.length > 40 ? line.slice(0, 39) + "…" : line; };
     for (const text of [found.words[row.solved].replace("solved ", ""), row.gold, ...row.answer,
-      found.texts[row.text[0]]]) add(line, "td", start(text));
+      found.texts[row.text[0]] || "(not here)"]) add(line, "td", start(text));
     line.addEventListener("click", () => open(pair, row));
   }
   const more = rows.length > MOST ? ", the first " + MOST + " shown" : "";

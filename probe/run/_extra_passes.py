@@ -2,8 +2,9 @@
 
 `states` lets both models of a pair read the same answers, those of the largest alpha, first the one
 model's and then the other's; `weights` compares the checkpoints' files, or the models where an
-adapter is to be merged first. What comes out stands in
-the run folder under `extras`, with what it was computed from, and is computed once.
+adapter is to be merged first; `tokens` scores each model's own answers position by position. What
+comes out stands in the run folder under `extras`, with what it was computed from, and is computed
+once.
 
     >>> PASSES["weights"](run, sides)
 """
@@ -12,7 +13,7 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
-from probe.attribution import compare_states
+from probe.attribution import PositionScores, compare_states, each_by_position
 from probe.checkpoints import (
     WeightChange,
     fingerprint,
@@ -25,7 +26,7 @@ from probe.models import Model, cpu_threads, load_model
 from probe.recipe import Comparison, Pair
 from probe.run._choosing import Side
 from probe.run._session import Run
-from probe.store import TEXTS, Damaged, edges_key, states_file, weights_file
+from probe.store import TEXTS, Damaged, edges_key, states_file, tokens_file, weights_file
 
 
 def measure_states(run: Run, sides: Sequence[Side]) -> None:
@@ -109,9 +110,72 @@ def _moved(run: Run, pair: Pair) -> list[WeightChange]:
     return tensor_changes(before, after)
 
 
+def measure_tokens(run: Run, sides: Sequence[Side]) -> None:
+    """Score both models of every pair position by position; what is there already stays.
+
+    A side that cannot be is said, and left out.
+    """
+    recipe = run.recipe
+    alpha = max(recipe.selection.alpha, default=0.0)
+    answers = {(side.comparison, side.side): side for side in sides}
+    places = [
+        (tokens_file(pair, choice.name, side), answers[name, side])
+        for pair in recipe.pairs
+        for choice in recipe.benchmarks
+        for side in TEXTS
+        if (name := Comparison(pair, choice.name, alpha).name, side) in answers
+    ]
+    with run.phase("tokens"):
+        bar = run.bar("tokens", sum(len(side.sequences) for _, side in places))
+        for reference in dict.fromkeys(side.model for _, side in places):
+            model: Model | None = None
+            for name, side in places:
+                if side.model != reference:
+                    continue
+                how = recipe.attribution
+                options = (how.method, how.granularity, how.ablation, how.ig_steps, how.target)
+                settings = ("tokens", recipe.compute.dtype, *map(str, options))
+                key = edges_key(fingerprint(reference), settings, side.sequences)
+                if _is_there(run, name, key):
+                    bar.advance(len(side.sequences))
+                    continue
+                model = model or run.load(reference, run.devices[0])
+                rows = []
+                try:
+                    with cpu_threads(model.threads):
+                        for found in each_by_position(model, side.sequences, *options):
+                            rows.append(_placed(model, found))
+                            bar.advance(1)
+                except ProbeError as error:
+                    run.say(f"{name}: {error}")
+                    continue
+                run.folder.write_json(name, {"key": key, "questions": rows})
+            del model
+            gc.collect()
+
+
+def _placed(model: Model, found: PositionScores) -> dict[str, object]:
+    """What is kept of a text: at each position, the sum of scores, and the share of all |score|."""
+    return {
+        "id": found.sequence.id,
+        "prompt": len(found.sequence.prompt),
+        "tokens": [_piece(model, token) for token in found.tokens],
+        "scores": [float(f"{score:.7g}") for score in found.scores.double().sum((1, 2)).tolist()],
+        "shares": [float(f"{share:.4g}") for share in found.shares.tolist()],
+    }
+
+
+def _piece(model: Model, token: int) -> str:
+    """A token as it stands in a text; some tokenizers take the space before a first word away."""
+    text = str(model.tokenizer.decode([token]))
+    spaced = str(model.tokenizer.convert_ids_to_tokens(token)).startswith("\u2581")
+    return f" {text}" if spaced and not text.startswith(" ") else text
+
+
 PASSES: Mapping[str, Callable[[Run, Sequence[Side]], None]] = {
     "states": measure_states,
     "weights": measure_weights,
+    "tokens": measure_tokens,
 }
 """What measures each thing that an extra `needs`; the one place to add one."""
 

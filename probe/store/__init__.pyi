@@ -19,6 +19,7 @@ from ._run_folder import Missing as Missing
 from ._run_folder import RunFolder as RunFolder
 from ._run_folder import run_path as run_path
 from ._run_names import TEXTS as TEXTS
+from ._run_names import Text as Text
 from ._run_names import causal_file as causal_file
 from ._run_names import check_names as check_names
 from ._run_names import edges_key as edges_key
@@ -27,4 +28,5 @@ from ._run_names import first_names as first_names
 from ._run_names import model_names as model_names
 from ._run_names import states_file as states_file
 from ._run_names import temperature_file as temperature_file
+from ._run_names import tokens_file as tokens_file
 from ._run_names import weights_file as weights_file

@@ -128,6 +128,11 @@ def temperature_file(comparison: str, side: str) -> str:
     return f"extras/{comparison}.{side}.json"
 
 
+def tokens_file(pair: Pair, benchmark: str, side: Text) -> str:
+    """Where in the run folder the scores of a model are token by token."""
+    return f"extras/{pair.name}.{benchmark}.tokens-{side}.json"
+
+
 def weights_file(pair: Pair) -> str:
     """Where in the run folder the change of each matrix is."""
     return f"extras/{pair.name}.weights.json"

@@ -6,6 +6,7 @@ from small_models import save_small_model
 
 import probe
 from probe.errors import ProbeError
+from probe.tracing import Target
 
 TEXTS = [probe.TokenSequence([5, 6, 7, 8, 9], [4, 5, 6], "long"), probe.TokenSequence([7, 8], [9])]
 
@@ -56,6 +57,28 @@ def test_other_architectures(name, tmp_path):
     found = probe.attribute_positions(model, TEXTS)
     for one, expected in zip(found, scores, strict=True):
         assert torch.allclose(one.scores.sum(0), expected, atol=1e-5)
+
+
+def test_single_experts(tmp_path):
+    save_small_model(tmp_path, "mixtral")
+    model = probe.load_model(tmp_path)
+    (scores,) = probe.attribute(model, TEXTS[:1], granularity="expert").scores
+    (one,) = probe.attribute_positions(model, TEXTS[:1], granularity="expert")
+    assert torch.allclose(one.scores.sum(0), scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["margin", Target(temperature=[2.0, 0.5])])
+def test_another_target(tiny, target):
+    whole = probe.attribute(tiny, TEXTS, target=target).scores
+    placed = probe.attribute_positions(tiny, TEXTS, target=target)
+    for one, scores in zip(placed, whole, strict=True):
+        assert torch.allclose(one.scores.sum(0), scores, atol=1e-5)
+
+
+def test_a_text_of_too_many_numbers_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr("probe.attribution._positions.LARGEST", 7 * 9 * 17 - 1)
+    with pytest.raises(ProbeError, match="sequence long: 7 tokens of 153 edges each"):
+        probe.attribute_positions(tiny, TEXTS[:1])
 
 
 def test_each_position_is_the_gradient_times_what_is_written_there(tiny):

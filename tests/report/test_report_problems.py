@@ -46,6 +46,20 @@ def answered(half_run):
             for p, mark in zip(problems, right, strict=True)
         ]
         half_run.write_solutions(half_run.solutions_file(f"tiny-math--{model}", "tiny-math"), rows)
+    for side, strongest in (("before", 1), ("after", 2)):
+        rows = [
+            {
+                "id": name,
+                "prompt": 1,
+                "tokens": ["1", NASTY, " 3"],
+                "scores": [0.5, 0.25, 0.25],
+                "shares": [0.5 if place == strongest else 0.25 for place in range(3)],
+            }
+            for name in ids
+        ]
+        half_run.write_json(
+            f"extras/sft-grpo.tiny-math.tokens-{side}.json", {"key": "", "questions": rows}
+        )
     half_run.write_json(
         "questions.json", {"tiny-math": {p.id: digest_of(p.question) for p in problems[:7]}}
     )
@@ -118,6 +132,32 @@ def test_matrices_in_the_page_are_those_of_the_run(answered):
     assert "matrices" not in pair["rows"][0]
 
 
+def test_tokens_in_the_page_are_those_of_the_run(answered, monkeypatch):
+    report = build_report(answered.path)
+    rows = panel.panel_data(report)["pairs"][0]["rows"]
+    assert "pieces" not in rows[0]
+    (row,) = (row for row in rows if row["id"] == load_problems("tiny-math")[0].id)
+    assert row["pieces"] == [["1", NASTY, " 3"]] * 2
+    levels = [list(base64.b64decode(side)) for side in row["levels"]]
+    assert levels == [[128, 255, 128], [128, 128, 255]]
+    assert row["largest"] == 0.5
+    monkeypatch.setattr(panel, "TOKEN_BUDGET", 300)
+    rows = panel.panel_data(report)["pairs"][0]["rows"]
+    assert sum("pieces" in row for row in rows) == 1
+
+
+def test_a_question_that_is_not_here_is_said(answered):
+    name = load_problems("tiny-math")[7].id
+    listed = CliRunner().invoke(main, ["problems", str(answered.path)]).output
+    assert "(not here) The text of the question is not here" in " ".join(listed.split())
+    shown = CliRunner().invoke(main, ["problems", str(answered.path), name]).output
+    assert "The text of the question is not here" in shown
+    known = CliRunner().invoke(
+        main, ["problems", str(answered.path), load_problems("tiny-math")[0].id]
+    )
+    assert "not here" not in known.output
+
+
 def test_a_page_of_much_keeps_to_its_budgets(answered, monkeypatch):
     report = build_report(answered.path)
     monkeypatch.setattr(panel, "MATRIX_BUDGET", 100)
@@ -151,6 +191,7 @@ def test_the_command_lists_and_shows(answered):
     assert code == 0
     assert "✓ right: grpo (2 tokens, loss 5.00e-1 nats a token)" in text
     assert "Its share of each change" in text
+    assert "Tokens that carry most, before and after" in text
     code, text = said("no-such")
     assert code == 2
     assert text.strip().endswith(
@@ -169,7 +210,7 @@ const seen = { errors: [], refused: [] };
 addEventListener("error", (event) => seen.errors.push(String(event.message)), true);
 addEventListener("securitypolicyviolation", (event) => seen.refused.push(event.blockedURI));
 </script>"""
-PLAY = """<script>{
+PLAY = r"""<script>{
 const lines = () => [...document.querySelectorAll("#problem-list tbody tr")];
 const ids = () => lines().map((line) => line.cells[0].textContent);
 const put = (name, value, kind) => {
@@ -190,6 +231,10 @@ seen.found = ids().length;
 lines()[3].click();
 seen.opened = document.querySelector("#problem h3").textContent;
 seen.canvases = [...document.querySelectorAll("#problem canvas")].map((c) => [c.width, c.height]);
+seen.tokens = [...document.querySelectorAll("#problem .tokens")].map((text) => text.textContent);
+seen.shares = [...document.querySelectorAll("#problem .tokens span")].map((part) => part.title);
+seen.dark = [...document.querySelectorAll("#problem .tokens span")].map(
+  (part) => getComputedStyle(part).backgroundColor.replace(/.*\/ |\)/g, ""));
 seen.edges = document.querySelectorAll("#problem .answers table tbody tr").length;
 const out = document.createElement("pre");
 out.id = "seen";
@@ -229,4 +274,7 @@ def test_a_reader_of_problems_in_a_browser(answered, tmp_path):
     assert seen["found"] == 8
     assert seen["opened"] == f"question {names[0]}: solved by both"
     assert seen["canvases"] == [[9, 5], [9, 5]]
+    assert seen["tokens"] == [f"1{NASTY} 3"] * 2
+    assert seen["shares"][:2] == ["25.1 % at token 1", "50.0 % at token 2"]
+    assert seen["dark"] == [*("0.25", "0.5", "0.25"), *("0.25", "0.25", "0.5")]
     assert seen["edges"] == 8 + 5  # and shares of metrics: the entropy of tokens did not change

@@ -19,7 +19,7 @@ SMALL = {
     "solutions.batch_size": 16,
     "selection.samples": 5,
     "selection.alpha": "[0.1, 0.5]",
-    "report.extra": '["token-kl", "residual", "weights"]',
+    "report.extra": '["token-kl", "residual", "weights", "tokens"]',
     "attribution.control": "none",
 }
 
@@ -68,7 +68,38 @@ def test_the_tables_are_what_the_models_do(finished):
     kinds = by_kind(weight_changes("probe:tiny-math/sft", "probe:tiny-math/dpo"))
     assert [row["moved"] for row in weights] == [kind.relative for kind in kinds]
     record = json.loads((finished / "run.json").read_text())
-    assert {"states", "weights"} < record["seconds"].keys()
+    assert {"states", "weights", "tokens"} < record["seconds"].keys()
+
+
+def test_tokens_sum_to_the_edges_of_the_run(finished):
+    """Two computations: position by position, and the scores that a run keeps."""
+    folder = RunFolder(finished)
+    rows = {(r["pair"], r["at"]): r for r in table(build_report(finished), "Scores by token")}
+    for pair, model in (("sft-grpo", "grpo"), ("sft-dpo", "dpo")):
+        shares = {}
+        for side, name in (("before", "sft"), ("after", model)):
+            edges = folder.read_edges(folder.edges_file(f"{pair}.tiny-math.alpha-0.5", side))
+            found = folder.read_json(f"extras/{pair}.tiny-math.tokens-{side}.json")["questions"]
+            assert tuple(row["id"] for row in found) == edges.ids
+            sums = torch.tensor([sum(row["scores"]) for row in found])
+            assert torch.allclose(sums, edges.scores.sum((1, 2)), atol=1e-5)
+            path = folder.solutions_file(f"tiny-math--{name}", "tiny-math")
+            solved = {s.id: s for s in folder.read_solutions(path)[0]}
+            for row in found:
+                read = "".join(row["tokens"][row["prompt"] :])
+                assert solved[row["id"]].text.startswith(read)
+                assert sum(row["shares"]) == pytest.approx(1, abs=1e-3)
+            parts = [sum(row["shares"][: row["prompt"]]) for row in found]
+            shares[side] = sum(parts) / len(parts)
+        row = rows[pair, "question"]
+        assert [row["before"], row["after"]] == pytest.approx(list(shares.values()))
+        assert rows[pair, "answer"]["before"] == pytest.approx(1 - row["before"])
+
+
+def test_a_method_without_positions_is_refused_before_the_run(tmp_path):
+    with pytest.raises(probe.ProbeError, match="exact removes an edge at all positions at once"):
+        run(tmp_path / "run", {"attribution.method": "exact"})
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_adapter_is_merged_to_see_how_far_the_weights_moved(tmp_path):
@@ -96,6 +127,7 @@ def test_an_adapter_is_merged_to_see_how_far_the_weights_moved(tmp_path):
 def test_running_again_measures_nothing(copy, monkeypatch):
     monkeypatch.setattr("probe.run._extra_passes.compare_states", None)
     monkeypatch.setattr("probe.run._extra_passes.weight_changes", None)
+    monkeypatch.setattr("probe.run._extra_passes.each_by_position", None)
     old = (copy / "report.json").read_text()
     run(copy)
     assert (copy / "report.json").read_text() == old
@@ -118,7 +150,7 @@ def test_what_is_damaged_or_of_other_answers_is_measured_again(copy):
 def test_what_is_not_measured_yet_is_missing(copy):
     shutil.rmtree(copy / "extras")
     missing = build_report(copy).missing
-    assert len(missing) == 4 + 2 + 2
+    assert len(missing) == 4 + 2 + 2 + 2
     assert all(line.endswith("not measured yet; run the recipe again") for line in missing)
 
 
