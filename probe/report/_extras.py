@@ -33,7 +33,16 @@ from probe.report._extra_rows import (
     token_rows,
     weight_rows,
 )
-from probe.report._trajectory import COLUMNS, NOTE, TITLE, trajectory_rows
+from probe.report._trajectory import (
+    CHECKPOINT_COLUMNS,
+    CHECKPOINTS,
+    CHECKPOINTS_NOTE,
+    COLUMNS,
+    NOTE,
+    TITLE,
+    checkpoint_rows,
+    trajectory_rows,
+)
 from probe.stats import _mass as mass
 from probe.store import Missing, RunFolder
 
@@ -248,6 +257,8 @@ def extra_tables(
         if rows:
             columns = (*extra.where, *extra.columns)
             tables.append(ExtraTable(extra.title, extra.note, columns, tuple(rows)))
+    if rows := checkpoint_rows(folder, recipe):
+        tables.append(ExtraTable(CHECKPOINTS, CHECKPOINTS_NOTE, CHECKPOINT_COLUMNS, tuple(rows)))
     if slopes := trajectory_rows(folder, recipe):
         tables.append(ExtraTable(TITLE, NOTE, COLUMNS, tuple(slopes)))
     return tuple(tables), tuple(missing)

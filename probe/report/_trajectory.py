@@ -1,4 +1,4 @@
-"""The table of a training: which way each metric moves along its checkpoints.
+"""The tables of a training: each checkpoint, and which way each metric moves along them.
 
 Pairs of one base whose names end in a step, `grpo-step-100`, are checkpoints of one training, as
 `[[trajectories]]` makes them.
@@ -9,25 +9,40 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from probe.attribution import EdgeScores
 from probe.metrics import METRICS, TOKEN_METRICS, Array
 from probe.recipe import Comparison, Recipe
 from probe.report._extra_rows import Case, Row, edges_of
+from probe.stats import compare_circuits
 from probe.stats._statistics import defined, flip_all, t_interval, units_of
 from probe.stats._trajectory import question_slopes
-from probe.store import Missing, RunFolder
+from probe.store import Missing, RunFolder, model_names
 
 TITLE = "Along the training"
 NOTE = (
     "Slope: of log(after / before) on the log of the step, question by question, over the "
     "questions that all checkpoints have in common; 0: no drift. From low to high: 95 % t "
     "interval; p: flips of the signs of questions, not corrected for how many rows there are. "
+    "Spearman: of steps and mean logs, a description, as a few checkpoints are no sample. "
     "Text: each checkpoint on its own answers, or all on those of the base (with the cross-text "
     "control). One training is one sample: this is about other questions, not about other "
     "trainings."
 )
 COLUMNS = (
     *("benchmark", "training", "alpha", "text", "metric"),
-    *("slope", "low", "high", "p", "questions", "checkpoints"),
+    *("slope", "low", "high", "p", "Spearman", "questions", "checkpoints"),
+)
+
+CHECKPOINTS = "Every checkpoint"
+CHECKPOINTS_NOTE = (
+    "Accuracy over all questions; the rest over the scored ones, each model on its own answers: "
+    "loss and token entropy in nats a token, and what became of the intensity. Overlap: Jaccard "
+    "index of the strongest tenth of edges, with the base and with the checkpoint before, over the "
+    "questions that they share. Step 0 is the base, on the first checkpoint's questions."
+)
+CHECKPOINT_COLUMNS = (
+    *("benchmark", "training", "alpha", "step", "accuracy", "loss", "token entropy"),
+    *("intensity %", "overlap base", "overlap last", "questions"),
 )
 
 _STEP = re.compile(r"(.+)-step-(\d{1,18})")
@@ -92,4 +107,68 @@ def _slopes(cases: Sequence[tuple[int, Case]], side: str) -> Iterator[Row]:
         (p_value,) = flip_all([(slopes, units[known])])
         low, high = t_interval(slopes, units[known]) or (None, None)
         counts = int(known.sum()), len(cases)
-        yield (estimand.label, float(slopes.mean()), low, high, p_value, *counts)
+        rank = _spearman([step for step, _ in cases], logs.mean(1))
+        yield (estimand.label, float(slopes.mean()), low, high, p_value, rank, *counts)
+
+
+def _spearman(steps: Sequence[int], values: Array) -> float | None:
+    """Rank correlation; None where all values are alike."""
+    from scipy.stats import rankdata
+
+    if np.ptp(values) == 0:
+        return None
+    return float(np.corrcoef(rankdata(steps), rankdata(values))[0, 1])
+
+
+def checkpoint_rows(folder: RunFolder, recipe: Recipe) -> list[Row]:
+    """A row of each checkpoint of each training, and one of its base, in the order of steps."""
+    rows: list[Row] = []
+    for (name, benchmark, alpha), training in trainings(recipe).items():
+        last: EdgeScores | None = None
+        for step, one in sorted(training, key=lambda each: each[0]):
+            case = Case(folder, recipe, one)
+            try:
+                before, after = case.sides("before", "after")
+            except Missing:  # the report itself says which edges are not there
+                continue
+            where = (benchmark, name, alpha)
+            if last is None:
+                state = _state(case, 0, before)
+                rows.append((*where, 0, *state, None, None, None, len(before)))
+            change = _intensity(before, after)
+            beside = None if last is None else _overlap(last, after)
+            overlaps = _overlap(before, after), beside
+            state = _state(case, 1, after)
+            rows.append((*where, step, *state, change, *overlaps, len(after)))
+            last = after
+    return rows
+
+
+def _state(case: Case, side: int, edges: EdgeScores) -> tuple[float | None, float, float]:
+    """Accuracy, loss and token entropy of one model of a comparison."""
+    pair, benchmark = case.comparison.pair, case.comparison.benchmark
+    try:
+        name = model_names(case.recipe)[pair.asked()[side]]
+        solved = [one.correct for one in case.folder.read_whole(name, benchmark)]
+    except Missing:
+        solved = []
+    accuracy = float(np.mean(solved)) if solved else None
+    return accuracy, float(edges.losses.double().mean()), float(edges.entropies.double().mean())
+
+
+def _intensity(before: EdgeScores, after: EdgeScores) -> float | None:
+    """The change of the intensity, in percent: the mean of log ratios, question by question."""
+    estimand = METRICS["activation_intensity"].estimand
+    assert estimand is not None
+    old, new = (edges_of(side).parts(estimand.values) for side in (before, after))
+    known = defined("ratio", old, new)
+    return 100 * float(np.expm1(np.log(new[known] / old[known]).mean())) if known.any() else None
+
+
+def _overlap(before: EdgeScores, after: EdgeScores) -> float | None:
+    """How much of their strongest edges two models share, on the questions of both."""
+    shared = [name for name in before.ids if name in set(after.ids)]
+    if not shared:
+        return None
+    one, other = before[shared], after[shared]
+    return compare_circuits(one.scores, other.scores, one.graph).models.edges

@@ -1,5 +1,7 @@
 """The table of a training, on planted scores."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -45,8 +47,34 @@ def rows_of(run, recipe):
     return {
         (row[3], row[4]): dict(zip(table.columns, row, strict=True))
         for table in tables
+        if table.title == "Along the training"
         for row in table.rows
     }
+
+
+def test_every_checkpoint_has_a_row(half_run):
+    """The circuit stays while its size falls, and the last checkpoint has another one."""
+    plant(half_run, lambda row: -0.5, ids={1: IDS, 10: IDS, 100: IDS, 1000: IDS[:5]}.get)
+    after = half_run.edges_file("rl-step-1000.tiny-math.alpha-0.5", "after")
+    edges = half_run.read_edges(after)
+    turned = edges.scores.flip(1, 2).masked_fill(~edges.graph.mask, 0)
+    half_run.write_edges(after, replace(edges, scores=turned), list(IDS[:5]), "key")
+    tables, _ = extra_tables(half_run, training())
+    (table,) = (table for table in tables if table.title == "Every checkpoint")
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert [row["step"] for row in rows] == [0, *STEPS]
+    assert [row["intensity %"] for row in rows[:4]] == [
+        None,
+        pytest.approx(0, abs=1e-4),
+        pytest.approx(100 * (10**-0.5 - 1), abs=1e-4),
+        pytest.approx(-90, abs=1e-4),
+    ]
+    assert [row["overlap base"] for row in rows[:4]] == [None, 1, 1, 1]
+    assert [row["overlap last"] for row in rows[:4]] == [None, None, 1, 1]
+    assert rows[4]["overlap last"] == rows[4]["overlap base"] < 0.5
+    assert [row["questions"] for row in rows] == [8, 8, 8, 8, 5]
+    assert [row["loss"] for row in rows] == [1] * 5
+    assert [row["accuracy"] for row in rows] == [None] * 5  # there are no solutions
 
 
 def test_a_planted_drift_is_found(half_run):
@@ -56,7 +84,7 @@ def test_a_planted_drift_is_found(half_run):
     assert row["slope"] == pytest.approx(-0.5, abs=1e-6)
     assert row["low"] < -0.5 < row["high"] < 0
     assert row["p"] == 2 / 2**8  # all eight questions agree
-    assert (row["questions"], row["checkpoints"]) == (8, 4)
+    assert (row["questions"], row["checkpoints"], row["Spearman"]) == (8, 4, -1)
     assert rows["own", "kurtosis"]["slope"] == 0  # a scale does not change it
 
 
