@@ -388,7 +388,8 @@ def _connect(address: str) -> bool:
     if ray.is_initialized():
         return False
     try:
-        host, _, port = address.removeprefix("ray://").rpartition(":")
+        asked = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+        host, _, port = asked.removeprefix("ray://").rpartition(":")
         if host:  # Ray would ask for ten minutes
             socket.create_connection((host, int(port)), timeout=ANSWERS).close()
         options = {"include_dashboard": False} if alone else {}

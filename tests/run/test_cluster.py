@@ -274,9 +274,17 @@ def listening():
 
 
 @pytest.mark.cluster
-def test_no_cluster_is_one_line_and_leaves_nothing(alone, tmp_path):
-    with pytest.raises(ProbeError, match=r"no Ray cluster at '127.0.0.1:9': .*--cluster local"):
-        run("tiny-math", tmp_path / "run", cluster="127.0.0.1:9")
+def test_no_cluster_is_one_line_and_leaves_nothing(alone, monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    for where in ("127.0.0.1:9", "ray://127.0.0.1:9", "auto"):
+        with pytest.raises(ProbeError, match=f"no Ray cluster at '{where}': .*--cluster local"):
+            run("tiny-math", tmp_path / "run", cluster=where)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_server_and_a_cluster_are_one_too_many(tmp_path):
+    with pytest.raises(ProbeError, match="take --remote or --cluster away"):
+        run("tiny-math", tmp_path / "run", cluster="auto", remote="http://127.0.0.1:9")
     assert not (tmp_path / "run").exists()
 
 
