@@ -179,7 +179,8 @@ class Trajectory:
     """Checkpoints of one training, each compared with the model that it began from."""
 
     name: Name
-    """Its name; its pairs are called `name-step-100`."""
+    """Its name; its pairs are called `name-step-100`. Names that differ by `-seed-1` alone are one
+    training from several seeds."""
 
     base: Place
     """The model before training."""

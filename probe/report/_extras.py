@@ -39,8 +39,12 @@ from probe.report._trajectory import (
     CHECKPOINTS_NOTE,
     COLUMNS,
     NOTE,
+    SEED_COLUMNS,
+    SEEDS,
+    SEEDS_NOTE,
     TITLE,
     checkpoint_rows,
+    seed_rows,
     trajectory_rows,
 )
 from probe.stats import _mass as mass
@@ -261,6 +265,8 @@ def extra_tables(
         tables.append(ExtraTable(CHECKPOINTS, CHECKPOINTS_NOTE, CHECKPOINT_COLUMNS, tuple(rows)))
     if slopes := trajectory_rows(folder, recipe):
         tables.append(ExtraTable(TITLE, NOTE, COLUMNS, tuple(slopes)))
+        if seeds := seed_rows(slopes):
+            tables.append(ExtraTable(SEEDS, SEEDS_NOTE, SEED_COLUMNS, tuple(seeds)))
     return tuple(tables), tuple(missing)
 
 

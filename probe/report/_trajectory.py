@@ -45,6 +45,21 @@ CHECKPOINT_COLUMNS = (
     *("intensity %", "overlap base", "overlap last", "questions"),
 )
 
+SEEDS = "Across seeds"
+SEEDS_NOTE = (
+    "Trainings whose names differ by -seed-N alone are one training from several seeds, and each "
+    "gives one slope. From low to high: 95 % t interval of their mean, over seeds. Drift: whether "
+    "it lies apart from 0, not corrected for how many rows there are; of fewer than five seeds "
+    "there is no verdict."
+)
+SEED_COLUMNS = (
+    *("benchmark", "training", "alpha", "text", "metric"),
+    *("seeds", "slope", "low", "high", "least", "most", "drift"),
+)
+ENOUGH_SEEDS = 5
+"""From so many seeds on there is a verdict."""
+
+_SEED = re.compile(r"(.+)-seed-(\d{1,18})")
 _STEP = re.compile(r"(.+)-step-(\d{1,18})")
 _TEXTS = (("own", "after"), ("of the base", "after-on-before"))
 _LEAST = 3
@@ -77,6 +92,30 @@ def trainings(
             key = named[1], one.pair.before, one.benchmark, one.alpha
             found.setdefault(key, []).append((int(named[2]), one))
     return {(name, bench, alpha): steps for (name, _, bench, alpha), steps in found.items()}
+
+
+def seed_rows(slopes: Sequence[Row]) -> list[Row]:
+    """A row of each metric of each training that was run from several seeds.
+
+    Args:
+        slopes: The rows of `trajectory_rows`.
+    """
+    found: dict[tuple[str | float | None, ...], list[float]] = {}
+    for benchmark, name, alpha, text, metric, slope, *_ in slopes:
+        if (named := _SEED.fullmatch(str(name))) and isinstance(slope, float):
+            found.setdefault((benchmark, named[1], alpha, text, metric), []).append(slope)
+    rows: list[Row] = []
+    for where, of_seeds in found.items():
+        values = np.array(of_seeds)
+        if len(values) < 2:
+            continue
+        low, high = t_interval(values) or (None, None)
+        verdict = f"{len(values)} of {ENOUGH_SEEDS} seeds"
+        if len(values) >= ENOUGH_SEEDS and low is not None and high is not None:
+            verdict = "up" if low > 0 else "down" if high < 0 else "no sign"
+        ends = float(values.min()), float(values.max())
+        rows.append((*where, len(values), float(values.mean()), low, high, *ends, verdict))
+    return rows
 
 
 def _slopes(cases: Sequence[tuple[int, Case]], side: str) -> Iterator[Row]:

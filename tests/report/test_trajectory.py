@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from probe.attribution import EdgeScores
 from probe.models import Graph
 from probe.recipe import recipe_from
 from probe.report import extra_tables
+from probe.report._trajectory import SEED_COLUMNS, seed_rows
 
 STEPS = (1, 10, 100, 1000)
 IDS = "abcdefgh"
@@ -112,3 +115,49 @@ def test_the_answers_of_the_base_are_a_row_of_their_own(half_run):
 def test_two_checkpoints_have_no_slope(half_run):
     plant(half_run, lambda row: 1.0)
     assert rows_of(half_run, training(steps=[1, 10, 0, 5])) == {}
+
+
+REST = (None, None, 1.0, 1.0, 9, 4)
+
+
+def slopes_of(values, stem="grpo"):
+    return [
+        (
+            "tiny-math",
+            f"{stem}-seed-{seed}",
+            0.5,
+            "own",
+            "intensity",
+            value,
+            None,
+            None,
+            1.0,
+            1,
+            9,
+            4,
+        )
+        for seed, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ([-0.5, -0.4, -0.6, -0.5, -0.45], "down"),
+        ([0.5, 0.4, 0.6, 0.5, 0.45], "up"),
+        ([-0.5, 0.4, -0.6, 0.5, 0.1], "no sign"),
+        ([-0.5, -0.5, -0.5, -0.5], "4 of 5 seeds"),
+    ],
+)
+def test_seeds_are_replicates(values, verdict):
+    plain = ("tiny-math", "dpo", 0.5, "own", "intensity", -9.0, *REST)
+    alone = slopes_of([1.0], "ppo")
+    (row,) = seed_rows([*slopes_of(values), plain, *alone])
+    found = dict(zip(SEED_COLUMNS, row, strict=True))
+    assert (found["training"], found["seeds"], found["drift"]) == ("grpo", len(values), verdict)
+    assert found["slope"] == pytest.approx(np.mean(values))
+    error = scipy.stats.sem(values) if np.ptp(values) else 0
+    reach = scipy.stats.t.ppf(0.975, len(values) - 1) * error
+    ends = np.mean(values) - reach, np.mean(values) + reach
+    assert (found["low"], found["high"]) == pytest.approx(ends)
+    assert (found["least"], found["most"]) == (min(values), max(values))
