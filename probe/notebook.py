@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     import pandas
 
 
+LONGEST = 80
+"""How many characters of a value a table shows."""
+
+
 def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table with a caption; every text in it is escaped, floats have four digits."""
+    """A table with a caption; texts in it are escaped and cut, floats have four digits."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     lines = (
         "<tr>" + "".join(f"<td>{escape(_text(value))}</td>" for value in row) + "</tr>"
@@ -30,7 +34,8 @@ def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
 def _text(value: object) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def data_frame(columns: Mapping[str, Sequence[object]]) -> "pandas.DataFrame":

@@ -19,6 +19,7 @@ from probe.attribution._scoring import ablation_means, check_method, check_targe
 from probe.attribution._sequences import MAX_NEW_TOKENS, Given, TokenSequence, as_sequences
 from probe.errors import ProbeError, check_count
 from probe.models import Graph, Model, as_model
+from probe.notebook import html_table
 from probe.tracing import LOSS, Target, Value
 from probe.vocabulary import Ablation, Granularity, Steps
 
@@ -66,6 +67,15 @@ class PositionScores:
         """What each position has of the sum of all |score|, float64 [position]."""
         sums = self.scores.double().abs().sum((1, 2))
         return sums / sums.sum().clamp_min(torch.finfo(sums.dtype).tiny)
+
+    def __repr__(self) -> str:
+        """What it holds, in a line."""
+        edges = int(self.graph.mask.sum())
+        return f"PositionScores({len(self.tokens)} tokens, {edges} edges at each)"
+
+    def _repr_html_(self) -> str:
+        """The strongest edges with their positions, for a notebook."""
+        return html_table(repr(self), PlacedEdge._fields, self.top())
 
     def top(self, k: int = 10) -> list[PlacedEdge]:
         """The strongest edges, each at its position.

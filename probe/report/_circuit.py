@@ -23,6 +23,7 @@ from matplotlib.path import Path as Curve
 from probe.attribution import ScoredEdge
 from probe.escaping import figure as escape
 from probe.models import Node
+from probe.report._picture import Picture
 from probe.report._strength import Strength
 from probe.report._wording import number
 
@@ -117,7 +118,7 @@ def _draw(
     """Draw edges between nodes, the largest first in `changes`."""
     step = min(0.42, max(0.15, 4.2 / max(1, len(nodes))))  # inches per node
     tall = 1.4 + step * len(nodes)
-    figure = Figure((6.2, tall), dpi=160)
+    figure = Picture((6.2, tall), dpi=160)
     axes = figure.add_axes((0.02, 0.4 / tall, 0.96, 1 - 1.15 / tall))
     for height, node in enumerate(nodes):
         _node(axes, height, node, 72 * step)

@@ -31,6 +31,7 @@ from probe.errors import ProbeError
 from probe.files import write_whole
 from probe.report._circuit import draw_circuit
 from probe.report._heatmap import draw_heatmap
+from probe.report._picture import Picture
 from probe.report._report import Report
 from probe.report._strength import read_strengths
 from probe.report._training import training_figures
@@ -121,7 +122,7 @@ def draw_diversity(reports: Sequence[Report]) -> Figure:
     cells.sort(key=lambda cell: pairs.index(cell.pair))
     # A gap between the pairs.
     heights = [place + 0.6 * pairs.index(cell.pair) for place, cell in enumerate(cells)]
-    figure = Figure((7.2, 1.9 + 0.23 * max(heights, default=0)), layout="constrained", dpi=160)
+    figure = Picture((7.2, 1.9 + 0.23 * max(heights, default=0)), layout="constrained", dpi=160)
     axes = figure.subplots()
     for height, cell in zip(heights, cells, strict=True):
         colour, marker = PAIRS[pairs.index(cell.pair) % len(PAIRS)]
@@ -190,7 +191,7 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
         values = (value for cell in cells for value in (cell.paper.before, cell.paper.after))
         tops[benchmark] += [value for value in values if value is not None and np.isfinite(value)]
     rows, columns = len(benchmarks), len(pairs)
-    figure = Figure((0.8 + 2.5 * columns, 1.1 + 2.2 * rows), layout="constrained", dpi=160)
+    figure = Picture((0.8 + 2.5 * columns, 1.1 + 2.2 * rows), layout="constrained", dpi=160)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.ravel():
         axes.set_axis_off()

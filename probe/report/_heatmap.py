@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from probe.attribution import draw_matrix
 from probe.metrics import Array
 from probe.models import Graph
+from probe.report._picture import Picture
 from probe.report._strength import Strength
 
 COLOURS = "cividis"
@@ -33,7 +34,7 @@ def draw_heatmap(strength: Strength) -> Figure:
     rows, columns = strength.before.shape
     size = min(0.3, 9 / columns)  # inches per entry
     shape = (1.9 + size * columns, 2 * (1.5 + size * rows))
-    figure = Figure(shape, layout="constrained", dpi=160)
+    figure = Picture(shape, layout="constrained", dpi=160)
     above, below = figure.subplots(2)
     ratio = np.log2(1 + strength.change)
     centre = colour_centre(ratio)

@@ -11,6 +11,7 @@ OpenRun('runs/tiny-math': tiny-math, 2 pairs)
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -18,6 +19,7 @@ from probe.attribution import EdgeScores
 from probe.errors import ProbeError
 from probe.notebook import html_table, records_frame
 from probe.recipe import Comparison, Recipe, recipe_from
+from probe.report._opening import opening
 from probe.report._problems import ComparedProblem, compared_problems
 from probe.report._report import Report, build_report
 from probe.stats import CONTROLS, Accuracy, Cell, control_sides
@@ -211,8 +213,14 @@ class OpenRun:
         return f"OpenRun({str(self.path)!r}: {self.recipe.name}, {count} pair{'s' * (count != 1)})"
 
     def _repr_html_(self) -> str:
-        """The report, for a notebook."""
-        return self.report._repr_html_()
+        """What happened in sentences, and the report, for a notebook."""
+        said = "".join(
+            f"<p><b>{escape(finding.subject)}</b><br>"
+            + "<br>".join(f"{label}: {escape(text)}" for label, text in finding.lines)
+            + "</p>"
+            for finding in opening([self.report])
+        )
+        return said + self.report._repr_html_()
 
 
 def open_run(run: str | Path) -> OpenRun:

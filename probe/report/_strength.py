@@ -59,6 +59,10 @@ class Strength:
     after: Array
     """The same of the model after."""
 
+    def __repr__(self) -> str:
+        """What it is of, in a line."""
+        return f"Strength({self.name}, {int(self.graph.mask.sum())} edges)"
+
     @property
     def name(self) -> str:
         """The part of a file name that says which cell it is of."""

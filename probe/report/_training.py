@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from probe.escaping import figure as escape
 from probe.metrics import metric_named
+from probe.report._picture import Picture
 from probe.report._report import Report
 from probe.report._trajectory import trainings
 from probe.stats import Accuracy, Cell, Interval
@@ -58,7 +59,7 @@ def _draw(
     metrics = list(dict.fromkeys(cell.metric for cell in cells))
     columns = 3
     lines = 1 + -(-len(metrics) // columns)
-    figure = Figure((8.4, 0.9 + 1.9 * lines), layout="constrained", dpi=160)
+    figure = Picture((8.4, 0.9 + 1.9 * lines), layout="constrained", dpi=160)
     grid = figure.add_gridspec(lines, columns)
     ends = min(steps.values()), max(steps.values())
     logarithmic = ends[0] > 0 and ends[1] >= _APART * ends[0]

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Event as Flag
+from threading import Thread
 from typing import TypeVar
 
 from rich.console import Console
@@ -224,9 +226,37 @@ class Speed(ProgressColumn):
         return Text(task.fields.get("speed", ""))
 
 
+class NotebookProgress(Progress):
+    """Bars in a notebook: one output that is drawn anew. Those of rich need ipywidgets there."""
+
+    def start(self) -> None:
+        """Show them, and go on to."""
+        from IPython.display import display
+
+        self._shown, self._over = display(self, display_id=True), Flag()
+        self._drawing = Thread(target=self._draw, daemon=True)
+        self._drawing.start()
+
+    def _draw(self) -> None:
+        while not self._over.wait(0.25):
+            self.refresh()
+
+    def stop(self) -> None:
+        """Show how it ended."""
+        self._over.set()
+        self._drawing.join()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Draw them anew."""
+        if shown := getattr(self, "_shown", None):
+            shown.update(self)
+
+
 def progress_bar(console: Console) -> Progress:
     """The bar that shows how far each phase is."""
-    return Progress(
+    kind = NotebookProgress if console.is_jupyter else Progress
+    return kind(
         TextColumn("{task.description:<12}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),

@@ -299,4 +299,5 @@ def test_a_notebook_shows_escaped_names():
     foreign = html_table("<i>", ("&",), [("<script>",), (1.23456,), (None,)])
     for part in ("&lt;i&gt;", "<th>&amp;</th>", "&lt;script&gt;", "<td>1.235</td>", "<td>-</td>"):
         assert part in foreign
+    assert f"<td>{'x' * 79}…</td>" in html_table("", ("long",), [("x" * 81,)])
     assert "<tbody></tbody>" in edges[[]]._repr_html_()

@@ -108,6 +108,13 @@ def test_each_position_is_the_gradient_times_what_is_written_there(tiny):
     assert torch.allclose(edge, expected, atol=1e-6)
 
 
+def test_what_is_shown(tiny):
+    (one,) = probe.attribute_positions(tiny, TEXTS[:1])
+    assert repr(one) == "PositionScores(7 tokens, 77 edges at each)"
+    first = one.top(1)[0]
+    assert f"<td>{first.position}</td><td>{first.source}</td>" in one._repr_html_()
+
+
 def test_what_is_no_sum_over_positions_is_refused(tiny):
     with pytest.raises(ProbeError, match="exact removes an edge at all positions at once"):
         probe.attribute_positions(tiny, TEXTS, "exact")

@@ -216,3 +216,13 @@ def test_entropy_with_a_value_that_is_not_defined(half_run):
     assert [line.get_ydata()[0] for line in figure.axes[3].get_lines()] == [0, 1]
     lines = figure.axes[0].get_lines()
     assert [line.get_ydata()[0] for line in lines] == [cells[0].paper.before, cells[0].paper.after]
+
+
+def test_a_notebook_shows_figures(tmp_path):
+    found = strength()
+    assert repr(found) == f"Strength({found.name}, {int(found.graph.mask.sum())} edges)"
+    for figure in (draw_heatmap(found), draw_circuit(found)):
+        (tmp_path / "shown.png").write_bytes(figure._repr_png_())
+        pixels = imread(tmp_path / "shown.png")
+        assert pixels.shape[:2] == tuple(round(side) for side in figure.bbox.size[::-1])
+        assert pixels[..., :3].std() > 0.05

@@ -8,6 +8,7 @@ import torch
 
 import probe
 from probe.errors import ProbeError
+from probe.report._opening import opening
 from probe.solutions import Solution
 
 
@@ -123,4 +124,8 @@ def test_what_is_shown(opened):
     shown = replace(report, cells=foreign)._repr_html_()
     assert "<td>&lt;b&gt;</td>" in shown
     assert shown.count("<tr>") == len(report.cells) + 1
-    assert opened._repr_html_() == report._repr_html_()
+    begun = opened._repr_html_()
+    assert begun.startswith(f"<p><b>{opening([report])[0].subject}</b><br>")
+    assert "<br>Inside: " in begun
+    assert "<b>How sure, and what next</b><br>Trust: " in begun
+    assert begun.endswith(report._repr_html_())
