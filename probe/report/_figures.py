@@ -24,7 +24,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from rich.progress import Progress
 
 from probe.errors import ProbeError
@@ -213,7 +212,7 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
                 ha="center",
                 fontsize=8,
                 # Lines to the next alpha pass here.
-                path_effects=[withStroke(linewidth=3, foreground="white")],
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
                 zorder=5,
             )
         labels = [f"{cell.alpha:g}" for cell in cells]

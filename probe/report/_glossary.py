@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from probe.metrics import METRICS, TOKEN_METRICS
 from probe.report._report import Report
-from probe.report._wording import counted
-from probe.stats import CONTROLS, LARGE_SHARE, LEVEL, SMALLEST
+from probe.report._wording import MUCH_OF_ONE, counted
+from probe.stats import CONTROLS, LEVEL, SMALLEST
 
 Term = tuple[str, str]
 """A word or mark, and what it means."""
@@ -46,8 +46,7 @@ def _columns(report: Report) -> list[Term]:
     dense = "real edges only" if report.recipe.report.entries == "real" else "the dense matrix"
     own = f"the change of the paper's own number, over {dense}, for comparison with print"
     paper = "whether it moved as the paper (arXiv 2509.21044) reports for online RL"
-    most = f"one question holds more than {100 * LARGE_SHARE:.0f} % of the change"
-    last = [("paper", paper), ("paper %", f"{own}; it has no statistics"), ("!", most)]
+    last = [("paper", paper), ("paper %", f"{own}; it has no statistics"), ("!", MUCH_OF_ONE)]
     if not report.recipe.report.resamples:
         noise = "of our number, question by question, without its noise: no finding by itself"
         return [("change %", noise), *last]

@@ -13,6 +13,7 @@ from probe.metrics import METRICS, TOKEN_METRICS, metric_named
 from probe.report._extras import ExtraTable
 from probe.report._report import Report
 from probe.report._wording import (
+    MUCH_OF_ONE,
     SAME,
     arrow,
     both,
@@ -141,8 +142,8 @@ def table_1(reports: Sequence[Report]) -> ExtraTable:
                     rows.append(("  published", "", *map(_published, found)))
     columns = ("pair and benchmark", "alpha", *(metric_named(name).label for name in TABLE_1))
     note = (
-        "The paper's numbers, before and after. They have no statistics: our numbers do. !: one "
-        "question holds more than a fifth of the change."
+        "The paper's numbers, before and after. They have no statistics: our numbers do. "
+        f"!: {MUCH_OF_ONE}."
     )
     if any(cell.published for report in reports for cell in report.cells):
         note += " Published values are below; ✓ is the same direction."

@@ -22,6 +22,9 @@ ARROWS = {1: "↗", 0: "→", -1: "↘"}
 SAME = {True: "✓", False: "✗", None: "-"}
 """Whether a published value moved in the same direction as ours."""
 
+MUCH_OF_ONE = f"one question holds more than {100 * LARGE_SHARE:.0f} % of the change"
+"""What `!` says, in every format."""
+
 
 def compared(reports: Sequence[Report]) -> bool:
     """Whether several reports are of the same cells, so that one run is set against the other.
@@ -162,8 +165,8 @@ def _influence_lines(report: Report) -> list[str]:
         signs = f", and its sign in {turned}" if turned else ""
         whose, key = ("our", "influence") if ours else ("the paper's", "paper_influence")
         lines.append(
-            f"!: one question holds more than {100 * LARGE_SHARE:.0f} % of the change of {whose} "
-            f"number in {len(found)} of {counted(len(report.cells), 'cell')}{signs}; most, "
+            f"!: {MUCH_OF_ONE} of {whose} number in {len(found)} of "
+            f"{counted(len(report.cells), 'cell')}{signs}; most, "
             f"{100 * most.share:.0f} %, in {what} of {cell.pair} on {cell.benchmark} at "
             f"{cell.alpha:g} (question {most.question}). JSON and CSV name each: {key}."
         )
