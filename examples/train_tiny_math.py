@@ -18,11 +18,14 @@ weights, so that the shipped models differ by the training alone and not by roun
 
 Every stage writes into the output folder and reads the stages before it from there. Settings and
 results are collected in `training.json`. The defaults are the settings of the shipped models.
+GRPO and DPO also keep checkpoints, at their last step, at half of it and so on, for a recipe's
+`checkpoints = "tiny-math/grpo-steps#checkpoint-*"`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import random
@@ -46,6 +49,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
 )
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -78,6 +85,7 @@ class Settings:
     dpo_batch: int = 512
     dpo_learning_rate: float = 1e-4
     dpo_beta: float = 1.0
+    checkpoints: int = 8  # along GRPO and along DPO, each at half the step of the next
     evaluation_samples: int = 8
     generation_batch: int = 4_000
 
@@ -229,6 +237,28 @@ def common(settings: Settings, steps: int) -> dict[str, bool | int | str]:
     }
 
 
+class Keep(TrainerCallback):
+    """Store some steps of a training as its last one is: evenly spaced on the log of the step."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        """Keep so many checkpoints in a folder."""
+        self.folder, self.count = folder, count
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **_others: object,
+    ) -> None:
+        """Store the model where this step is one of those to be kept."""
+        step = state.global_step
+        if step in {state.max_steps // 2**halvings for halvings in range(self.count)}:
+            # A copy: storing rounds the weights that it is given.
+            save(copy.deepcopy(model), self.folder / f"checkpoint-{step}")
+
+
 def fit(trainer: Trainer, folder: Path, logged: str) -> dict[str, object]:
     """Train, store the model and return the curve of a logged number as (step, value)."""
     trainer.train()
@@ -279,6 +309,7 @@ def train_grpo(output: Path, scratch: str, settings: Settings) -> dict[str, obje
     trainer = GRPOTrainer(
         model, final_answer, config, train_dataset=data, processing_class=tokenizer
     )
+    trainer.add_callback(Keep(output / "grpo-steps", settings.checkpoints))
     return fit(trainer, output / "grpo", "reward")
 
 
@@ -315,6 +346,7 @@ def train_dpo(output: Path, scratch: str, settings: Settings) -> dict[str, objec
     )
     data, tokenizer = Dataset.from_list(pairs), make_tokenizer()
     trainer = DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
+    trainer.add_callback(Keep(output / "dpo-steps", settings.checkpoints))
     return {"pairs": len(pairs)} | fit(trainer, output / "dpo", "rewards/accuracies")
 
 
