@@ -140,6 +140,7 @@ def _add_tokens(
         sides = row.by_token_before, row.by_token_after
         left -= sum(len(token.token) + 4 for side in sides for token in side)
         if not all(sides) or left < 0:
+            made["tokens_elsewhere"] = all(sides)
             continue
         largest = max(token.share for side in sides for token in side) or 1
         made["pieces"] = [[token.token for token in side] for side in sides]

@@ -110,7 +110,7 @@ function matrix(parent, graph, packed, name) {
   const caption = add(figure, "figcaption", name);
 }
 
-// The tokens of one model's text, each as dark as its share.
+// The tokens of one model's text, each as strongly coloured as its share.
 function carried(parent, row, side) {
   const levels = Uint8Array.from(atob(row.levels[side]), (letter) => letter.charCodeAt(0));
   const figure = add(parent, "figure");
@@ -153,9 +153,11 @@ function open(pair, row) {
     add(box, "h4", "Which tokens carry the scores");
     const texts = add(box, "div", undefined, "answers");
     row.pieces.forEach((_, side) => carried(texts, row, side));
-    add(box, "p", "Dark is a large share of the sum of |score| over all edges and tokens; the darkest has "
+    add(box, "p", "Strong colour is a large share of the sum of |score| over all edges and tokens; the strongest has "
       + (100 * row.largest).toFixed(1) + " %. Point at a token for its own.", "note");
   }
+  if (row.tokens_elsewhere) add(box, "p", "Its tokens' shares are too much for this page; probe problems "
+    + "RUN " + row.id + " shows them.", "note");
   if (!row.matrices) return;
   add(box, "h4", "Its edges, source down and target across");
   const both = add(box, "div", undefined, "matrices");

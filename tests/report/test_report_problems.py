@@ -144,6 +144,7 @@ def test_tokens_in_the_page_are_those_of_the_run(answered, monkeypatch):
     monkeypatch.setattr(panel, "TOKEN_BUDGET", 300)
     rows = panel.panel_data(report)["pairs"][0]["rows"]
     assert sum("pieces" in row for row in rows) == 1
+    assert sum(row.get("tokens_elsewhere", False) for row in rows) == 4
 
 
 def test_a_question_that_is_not_here_is_said(answered):
