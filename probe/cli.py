@@ -66,6 +66,17 @@ def _recipe_names(
     return names or [CompletionItem(incomplete, type="file")]
 
 
+def _references(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """What a shell offers for a model: those of the shipped recipes, and files where none fits."""
+    del context, parameter
+    from probe.recipe import shipped_models
+
+    names = [CompletionItem(name) for name in shipped_models() if name.startswith(incomplete)]
+    return names or [CompletionItem(incomplete, type="file")]
+
+
 def _completing(
     table: str, name: str
 ) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
@@ -274,8 +285,8 @@ def recipe(
 
 
 @main.command()
-@click.argument("before")
-@click.argument("after")
+@click.argument("before", shell_complete=_references)
+@click.argument("after", shell_complete=_references)
 @click.option(
     "--benchmark",
     "benchmarks",
@@ -349,7 +360,7 @@ def compare(
 
 
 @main.command()
-@click.argument("folder", metavar="FOLDER")
+@click.argument("folder", type=click.Path(), metavar="FOLDER")
 @click.argument("name", metavar="NAME|PATH.toml", shell_complete=_recipe_names)
 @click.option("--output", type=click.Path(), help="Run folder [default: FOLDER/probe].")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key.")
@@ -389,7 +400,7 @@ def recipes() -> None:
 
 
 @main.command()
-@click.argument("run", metavar="RUN|RECIPE")
+@click.argument("run", metavar="RUN|RECIPE", shell_complete=_recipe_names)
 @click.option("--edges", type=click.IntRange(1), help="Exact effects per model [default: 400].")
 @click.option(
     "--methods",
@@ -436,7 +447,7 @@ def faithfulness(
 
 
 @main.command()
-@click.argument("run", metavar="RUN")
+@click.argument("run", type=click.Path(), metavar="RUN")
 @click.option(
     "--methods",
     help="What ranks the edges [default: eap,eap-ig,relp,exact].",
@@ -471,7 +482,7 @@ def circuit(
 
 
 @main.command()
-@click.argument("run", metavar="RUN")
+@click.argument("run", type=click.Path(), metavar="RUN")
 @click.option(
     "--measure", default="eap", help="Whose shares of |score| rank the edges [default: eap]."
 )
@@ -503,8 +514,8 @@ def causal(
 
 
 @main.command()
-@click.argument("before", metavar="MODEL")
-@click.argument("after", metavar="[MODEL]", required=False)
+@click.argument("before", metavar="MODEL", shell_complete=_references)
+@click.argument("after", metavar="[MODEL]", required=False, shell_complete=_references)
 def doctor(before: str, after: str | None) -> None:
     """Say what one or two models are, and what a run refuses.
 
@@ -528,7 +539,7 @@ def doctor(before: str, after: str | None) -> None:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", shell_complete=_references)
 def check(model: str) -> None:
     """Say whether a model's architecture is understood.
 

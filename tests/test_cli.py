@@ -132,12 +132,27 @@ def test_bash_takes_the_line_of_the_documentation(tmp_path):
         ("probe recipe tiny-math --method eap", ["eap", "eap-ig"]),
         ("probe faithfulness run --methods eap,rel", ["eap,relp"]),
         ("probe circuit run --methods ex", ["exact"]),
+        ("probe compare probe:tiny-math/s", ["probe:tiny-math/sft"]),
+        (
+            "probe compare Qwen/Qwen2.5-Math-1.5B sail/Qwen2.5-Math-7",
+            ["sail/Qwen2.5-Math-7B-Oat-Zero"],
+        ),
+        ("probe doctor peiyi9979/mistral-7b-s", ["peiyi9979/mistral-7b-sft"]),
     ],
 )
 def test_shells_complete_names_of_tables(words, offered):
     *before, last = words.split()
     found = ShellComplete(main, {}, "probe", "_PROBE_COMPLETE").get_completions(before[1:], last)
     assert [item.value for item in found] == offered
+
+
+@pytest.mark.parametrize(
+    "words", ["causal", "check", "circuit", "compare", "faithfulness", "watch"]
+)
+def test_shells_complete_folders(words):
+    """Of runs and models, which may be anywhere."""
+    found = ShellComplete(main, {}, "probe", "_PROBE_COMPLETE").get_completions([words], "./r")
+    assert [item.type for item in found] == ["file"]
 
 
 def test_the_help_says_each_command_in_full():
