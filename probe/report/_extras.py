@@ -227,8 +227,8 @@ def check_extras(recipe: Recipe) -> None:
             raise ProbeError(f"report.extra: there is no table {name!r}; {hint}")
         if recipe.compute.remote and EXTRAS[name].needs != "edges":
             raise ProbeError(
-                f"report.extra: the table {name!r} needs {EXTRAS[name].needs} of models, which "
-                "do not leave a server; leave it out, or run without --remote"
+                f"report.extra: a run on a server does not measure what the table {name!r} is of; "
+                "leave it out, or run without --remote"
             )
         if EXTRAS[name].needs == "tokens":
             check_placed(recipe.attribution.method)

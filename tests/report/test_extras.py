@@ -138,3 +138,12 @@ def test_an_unknown_table():
     with pytest.raises(ProbeError, match="known: overlap, concentration"):
         check_extras(recipe("xyz"))
     check_extras(recipe(*EXTRAS))
+
+
+@pytest.mark.parametrize("name", ["token-kl", "residual", "weights", "tokens"])
+def test_what_a_server_does_not_measure_is_refused(name):
+    asked = read_recipe(
+        "tiny-math", {"report.extra": f'["{name}"]', "compute.remote": "http://127.0.0.1:1"}
+    )
+    with pytest.raises(ProbeError, match=f"does not measure what the table '{name}' is of"):
+        check_extras(asked)
