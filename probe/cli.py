@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -62,8 +62,7 @@ def _recipe_names(
     del context, parameter
     from probe.recipe import recipe_files
 
-    names = [CompletionItem(name) for name in recipe_files() if name.startswith(incomplete)]
-    return names or [CompletionItem(incomplete, type="file")]
+    return _or_files(recipe_files(), incomplete)
 
 
 def _references(
@@ -73,8 +72,13 @@ def _references(
     del context, parameter
     from probe.recipe import shipped_models
 
-    names = [CompletionItem(name) for name in shipped_models() if name.startswith(incomplete)]
-    return names or [CompletionItem(incomplete, type="file")]
+    return _or_files(shipped_models(), incomplete)
+
+
+def _or_files(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
+    """Those names that begin so, and files where none does."""
+    found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return found or [CompletionItem(incomplete, type="file")]
 
 
 def _completing(

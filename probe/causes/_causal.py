@@ -9,7 +9,7 @@ other they are changed, beside edges that are like them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -306,7 +306,7 @@ class _Design:
                 for label, edges in matching.treated.items()
             }
         return Causes(
-            judged_test(edge_tests, set_tests, acting, tried),
+            replace(judged_test(edge_tests, set_tests), acting=tuple(acting), tried=tried),
             self.graph,
             self.strengthening,
             self.levels,

@@ -15,11 +15,9 @@ on them: in grey, lightness, line styles, fillings and sides still tell all.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
@@ -30,7 +28,7 @@ from probe.errors import ProbeError
 from probe.files import write_whole
 from probe.report._circuit import draw_circuit
 from probe.report._heatmap import draw_heatmap
-from probe.report._picture import Picture
+from probe.report._picture import Picture, plain_axes
 from probe.report._report import Report
 from probe.report._strength import read_strengths
 from probe.report._training import training_figures
@@ -162,7 +160,7 @@ def draw_diversity(reports: Sequence[Report]) -> Figure:
     axes.set_yticks(heights, [f"{c.benchmark}, alpha {c.alpha:g}" for c in cells], fontsize=8)
     axes.set_ylim(max(heights, default=0) + 0.6, -0.6)
     axes.set_xlabel("change (%), with its 95 % interval; filled: improved", fontsize=9)
-    _plain(axes, "x")
+    plain_axes(axes, "x")
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
@@ -225,7 +223,7 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
         axes.set_xlabel("alpha", fontsize=9)
         # Side by side means to be compared; and there is room for the numbers above.
         axes.set_ylim(0, 1.2 * max([*tops[benchmark], 1e-9]))
-        _plain(axes, "y")
+        plain_axes(axes, "y")
         if pair == pairs[0]:
             axes.set_ylabel("nats", fontsize=9)
     handles, texts = axes.get_legend_handles_labels()
@@ -234,11 +232,3 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
     title += "; in brackets: published" if theirs else ""
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
-
-
-def _plain(axes: Axes, grid: Literal["x", "y"]) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.grid(axis=grid, color="0.9", lw=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8)

@@ -84,9 +84,10 @@ def write_graphs(report: Report, folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ProbeError(f"{folder} is a file; graphs go into a folder, or give .parquet or .dot")
-    kept = [entry for entry in _known(folder / INDEX) if _slug(entry)]
+    entries = {
+        slug: entry for entry in _known(folder / INDEX) if (slug := str(entry.get("slug", "")))
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    entries: dict[str, Table] = {_slug(entry): entry for entry in kept}
     texts = {(one.pair, one.benchmark, one.id): one.question for one in compared_problems(report)}
     for pair in report.recipe.pairs:
         for benchmark in report.recipe.benchmarks:
@@ -98,7 +99,7 @@ def write_graphs(report: Report, folder: Path) -> None:
             for names, drawn in _drawn(start, edges, questions):
                 table = graph_table(names, drawn)
                 write_where_asked(folder / f"{drawn.slug}.json", json.dumps(table, indent=1))
-                entries[drawn.slug] = {**_metadata(drawn)}
+                entries[drawn.slug] = _metadata(drawn)
     index = {"graphs": list(entries.values())}
     write_where_asked(folder / INDEX, json.dumps(index, indent=1))
 
@@ -261,7 +262,3 @@ def _known(file: Path) -> list[Table]:
     if not isinstance(listed, list):
         raise ProbeError(f"{file} is no index of graphs; give another folder")
     return [entry for entry in listed if isinstance(entry, dict)]
-
-
-def _slug(entry: Table) -> str:
-    return str(entry.get("slug", ""))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from probe.escaping import figure as escape
 from probe.metrics import metric_named
-from probe.report._picture import Picture
+from probe.report._picture import Picture, plain_axes
 from probe.report._report import Report
 from probe.report._trajectory import trainings
 from probe.stats import Accuracy, Cell, Interval
@@ -37,13 +37,19 @@ class Point(NamedTuple):
     """95 %, over questions."""
 
 
-def training_figures(report: Report) -> Iterator[tuple[str, Figure]]:
+def training_figures(report: Report, longest: bool = False) -> Iterator[tuple[str, Figure]]:
     """A figure of each training on each benchmark at each alpha, with its name.
 
     Trainings of which fewer than two checkpoints are compared yet are left out.
+
+    Args:
+        report: The report of a run.
+        longest: Whether to draw the largest alpha only.
     """
     for (name, benchmark, alpha), found in trainings(report.recipe).items():
-        steps = {one.pair.name: step for step, one in sorted(found, key=lambda each: each[0])}
+        if longest and alpha < max(report.recipe.selection.alpha):
+            continue
+        steps = {one.pair.name: step for step, one in found}
         cells = [c for c in report.cells if (c.benchmark, c.alpha) == (benchmark, alpha)]
         cells = [c for c in cells if c.pair in steps and c.control in _LOOKS]
         rows = [row for row in report.accuracy if row.benchmark == benchmark and row.pair in steps]
@@ -73,10 +79,7 @@ def _draw(
     for axes in panels:
         if logarithmic:
             axes.set_xscale("log")
-        axes.tick_params(labelsize=8)
-        axes.grid(axis="y", color="0.9", lw=0.6)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        plain_axes(axes, "y")
         axes.set_xlabel("step", fontsize=8)
     handles, texts = panels[1].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False, fontsize=9)

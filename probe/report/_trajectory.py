@@ -70,7 +70,7 @@ def trajectory_rows(folder: RunFolder, recipe: Recipe) -> list[Row]:
     """The slopes of every training of a recipe, as far as its checkpoints are scored."""
     rows: list[Row] = []
     for (name, benchmark, alpha), training in trainings(recipe).items():
-        cases = [(step, Case(folder, recipe, one)) for step, one in sorted(training)]
+        cases = [(step, Case(folder, recipe, one)) for step, one in training]
         for text, side in _TEXTS:
             here = [
                 (step, case)
@@ -85,13 +85,16 @@ def trajectory_rows(folder: RunFolder, recipe: Recipe) -> list[Row]:
 def trainings(
     recipe: Recipe,
 ) -> dict[tuple[str, str, float], list[tuple[int, Comparison]]]:
-    """Steps and comparisons of each training, by its name, the benchmark and alpha."""
+    """Steps and comparisons of each training, in order, by its name, the benchmark and alpha."""
     found: dict[tuple[str, str, str, float], list[tuple[int, Comparison]]] = {}
     for one in recipe.comparisons(by="benchmark"):
         if named := _STEP.fullmatch(one.pair.name):
             key = named[1], one.pair.before, one.benchmark, one.alpha
             found.setdefault(key, []).append((int(named[2]), one))
-    return {(name, bench, alpha): steps for (name, _, bench, alpha), steps in found.items()}
+    return {
+        (name, bench, alpha): sorted(steps, key=lambda each: each[0])
+        for (name, _, bench, alpha), steps in found.items()
+    }
 
 
 def seed_rows(slopes: Sequence[Row]) -> list[Row]:
@@ -152,11 +155,9 @@ def _slopes(cases: Sequence[tuple[int, Case]], side: str) -> Iterator[Row]:
 
 def _spearman(steps: Sequence[int], values: Array) -> float | None:
     """Rank correlation; None where all values are alike."""
-    from scipy.stats import rankdata
+    from scipy.stats import spearmanr
 
-    if np.ptp(values) == 0:
-        return None
-    return float(np.corrcoef(rankdata(steps), rankdata(values))[0, 1])
+    return float(spearmanr(steps, values).statistic) if np.ptp(values) else None
 
 
 def checkpoint_rows(folder: RunFolder, recipe: Recipe) -> list[Row]:
@@ -164,7 +165,7 @@ def checkpoint_rows(folder: RunFolder, recipe: Recipe) -> list[Row]:
     rows: list[Row] = []
     for (name, benchmark, alpha), training in trainings(recipe).items():
         last: EdgeScores | None = None
-        for step, one in sorted(training, key=lambda each: each[0]):
+        for step, one in training:
             case = Case(folder, recipe, one)
             try:
                 before, after = case.sides("before", "after")

@@ -77,7 +77,7 @@ def page(reports: Sequence[Report]) -> str:
         body += _tables(tables)
     body += [*_reading(reports), *_making(reports)]
     if strengths:
-        runs = _trainings(reports, [strength.title for strength in strengths])
+        runs = _trainings(reports[0], strengths) if len(reports) == 1 else []
         more = {"trainings": runs} if runs else {}
         body += _script("data", {**explorer_data(strengths), **more}, here)
     if problems.get("pairs"):
@@ -126,19 +126,15 @@ def _script(name: str, data: Mapping[str, object], path: Path) -> list[str]:
     return [held, f"<script>\n{script}</script>"]
 
 
-def _trainings(reports: Sequence[Report], titles: Sequence[str]) -> list[dict[str, list[int]]]:
+def _trainings(report: Report, strengths: Sequence[Strength]) -> list[dict[str, list[int]]]:
     """Of each training its steps, and which of the cells each is, in their order."""
+    cells = {(s.pair, s.benchmark, s.alpha): place for place, s in enumerate(strengths)}
     found = []
-    for report in reports if len(reports) == 1 else ():
-        for (_, benchmark, alpha), checkpoints in trainings(report.recipe).items():
-            steps = {
-                titles.index(title): step
-                for step, one in checkpoints
-                if (title := f"{one.pair.name} on {benchmark}, alpha {alpha:g}") in titles
-            }
-            places = sorted(steps, key=lambda place: steps[place])
-            if len(places) > 1:
-                found.append({"cells": places, "steps": [steps[place] for place in places]})
+    for checkpoints in trainings(report.recipe).values():
+        here = [(cells[one.key], step) for step, one in checkpoints if one.key in cells]
+        if len(here) > 1:
+            places, steps = map(list, zip(*here, strict=True))
+            found.append({"cells": places, "steps": steps})
     return found
 
 
@@ -336,8 +332,7 @@ def _figures(reports: Sequence[Report]) -> list[str]:
         if metric in metrics:
             figures.append((name, draw_entropy(reports, metric)))
     for report in reports:
-        longest = max(report.recipe.selection.alpha)
-        figures += [one for one in training_figures(report) if one[0].endswith(f"-{longest:g}")]
+        figures += training_figures(report, longest=True)
     images = [
         f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{_svg(figure)}">'
         for name, figure in figures

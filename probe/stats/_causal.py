@@ -11,9 +11,8 @@ edges change anything at all when they are as before is a third question, and `a
     'no sign'
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -378,12 +377,7 @@ def questions_needed(damages: Array, effect: float) -> int | None:
     return int(np.ceil(of_questions / room)) if room > 0 and of_questions > 0 else None
 
 
-def judged_test(
-    edges: Sequence[EdgeTest],
-    sets: Sequence[SetTest],
-    acting: Sequence[ActingEdge] = (),
-    tried: Mapping[str, int] = MappingProxyType({}),
-) -> CausalTest:
+def judged_test(edges: Sequence[EdgeTest], sets: Sequence[SetTest]) -> CausalTest:
     """Adjust the p-values of all tests of a pair together, and say what follows.
 
     Tests without a fair comparison count among the tests, and have no verdict.
@@ -398,8 +392,6 @@ def judged_test(
             replace(row, p_holm=p, verdict=_verdict(row.verdict, p, row.damage - row.matched))
             for row, p in zip(sets, adjusted[len(edges) :], strict=True)
         ),
-        tuple(acting),
-        dict(tried),
     )
 
 
