@@ -21,6 +21,7 @@ from probe.files import write_where_asked
 from probe.models import Graph, Node
 from probe.report._problems import QuestionEdges, compared_problems, question_edges
 from probe.report._report import Report
+from probe.report._strength import add_up
 
 QUESTIONS = 20
 """Of so many questions, those whose edges changed most, there are graphs of their own."""
@@ -84,9 +85,7 @@ def write_graphs(report: Report, folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ProbeError(f"{folder} is a file; graphs go into a folder, or give .parquet or .dot")
-    entries = {
-        slug: entry for entry in _known(folder / INDEX) if (slug := str(entry.get("slug", "")))
-    }
+    entries = {str(entry["slug"]): entry for entry in _known(folder / INDEX) if entry.get("slug")}
     folder.mkdir(parents=True, exist_ok=True)
     texts = {(one.pair, one.benchmark, one.id): one.question for one in compared_problems(report)}
     for pair in report.recipe.pairs:
@@ -115,9 +114,7 @@ def block_scores(edges: EdgeScores) -> Blocks:
     )
     found = torch.zeros(len(edges), len(names), len(names), dtype=torch.float64)
     for place, scores in enumerate(edges.scores):  # one by one: those of heads are large
-        parts = torch.zeros(len(names), scores.shape[1], dtype=torch.float64)
-        parts.index_add_(0, rows, scores.double())
-        found[place].index_add_(1, columns, parts)
+        found[place] = add_up(scores.double(), rows, columns, found[place].shape)
     return Blocks(names, found)
 
 

@@ -154,12 +154,24 @@ def _whole_blocks(edges: EdgeScores) -> tuple[Array, Graph]:
     for scores in edges.scores:  # one by one: those of heads and experts are large
         scores = scores.double()
         if rows is not None and columns is not None:
-            parts = scores.new_zeros(len(graph.sources), scores.shape[1]).index_add_(
-                0, rows, scores
-            )
-            scores = torch.zeros_like(total).index_add_(1, columns, parts)
+            scores = add_up(scores, rows, columns, total.shape)
         total += scores.abs()
     return (total / len(edges.scores)).numpy(), graph
+
+
+def add_up(
+    scores: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, shape: torch.Size
+) -> torch.Tensor:
+    """Scores of parts [source, target], added up to those of wholes.
+
+    Args:
+        scores: Of the parts.
+        rows: Of which whole each source is a part.
+        columns: Of which each target is.
+        shape: How many wholes there are.
+    """
+    parts = scores.new_zeros(shape[0], scores.shape[1]).index_add_(0, rows, scores)
+    return scores.new_zeros(shape).index_add_(1, columns, parts)
 
 
 def _wholes(nodes: Sequence[str], wholes: Sequence[str]) -> torch.Tensor:
