@@ -612,9 +612,9 @@ def report(runs: tuple[str, ...], style: str, output: str | None) -> None:
     """
     from pathlib import Path
 
-    from probe.report import build_report, print_report, write_report
+    from probe.report import print_report, read_report, write_report
 
-    reports = [build_report(run) for run in runs]
+    reports = [read_report(run) for run in runs]
     if output is None:
         print_report(reports, style)
     else:
@@ -682,13 +682,13 @@ def plot(runs: tuple[str, ...], output: str | None) -> None:
     from pathlib import Path
 
     from probe.escaping import PlainConsole
-    from probe.report import build_report, write_figures
+    from probe.report import read_report, write_figures
     from probe.run import progress_bar
     from probe.store import RunFolder
 
     if output is None and len(runs) > 1:
         raise ProbeError("figures of several runs need a place: give --output FOLDER")
-    reports = [build_report(run) for run in runs]
+    reports = [read_report(run) for run in runs]
     folder = Path(output) if output else RunFolder(reports[0].path).figures()
     with progress_bar(PlainConsole(stderr=True)) as progress:
         files = write_figures(reports, folder, progress)

@@ -52,6 +52,8 @@ def printable(text: str) -> str:
 
     A tab and other ends of a line become a space, so that words stay apart.
     """
+    if text.isascii() and text.isprintable():
+        return text  # as most are: a report prints some ten thousand
     spaced = re.sub("\r\n?|[\t\v\f\u2028\u2029]", " ", text)
     return _SURROGATES.sub("\ufffd", _COMMANDS.sub("", spaced))
 
@@ -124,4 +126,5 @@ class PlainConsole(Console):
     ) -> Iterable[Segment]:
         """Turn anything into segments, each without control characters."""
         for segment in super().render(renderable, options):
-            yield segment if segment.control else segment._replace(text=printable(segment.text))
+            text = segment.text if segment.control else printable(segment.text)
+            yield segment if text == segment.text else segment._replace(text=text)

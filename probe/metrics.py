@@ -12,15 +12,17 @@ on how many there are; `probe.stats` compares it between two models.
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from probe.errors import ProbeError, not_known
 from probe.registry import Registry
 from probe.vocabulary import BINS
+
+if TYPE_CHECKING:
+    import torch
 
 EPS = 1e-10
 
@@ -33,11 +35,11 @@ class Entries:
 
     def __init__(
         self,
-        scores: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        scores: "torch.Tensor",
+        mask: "torch.Tensor | None" = None,
         *,
         dense: bool = False,
-        entropies: torch.Tensor | None = None,
+        entropies: "torch.Tensor | None" = None,
     ) -> None:
         """Take scores apart.
 
@@ -119,7 +121,7 @@ class Entries:
         return other
 
 
-def activation_intensity(scores: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+def activation_intensity(scores: "torch.Tensor", mask: "torch.Tensor | None" = None) -> float:
     """Mean of |W| over sequences and entries (Eq. 14)."""
     return compute_metric("activation_intensity", scores, mask)
 
@@ -130,7 +132,7 @@ def intensities(edges: Entries) -> Array:
 
 
 def information_complexity(
-    scores: torch.Tensor, mask: torch.Tensor | None = None, *, bins: int = BINS
+    scores: "torch.Tensor", mask: "torch.Tensor | None" = None, *, bins: int = BINS
 ) -> float:
     """Shannon entropy, in nats, of the histogram of |W|, all sequences pooled (Eq. 15).
 
@@ -146,7 +148,7 @@ def strengths(edges: Entries) -> Array:
     return edges.strengths
 
 
-def distribution_kurtosis(scores: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+def distribution_kurtosis(scores: "torch.Tensor", mask: "torch.Tensor | None" = None) -> float:
     """Excess kurtosis of each sequence's entries, averaged over sequences (Eq. 16).
 
     Population moments. NaN if a sequence's entries are all equal.
@@ -170,7 +172,7 @@ def whole_kurtoses(edges: Entries) -> Array:
         return fourth / variance**2
 
 
-def sample_diversity(scores: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+def sample_diversity(scores: "torch.Tensor", mask: "torch.Tensor | None" = None) -> float:
     """1 - Pearson correlation of two sequences' matrices, averaged over all pairs (Fig. 3a).
 
     NaN for fewer than two sequences.
@@ -194,7 +196,7 @@ def distances(edges: Entries) -> Array:
 
 
 def output_entropy(
-    scores: torch.Tensor, mask: torch.Tensor | None = None, *, bins: int = BINS
+    scores: "torch.Tensor", mask: "torch.Tensor | None" = None, *, bins: int = BINS
 ) -> float:
     """Information complexity of the edges into the final node alone (Fig. 3b).
 
@@ -210,7 +212,7 @@ def output_strengths(edges: Entries) -> Array:
     return edges.output
 
 
-def token_entropy(entropies: torch.Tensor) -> float:
+def token_entropy(entropies: "torch.Tensor") -> float:
     """Mean entropy of the next-token distribution at the scored tokens: Fig. 3b's other reading.
 
     Args:
@@ -405,7 +407,7 @@ def metric_named(name: str) -> Metric:
 
 
 def compute_metric(
-    name: str, scores: torch.Tensor, mask: torch.Tensor | None = None, *, bins: int = BINS
+    name: str, scores: "torch.Tensor", mask: "torch.Tensor | None" = None, *, bins: int = BINS
 ) -> float:
     """Compute the paper's number of a metric of edges, by its name.
 

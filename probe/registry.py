@@ -9,7 +9,7 @@ A package that is installed can do so too: it names a module as an entry point o
 """
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import Generic, TypeVar, overload
+from typing import ClassVar, Generic, TypeVar, overload
 
 from probe.errors import ProbeError, UnknownNameError, not_known, reason
 
@@ -22,6 +22,9 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 class Registry(MutableMapping[str, Record], Generic[Record]):
     """Records of one kind by name, those of plugins included."""
+
+    _as_shipped: ClassVar[bool] = True
+    """Whether every registry still holds what ships, and no more."""
 
     def __init__(
         self,
@@ -71,7 +74,7 @@ class Registry(MutableMapping[str, Record], Generic[Record]):
             raise ProbeError(f"{self._kind} {name!r} is no {self._record.__name__}: {record!r}")
         if name in self._rows:
             raise ProbeError(f"there is a {self._kind} {name!r} already; give another name")
-        self._rows[name] = record
+        self[name] = record
         return record
 
     def __getitem__(self, name: str) -> Record:
@@ -88,10 +91,12 @@ class Registry(MutableMapping[str, Record], Generic[Record]):
 
     def __setitem__(self, name: str, record: Record) -> None:
         """Put a record in the place of another."""
+        Registry._as_shipped = False
         self._rows[name] = record
 
     def __delitem__(self, name: str) -> None:
         """Take a record out."""
+        Registry._as_shipped = False
         del self._rows[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -103,6 +108,12 @@ class Registry(MutableMapping[str, Record], Generic[Record]):
         """How many there are."""
         PLUGINS.load()
         return len(self._rows)
+
+    @staticmethod
+    def as_shipped() -> bool:
+        """Whether nothing was added to any registry of this process, taken out or exchanged."""
+        PLUGINS.load()
+        return Registry._as_shipped
 
     def __or__(self, other: Mapping[str, Record]) -> dict[str, Record]:
         """Both tables as one."""

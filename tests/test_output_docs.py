@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from probe.metrics import METRICS, TOKEN_METRICS
 from probe.recipe import read_recipe
-from probe.report import FORMATS
+from probe.report import FORMATS, build_report
 from probe.report import _report as report
 from probe.solutions import Selection, Solution
 from probe.stats import Agreement, Estimate, Influence, MeasuredEdge
@@ -50,7 +50,7 @@ def test_the_fields_of_estimates():
 
 
 def test_the_fields_of_the_report(half_run):
-    table = report.build_report(half_run.path).table
+    table = build_report(half_run.path).table
     assert documented("report.json") == list(table)
     assert table["schema"] == report.REPORT_SCHEMA
     assert f"It is {SCHEMA}, and grows" in TEXT
@@ -72,7 +72,8 @@ def test_the_files_of_edges(half_run):
 
 def test_the_fields_of_the_record(tmp_path):
     record = open_record(RunFolder(tmp_path / "run"), read_recipe("tiny-math"), fresh=False)
-    later = ["solved", "residual_error"]  # which come with the solutions and the edges
+    # Which come with the solutions, the edges and the report.
+    later = ["solved", "residual_error", "report"]
     assert documented("run.json") == [*record, *later]
 
 

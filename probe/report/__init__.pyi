@@ -1,8 +1,7 @@
+from ._building import build_report as build_report
 from ._causal import causal_from as causal_from
 from ._causal import causal_sentence as causal_sentence
 from ._causal import causal_tables as causal_tables
-from ._circuit import STRONGER as STRONGER
-from ._circuit import WEAKER as WEAKER
 from ._circuit import draw_circuit as draw_circuit
 from ._circuit import draw_strongest as draw_strongest
 from ._curves import curves_table as curves_table
@@ -10,7 +9,6 @@ from ._curves import draw_curves as draw_curves
 from ._export import export_run as export_run
 from ._extras import EXTRAS as EXTRAS
 from ._extras import Extra as Extra
-from ._extras import ExtraTable as ExtraTable
 from ._extras import check_extras as check_extras
 from ._extras import extra_tables as extra_tables
 from ._figures import draw_diversity as draw_diversity
@@ -34,9 +32,13 @@ from ._rendering import print_faithfulness as print_faithfulness
 from ._rendering import print_report as print_report
 from ._rendering import render as render
 from ._rendering import write_report as write_report
+from ._report import ExtraTable as ExtraTable
 from ._report import Report as Report
-from ._report import build_report as build_report
 from ._scatter import draw_scatter as draw_scatter
+from ._stored import keep_report as keep_report
+from ._stored import read_report as read_report
+from ._strength import STRONGER as STRONGER
+from ._strength import WEAKER as WEAKER
 from ._strength import Strength as Strength
 from ._strength import read_strengths as read_strengths
 from ._terminal import table_view as table_view

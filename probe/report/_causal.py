@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pydantic import TypeAdapter, ValidationError
 
 from probe.recipe import Recipe
-from probe.report._extras import ExtraTable
+from probe.report._report import ExtraTable
 from probe.stats import UNBALANCED, ActingEdge, CausalTest, EdgeTest, Interval, SetTest
 from probe.store import Damaged, RunFolder, causal_file
 

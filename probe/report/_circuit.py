@@ -24,13 +24,9 @@ from probe.attribution import ScoredEdge
 from probe.escaping import figure as escape
 from probe.models import Node
 from probe.report._picture import Picture
-from probe.report._strength import Strength
+from probe.report._strength import EDGES, STRONGER, WEAKER, Strength
 from probe.report._wording import number
 
-EDGES = 40
-"""How many edges are drawn."""
-
-STRONGER, WEAKER = "#D55E00", "#0072B2"
 _PORTS = {"q": -0.27, "k": -0.09, "v": 0.09, "": -0.2}
 """Where an arc ends at a node, from its middle, by the branch that reads."""
 

@@ -12,10 +12,10 @@ from probe.attribution import EdgeScores
 from probe.errors import ProbeError, not_known
 from probe.files import write_where_asked, write_whole
 from probe.recipe import Comparison
-from probe.report._circuit import EDGES, STRONGER, WEAKER
 from probe.report._graph_files import write_graphs
-from probe.report._report import Report, build_report
-from probe.report._strength import Strength, read_strengths
+from probe.report._report import Report
+from probe.report._stored import read_report
+from probe.report._strength import EDGES, STRONGER, WEAKER, Strength, read_strengths
 from probe.store import RunFolder
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def export_run(run: str | Path, path: Path) -> None:
     write = _FORMATS.get(path.suffix)
     if write is None:
         raise ProbeError(f"{path}: {not_known('format', path.suffix, filter(None, _FORMATS))}")
-    report = build_report(run)
+    report = read_report(run)
     if not report.cells:
         raise ProbeError(f"{report.path} has no edges of both models yet; run the recipe again")
     try:

@@ -13,10 +13,8 @@ An extra is a row of `EXTRAS`: columns, and a function of `_extra_rows` from a c
 
 import difflib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from probe.attribution import check_placed
 from probe.errors import ProbeError
 from probe.recipe import Recipe
 from probe.registry import Registry
@@ -33,6 +31,7 @@ from probe.report._extra_rows import (
     token_rows,
     weight_rows,
 )
+from probe.report._report import ExtraTable
 from probe.report._trajectory import (
     CHECKPOINT_COLUMNS,
     CHECKPOINTS,
@@ -51,24 +50,6 @@ from probe.stats import _mass as mass
 from probe.store import Missing, RunFolder
 
 _CHANGE = ("change %", "low %", "high %")
-
-
-@dataclass(frozen=True)
-class ExtraTable:
-    """A table beside the cells, that every format shows in the same way."""
-
-    title: str
-    """What it shows, in a few words."""
-
-    note: str
-    """How to read it, in a sentence or two; may be empty."""
-
-    columns: tuple[str, ...]
-    """The heading of each column."""
-
-    rows: tuple[tuple[str | float | None, ...], ...]
-    """Texts and numbers; None where a number is not defined. Numbers of one column are shown with
-    the same digits."""
 
 
 class Extra(NamedTuple):
@@ -231,6 +212,8 @@ def check_extras(recipe: Recipe) -> None:
                 "leave it out, or run without --remote"
             )
         if EXTRAS[name].needs == "tokens":
+            from probe.attribution import check_placed  # brings every method, and what they run on
+
             check_placed(recipe.attribution.method)
 
 

@@ -8,11 +8,10 @@ They need the packages booktabs and graphicx, and nothing else.
 from collections.abc import Sequence
 
 from probe.escaping import latex as escape
-from probe.report._extras import ExtraTable
 from probe.report._glossary import legend
 from probe.report._layout import extra_texts, further_tables, numeric, shared_tables, table_1
 from probe.report._opening import opening
-from probe.report._report import Report
+from probe.report._report import ExtraTable, Report
 from probe.report._wording import notes
 
 ROWS = 40

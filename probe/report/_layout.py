@@ -10,8 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from probe.metrics import METRICS, TOKEN_METRICS, metric_named
-from probe.report._extras import ExtraTable
-from probe.report._report import Report
+from probe.report._report import ExtraTable, Report
 from probe.report._wording import (
     MUCH_OF_ONE,
     SAME,

@@ -6,7 +6,6 @@
 from collections.abc import Sequence
 
 from probe.escaping import markdown as escape
-from probe.report._extras import ExtraTable
 from probe.report._glossary import legend
 from probe.report._layout import (
     CELL_TITLES,
@@ -17,7 +16,7 @@ from probe.report._layout import (
     shared_tables,
 )
 from probe.report._opening import opening
-from probe.report._report import Report
+from probe.report._report import ExtraTable, Report
 from probe.report._wording import compared, groups, heading, notes
 
 

@@ -21,7 +21,8 @@ from probe.notebook import html_table, records_frame
 from probe.recipe import Comparison, Recipe, recipe_from
 from probe.report._opening import opening
 from probe.report._problems import ComparedProblem, compared_problems
-from probe.report._report import Report, build_report
+from probe.report._report import Report
+from probe.report._stored import read_report
 from probe.stats import CONTROLS, Accuracy, Cell, control_sides
 from probe.store import Damaged, Missing, RunFolder, model_names, run_path
 
@@ -121,8 +122,8 @@ class OpenRun:
 
     @cached_property
     def report(self) -> Report:
-        """All that it has to say, computed from its edges and solutions when first asked for."""
-        return build_report(self.path)
+        """All that it has to say: as the run left it, or computed where something has changed."""
+        return read_report(self.path)
 
     @property
     def cells(self) -> Table[Cell]:

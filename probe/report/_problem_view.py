@@ -14,8 +14,8 @@ from rich.text import Text
 
 from probe.errors import ProbeError
 from probe.metrics import metric_named
-from probe.report._extras import ExtraTable
 from probe.report._problems import SOLVED, STRONGEST, ComparedProblem
+from probe.report._report import ExtraTable
 from probe.report._terminal import table_view
 from probe.report._wording import counted, number
 

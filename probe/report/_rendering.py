@@ -22,7 +22,6 @@ from probe.recipe import recipe_from
 from probe.report import _latex as latex
 from probe.report import _markdown as markdown
 from probe.report import _terminal as terminal
-from probe.report._causal import causal_tables
 from probe.report._report import Report
 from probe.report._wording import run_names
 from probe.stats import Agreement, Change, Influence
@@ -72,6 +71,8 @@ def print_faithfulness(agreements: Sequence[Agreement]) -> None:
 
 def print_causal(run: str | Path) -> None:
     """Print the causal tests of a run to standard output."""
+    from probe.report._causal import causal_tables  # computes with what scipy brings
+
     folder = RunFolder(run_path(run))
     recipe = recipe_from(folder.read_record()["recipe"], str(folder.record))
     for table in causal_tables(folder, recipe)[0]:

@@ -20,6 +20,12 @@ from probe.models import Graph, Node
 from probe.report._report import Report
 from probe.store import RunFolder
 
+EDGES = 40
+"""How many edges are drawn."""
+
+STRONGER, WEAKER = "#D55E00", "#0072B2"
+"""In which colours."""
+
 
 class ChangedEdge(NamedTuple):
     """One edge whose strength changed."""

@@ -15,11 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from probe.fitted import Fitted, open_table
-from probe.report._extras import ExtraTable
 from probe.report._glossary import legend
 from probe.report._layout import CELL_TITLES, cell_rows, extra_texts, numeric, shared_tables
 from probe.report._opening import opening
-from probe.report._report import Report
+from probe.report._report import ExtraTable, Report
 from probe.report._wording import compared, groups, heading, notes
 from probe.stats import Cell
 from probe.stats import _agreement as agreement

@@ -23,7 +23,7 @@ from probe.errors import ProbeError
 from probe.escaping import html as escape
 from probe.recipe import recipe_from
 from probe.report._rendering import render
-from probe.report._report import build_report
+from probe.report._stored import read_report
 from probe.stats import control_sides
 from probe.store import Damaged, RunFolder, check_free, model_names
 
@@ -184,7 +184,7 @@ class Viewer(ThreadingHTTPServer):
         with self._drawing:  # matplotlib draws one at a time
             stamp = run_state(name, path).stamp
             if self._pages.get(name, ("", b""))[0] != stamp:
-                self._pages[name] = stamp, render(build_report(path), "html").encode()
+                self._pages[name] = stamp, render(read_report(path), "html").encode()
             return self._pages[name][1]
 
 

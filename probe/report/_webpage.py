@@ -26,7 +26,6 @@ from probe.errors import install
 from probe.escaping import html as escape
 from probe.metrics import Array
 from probe.recipe import recipe_text
-from probe.report._extras import ExtraTable
 from probe.report._figures import ENTROPIES, draw_diversity, draw_entropy
 from probe.report._glossary import Term, glossary, legend
 from probe.report._heatmap import COLOURS, LIMITS
@@ -40,7 +39,7 @@ from probe.report._layout import (
 )
 from probe.report._opening import opening
 from probe.report._problem_panel import panel, panel_data
-from probe.report._report import Report
+from probe.report._report import ExtraTable, Report
 from probe.report._strength import Strength, read_strengths
 from probe.report._training import training_figures
 from probe.report._trajectory import trainings

@@ -20,7 +20,7 @@ from probe.errors import ProbeError, check_count
 from probe.escaping import PlainConsole
 from probe.models import Model
 from probe.recipe import Comparison
-from probe.report import build_report, causal_from
+from probe.report import build_report, causal_from, keep_report
 from probe.run._choosing import measured_on, read_sides
 from probe.run._finished import check_unchanged, recorded
 from probe.run._session import Run, recipe_host, running, said_on
@@ -115,7 +115,7 @@ def causal(
                     continue
                 found[name] = _test(session, comparison, texts[comparison.name], options)
                 gc.collect()
-        held.write_json("report.json", build_report(held.path).table)
+        keep_report(held, record, build_report(held.path))
     return found
 
 

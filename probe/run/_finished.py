@@ -20,7 +20,7 @@ from probe.recipe import (
     recipe_from,
     recipe_table,
 )
-from probe.report import build_report
+from probe.report import build_report, keep_report
 from probe.run._checks import check_methods
 from probe.run._choosing import read_sides
 from probe.run._faithfulness import EDGES
@@ -98,7 +98,7 @@ def run_faithfulness(
         with running(recipe, held, record, host, console) as session:
             measure_models(session, sides)
         report = build_report(held.path)
-        held.write_json("report.json", report.table)
+        keep_report(held, record, report)
     return report.faithfulness
 
 

@@ -22,7 +22,7 @@ from probe.models import check_model, check_pair, encode_prompt, read_tokenizer
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
 from probe.remote import Host
-from probe.report import EXTRAS, Report, build_report
+from probe.report import EXTRAS, Report, build_report, keep_report
 from probe.run._attributing import attribute_all
 from probe.run._checks import check_here, check_output
 from probe.run._choosing import select_all
@@ -167,7 +167,7 @@ def _run(
         with run.phase("report"):
             bar = run.bar("metrics", 1)
             report = build_report(folder.path)
-            folder.write_json("report.json", report.table)
+            keep_report(folder, record, report)
             bar.advance(1)
     console.print(took_line(phase_seconds(record)), soft_wrap=True)
     record["finished"] = now()

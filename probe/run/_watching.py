@@ -21,7 +21,7 @@ from probe.checkpoints import OF_FOLDER, files_state, folders_in, is_whole, trai
 from probe.errors import ProbeError
 from probe.escaping import PlainConsole
 from probe.recipe import Recipe, read_recipe
-from probe.report import Report, build_report
+from probe.report import Report, read_report
 from probe.run._run import run_recipe
 from probe.store import RunFolder
 
@@ -202,7 +202,7 @@ def _scored_before(output: Path) -> Iterator[Scored]:
     folder = RunFolder(output)
     if not folder.record.exists():
         return
-    report = build_report(output)
+    report = read_report(output)
     compared = {row.pair for row in report.accuracy}
     for pair in report.recipe.pairs:
         if pair.name in compared and not any(f"{pair.name}." in line for line in report.missing):

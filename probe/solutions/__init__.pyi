@@ -7,13 +7,13 @@ from ._imported import imported as imported
 from ._imported import match as match
 from ._selection import Selection as Selection
 from ._selection import Solution as Solution
+from ._selection import cut_off as cut_off
 from ._selection import select as select
 from ._served import BEGINNING as BEGINNING
 from ._served import Beginning as Beginning
 from ._served import Served as Served
 from ._served import ask as ask
 from ._served import find as find
-from ._solutions import cut_off as cut_off
 from ._solutions import encode_prompts as encode_prompts
 from ._solutions import graded as graded
 from ._solutions import in_threads as in_threads

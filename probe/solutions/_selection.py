@@ -17,7 +17,7 @@ and its published code differ; `convention` chooses:
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import get_args
@@ -174,3 +174,8 @@ def select(
         both_correct=len(solved),
         kept=len(kept),
     )
+
+
+def cut_off(solutions: Iterable[Solution], max_new_tokens: int) -> int:
+    """How many answers are as long as they may be: they did not end."""
+    return sum(len(solution.answer) >= max_new_tokens for solution in solutions)

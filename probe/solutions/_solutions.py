@@ -8,7 +8,7 @@ as soon as it is there, so that whoever stores them loses at most what is still 
 """
 
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import TypeVar
 
@@ -106,11 +106,6 @@ def encode_prompts(
                 f"in the model's context of {model.context}"
             )
     return prompts
-
-
-def cut_off(solutions: Iterable[Solution], max_new_tokens: int) -> int:
-    """How many answers are as long as they may be: they did not end."""
-    return sum(len(solution.answer) >= max_new_tokens for solution in solutions)
 
 
 def limits(

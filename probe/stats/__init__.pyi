@@ -25,10 +25,6 @@ from ._causal import judged_test as judged_test
 from ._causal import make_edge_test as make_edge_test
 from ._causal import make_set_test as make_set_test
 from ._causal import match_edges as match_edges
-from ._cells import LARGE_SHARE as LARGE_SHARE
-from ._cells import Accuracy as Accuracy
-from ._cells import Cell as Cell
-from ._cells import Change as Change
 from ._cells import change_of as change_of
 from ._cells import judged_accuracy as judged_accuracy
 from ._cells import judged_cells as judged_cells
@@ -48,9 +44,13 @@ from ._overlap import compare_circuits as compare_circuits
 from ._overlap import jaccard as jaccard
 from ._overlap import rank_biased_overlap as rank_biased_overlap
 from ._overlap import shares_of_edges as shares_of_edges
-from ._statistics import LEVEL as LEVEL
-from ._statistics import SMALLEST as SMALLEST
-from ._statistics import Influence as Influence
+from ._results import LARGE_SHARE as LARGE_SHARE
+from ._results import LEVEL as LEVEL
+from ._results import SMALLEST as SMALLEST
+from ._results import Accuracy as Accuracy
+from ._results import Cell as Cell
+from ._results import Change as Change
+from ._results import Influence as Influence
 from ._statistics import Interval as Interval
 from ._statistics import Statistics as Statistics
 from ._statistics import Units as Units

@@ -31,8 +31,8 @@ from probe.stats._matching import (
     treated_edges,
     two_sided,
 )
+from probe.stats._results import LEVEL
 from probe.stats._statistics import (
-    LEVEL,
     Interval,
     Units,
     flip_largest,

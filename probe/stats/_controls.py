@@ -12,10 +12,12 @@ intervals and p-values.
 
 from collections.abc import Iterable, Sequence
 from random import Random
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from probe.attribution import TokenSequence
 from probe.errors import ProbeError, not_known
+
+if TYPE_CHECKING:
+    from probe.attribution import TokenSequence
 
 Model = Literal["before", "after"]
 Answers = Literal["own", "other", "shuffled"]
@@ -129,8 +131,8 @@ def control_sides(names: Iterable[str]) -> list[ControlSide]:
 
 
 def texts_of(
-    side: ControlSide, own: Sequence[TokenSequence], texts: Sequence[TokenSequence]
-) -> list[TokenSequence]:
+    side: ControlSide, own: "Sequence[TokenSequence]", texts: "Sequence[TokenSequence]"
+) -> "list[TokenSequence]":
     """What a side is scored on: each model keeps the prompt as it tokenises it.
 
     Args:

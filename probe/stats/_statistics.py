@@ -32,18 +32,13 @@ from probe.metrics import (
     metric_named,
     paper_number,
 )
+from probe.stats._results import Influence
 from probe.vocabulary import FLIPS
 
 EXACT = 14
 """Of so many clusters and fewer, all sign flips are gone through."""
 
 SEED = 42
-LEVEL = 0.05
-"""How often a report may call a cell significant where nothing has changed."""
-
-SMALLEST = 0.01
-"""Smaller relative changes are never called significant: rounding weights to bfloat16 moves metrics
-as far, and where changes are as small as that, a few questions can hold all of them."""
 
 # As many signs at once as keep an array of them small (32 MB).
 _SIGNS = 2**22
@@ -55,20 +50,6 @@ _ROUNDING_OF_SUMS = 1e-10
 Interval = tuple[float, float]
 Units = npt.NDArray[np.int64]
 """The cluster of each question, as a number from 0 on."""
-
-
-@dataclass(frozen=True)
-class Influence:
-    """How much of a change is one question's."""
-
-    question: int | str
-    """The question that holds the largest share: its row, or, in a report, its id."""
-
-    share: float
-    """Its share of the sum of all questions' |contributions| to after - before."""
-
-    sign_survives: bool
-    """Whether the change has the same sign without it."""
 
 
 @dataclass(frozen=True)

@@ -37,16 +37,18 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from probe.attribution import EdgeScores, read_edges, write_edges
 from probe.errors import ProbeError, reason
 from probe.files import UNFINISHED, append, read_file, write_whole
 from probe.solutions import Selection, Solution
 from probe.store._digests import Damaged, sealed, unsealed
 from probe.store._run_names import temperature_file
+
+if TYPE_CHECKING:
+    from probe.attribution import EdgeScores
 
 SCHEMA = 1
 FOLDERS = ("solutions", "selection", "edges", "faithfulness", "extras", "circuits", "causal")
@@ -349,7 +351,7 @@ class RunFolder:
         """Where the edges of one side of a cell are."""
         return self.path / "edges" / f"{cell}.{side}.safetensors"
 
-    def write_part(self, path: Path, edges: EdgeScores, indices: Sequence[int], key: str) -> None:
+    def write_part(self, path: Path, edges: "EdgeScores", indices: Sequence[int], key: str) -> None:
         """Write one batch of what will be a file of edges, beside where that will be."""
         part = path.with_suffix(f".part-{indices[0]}.safetensors")
         self.write_edges(part, edges, [str(index) for index in indices], key)
@@ -359,7 +361,7 @@ class RunFolder:
         found = path.parent.glob(f"{glob.escape(path.stem)}.part-*.safetensors")
         return sorted(part for part in found if part.suffixes[-2][len(".part-") :].isdigit())
 
-    def write_edges(self, path: Path, edges: EdgeScores, ids: Sequence[str], key: str) -> None:
+    def write_edges(self, path: Path, edges: "EdgeScores", ids: Sequence[str], key: str) -> None:
         """Write scores, losses and entropies.
 
         Args:
@@ -368,6 +370,8 @@ class RunFolder:
             ids: The question of each sequence.
             key: What the edges were computed from, by `edges_key`.
         """
+        from probe.attribution import write_edges  # which needs torch, as few other files do
+
         floats = replace(
             edges,
             scores=edges.scores.float(),
@@ -379,7 +383,7 @@ class RunFolder:
         )
         self.write(path, lambda beside: write_edges(floats, beside, key, path.name))
 
-    def read_edges(self, path: Path, key: str | None = None) -> EdgeScores | None:
+    def read_edges(self, path: Path, key: str | None = None) -> "EdgeScores | None":
         """Read scores, losses and entropies; None where there is no such file.
 
         Args:
@@ -389,6 +393,8 @@ class RunFolder:
         Raises:
             Damaged: The file is torn, not as it was written, or computed from something else.
         """
+        from probe.attribution import read_edges  # which needs torch, as few other files do
+
         if not path.exists():
             return None
         try:
@@ -403,7 +409,7 @@ class RunFolder:
             raise Damaged("computed from other solutions or settings")
         return edges
 
-    def read_sides(self, comparison: str, *sides: str) -> list[EdgeScores]:
+    def read_sides(self, comparison: str, *sides: str) -> "list[EdgeScores]":
         """Edges of the same questions.
 
         Args:

@@ -10,11 +10,13 @@ import json
 import os
 import unicodedata
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from probe.attribution import TokenSequence
 from probe.errors import ProbeError
 from probe.recipe import Asked, Pair, Recipe
+
+if TYPE_CHECKING:
+    from probe.attribution import TokenSequence
 
 Text = Literal["before", "after"]
 """Whose answers both models of a pair read."""
@@ -112,7 +114,7 @@ def causal_file(pair: Pair, benchmark: str) -> str:
     return f"causal/{pair.name}.{benchmark}.json"
 
 
-def edges_key(model: str, settings: Sequence[str], sequences: Sequence[TokenSequence]) -> str:
+def edges_key(model: str, settings: Sequence[str], sequences: "Sequence[TokenSequence]") -> str:
     """A short name for all that a set of edges depends on: weights, settings, every token."""
     parts = [model, list(settings), [[s.id, list(s.prompt), list(s.answer)] for s in sequences]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
