@@ -19,7 +19,8 @@ weights, so that the shipped models differ by the training alone and not by roun
 Every stage writes into the output folder and reads the stages before it from there. Settings and
 results are collected in `training.json`. The defaults are the settings of the shipped models.
 GRPO and DPO also keep checkpoints, at their last step, at half of it and so on, for a recipe's
-`checkpoints = "tiny-math/grpo-steps#checkpoint-*"`.
+`checkpoints = "tiny-math/grpo-steps#checkpoint-*"`. The stage `pack` stores those of GRPO as what
+differs from the SFT weights, bit for bit, in `grpo-packed`: that is what ships as `grpo-steps`.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ from transformers import (
     TrainingArguments,
 )
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from probe.checkpoints import write_delta
 
 VOCABULARY = ("<pad>", "<eos>", *"0123456789+-=?;#")
 PAD, END = 0, 1
@@ -350,6 +353,12 @@ def train_dpo(output: Path, scratch: str, settings: Settings) -> dict[str, objec
     return {"pairs": len(pairs)} | fit(trainer, output / "dpo", "rewards/accuracies")
 
 
+def pack(output: Path) -> None:
+    """Store the checkpoints along GRPO as differences from the SFT weights."""
+    for folder in (output / "grpo-steps").glob("checkpoint-*"):
+        write_delta(output / "sft", folder, output / "grpo-packed" / folder.name)
+
+
 def run_stage(stage: str, output: Path, settings: Settings) -> None:
     """Run one stage, measure its model and add both to `training.json`."""
     path, start, entry = output / "training.json", time.monotonic(), dict[str, object]()
@@ -359,6 +368,8 @@ def run_stage(stage: str, output: Path, settings: Settings) -> None:
         held_out = enumerate(make_problems(settings).held_out)
         rows = [{"id": str(i), "question": p.question, "answer": p.answer} for i, p in held_out]
         (output / "problems.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    elif stage == "pack":
+        pack(output)
     elif stage in trainings:
         with tempfile.TemporaryDirectory() as scratch:
             entry = trainings[stage](output, scratch, settings)
@@ -377,7 +388,7 @@ def main() -> None:
     """Read the command line and run one stage or all of them."""
     stages = ("problems", "sft", "grpo", "dpo")
     parser = argparse.ArgumentParser(description="Train the tiny models of probe.")
-    parser.add_argument("stage", choices=(*stages, "evaluate", "all"))
+    parser.add_argument("stage", choices=(*stages, "evaluate", "pack", "all"))
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     for field in dataclasses.fields(Settings):
         option = "--" + field.name.replace("_", "-")

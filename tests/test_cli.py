@@ -121,7 +121,7 @@ def test_bash_takes_the_line_of_the_documentation(tmp_path):
         text=True,
         check=True,
     )
-    assert done.stdout.split() == ["tiny-math"]
+    assert done.stdout.split() == ["tiny-math", "tiny-math-trajectory"]
 
 
 @pytest.mark.parametrize(

@@ -10,25 +10,18 @@ read at all: its name there is a digest of its content.
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from probe.checkpoints._made import cache_folder
 from probe.errors import ProbeError
-from probe.files import at_home, write_whole
+from probe.files import write_whole
 
 SMALL = 2**20
 """Files of fewer bytes are read each time."""
-
-
-def cache_folder() -> Path:
-    """Where this package keeps what it would else have to make again."""
-    root = os.environ.get("PROBE_CACHE")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or at_home("~/.cache")) / "probe"
-    return Path(root) if root else cache
 
 
 def file_digests(paths: Iterable[Path]) -> dict[Path, str]:

@@ -9,15 +9,14 @@ cache (`PROBE_CACHE`, by default `probe` in the user's cache), where everything 
 """
 
 import io
-import shutil
-import tempfile
 from collections import Counter
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from probe.checkpoints._file_digests import cache_folder, file_digests
+from probe.checkpoints._file_digests import file_digests
+from probe.checkpoints._made import CONFIG, cache_folder, made_folder
 from probe.errors import ProbeError, install, reason
 from probe.files import at_home
 
@@ -47,27 +46,15 @@ def gguf_folder(file: Path) -> Path:
     """
     if not file.is_file():
         raise ProbeError(f"the GGUF file {str(file)!r} does not exist")
-    folder = _place(file)
-    if (folder / "config.json").is_file():
-        return folder
-    if find_spec("gguf") is None:
+    place = _place(file)
+    if find_spec("gguf") is None and not (place / CONFIG).is_file():
         raise ProbeError(f"{file} is a GGUF file, which needs: {install('gguf')}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     try:
-        _convert(file, made)
-        try:
-            made.rename(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # another process was not first
-                raise
+        return made_folder(place, lambda folder: _convert(file, folder))
     except ProbeError:
         raise
     except Exception as error:  # what a file of strangers holds may end in any
         raise ProbeError(f"cannot read the GGUF file {file}: {reason(error)}") from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-    return folder
 
 
 def _convert(file: Path, folder: Path) -> None:

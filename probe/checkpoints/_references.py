@@ -4,8 +4,9 @@ A reference is a folder, one of a trainer's output folder (`runs/grpo#checkpoint
 Face id (`org/name`, perhaps with a folder inside it and a revision, `org/name/folder@revision`), a
 model that ships with this package (`probe:tiny-math/sft`), or a GGUF file (`folder/file.gguf`),
 which is dequantised (`_gguf`). A folder or id that holds a PEFT adapter instead of a whole model
-stands for its base with the adapter merged in. Files of the hub are fetched whole and once, before
-anything is computed; what is on this machine is used as it is, without asking the network.
+stands for its base with the adapter merged in, and one with a delta for its base as training
+changed it (`_deltas`). Files of the hub are fetched whole and once, before anything is computed;
+what is on this machine is used as it is, without asking the network.
 
     >>> find_checkpoint("probe:tiny-math/sft").folder.name
     'sft'
@@ -17,6 +18,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from probe.checkpoints._deltas import DELTA, delta_folder, is_delta
 from probe.checkpoints._foreign import missing_shards, no_model, no_weights
 from probe.checkpoints._gguf import gguf_folder, is_gguf
 from probe.checkpoints._hub import HubName, cached_folder, download
@@ -61,19 +63,20 @@ def local_folder(reference: str) -> Path | None:
         ProbeError: It looks like a folder, but there is none, or it names several checkpoints.
     """
     if _is_inside(reference):
-        (reference,) = _one_of(reference)
+        reference = _one_of(reference)
     if reference.startswith(PACKAGE_PREFIX):
-        folder = PACKAGE_DATA / reference.removeprefix(PACKAGE_PREFIX)
-        if not folder.is_dir():
-            shipped = sorted(p.parent for p in PACKAGE_DATA.glob("*/*/config.json"))
-            names = ", ".join(
-                PACKAGE_PREFIX + p.relative_to(PACKAGE_DATA).as_posix() for p in shipped
-            )
+        folder = _own_path(reference)
+        if is_delta(folder):
+            return delta_folder(folder)
+        if not (folder / CONFIG).is_file():
+            names = ", ".join(_shipped())
             raise ProbeError(f"no model {reference!r} ships with probe; there are: {names}")
         return folder
     folder = at_home(reference)
     if is_gguf(reference):
         return gguf_folder(folder)
+    if is_delta(folder):
+        return delta_folder(folder)
     if folder.is_dir():
         if not any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
             raise ProbeError(no_model(folder))
@@ -86,25 +89,45 @@ def local_folder(reference: str) -> Path | None:
     return None
 
 
+def _own_path(reference: str) -> Path:
+    """The path that a reference to a folder of this machine stands for."""
+    if reference.startswith(PACKAGE_PREFIX):
+        return PACKAGE_DATA / reference.removeprefix(PACKAGE_PREFIX)
+    return at_home(reference)
+
+
+def _shipped() -> list[str]:
+    """The models that ship with the package; checkpoints of a training as one pattern."""
+    whole = {path.parent for path in PACKAGE_DATA.glob(f"*/*/{CONFIG}")}
+    names = {PACKAGE_PREFIX + path.relative_to(PACKAGE_DATA).as_posix() for path in whole}
+    for path in PACKAGE_DATA.glob(f"*/*/*/{DELTA}"):
+        outside = path.parent.parent.relative_to(PACKAGE_DATA).as_posix()
+        names.add(f"{PACKAGE_PREFIX}{outside}{OF_FOLDER}checkpoint-*")
+    return sorted(names)
+
+
 def checkpoints_in(reference: str) -> list[str]:
-    """The folders that a pattern in a trainer's output folder stands for, by the numbers in them.
+    """The checkpoints that a pattern in a trainer's output folder stands for, by their numbers.
 
     Args:
         reference: `runs/grpo#checkpoint-*`, `runs/verl#global_step_*/actor/huggingface`.
+
+    Returns:
+        References, `runs/grpo#checkpoint-100`, which keep the folder around a checkpoint.
 
     Raises:
         ProbeError: There is no such folder, or none in it that the pattern fits.
     """
     outside, _, pattern = reference.partition(OF_FOLDER)
-    folder = Path(outside).expanduser()
+    folder = _own_path(outside)
     if not folder.is_dir():
         raise ProbeError(f"folder {outside!r} does not exist, so it holds no {pattern!r}")
-    found = [str(path) for path in folders_in(folder, pattern)]
+    found = folders_in(folder, pattern)
     if not found:
         inside = sorted((path.name for path in folder.iterdir() if path.is_dir()), key=_by_number)
         listed = f"it holds {', '.join(inside[:5])}" if inside else "it holds no folder"
         raise ProbeError(f"{outside} holds no {pattern}; {listed}{' ...' * (len(inside) > 5)}")
-    return found
+    return [f"{outside}{OF_FOLDER}{path.relative_to(folder).as_posix()}" for path in found]
 
 
 def folders_in(folder: Path, pattern: str) -> list[Path]:
@@ -126,7 +149,7 @@ def _is_inside(reference: str) -> bool:
     return OF_FOLDER in reference and not Path(reference).expanduser().is_dir()
 
 
-def _one_of(reference: str) -> list[str]:
+def _one_of(reference: str) -> str:
     """The one folder that a reference with a pattern names.
 
     Raises:
@@ -135,10 +158,10 @@ def _one_of(reference: str) -> list[str]:
     found = checkpoints_in(reference)
     if len(found) > 1:
         raise ProbeError(
-            f"{reference!r} names {len(found)} checkpoints; name one of them, as "
-            f"{reference.partition(OF_FOLDER)[0]}{OF_FOLDER}{Path(found[-1]).name}"
+            f"{reference!r} names {len(found)} checkpoints; name one of them, as {found[-1]}"
         )
-    return found
+    outside, _, inside = found[0].partition(OF_FOLDER)
+    return str(_own_path(outside) / inside)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
@@ -330,7 +353,7 @@ def _cached_folder(reference: str) -> Path | None:
 def _around(reference: str, folder: Path) -> Path | None:
     """The folder that a checkpoint's folder is one of several in, if it is."""
     if _is_inside(reference):
-        return Path(reference.partition(OF_FOLDER)[0]).expanduser()
+        return _own_path(reference.partition(OF_FOLDER)[0])
     if local_folder(reference) is not None:
         return None
     inside = HubName.parse(reference).folder

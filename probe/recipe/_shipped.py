@@ -15,7 +15,7 @@ def recipe_files() -> dict[str, Path]:
     here = Path(__file__).parent.parent
     # In a wheel they lie inside the package; in a checkout, beside it.
     folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
 
 
 def shipped_models() -> list[str]:

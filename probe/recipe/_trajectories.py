@@ -6,9 +6,8 @@
 """
 
 import re
-from pathlib import Path
 
-from probe.checkpoints import checkpoints_in
+from probe.checkpoints import OF_FOLDER, checkpoints_in
 from probe.errors import ProbeError
 from probe.recipe._sections import Pair, Trajectory
 
@@ -24,7 +23,8 @@ def pairs_of(trajectory: Trajectory) -> tuple[Pair, ...]:
     """
     checkpoints = trajectory.checkpoints
     if isinstance(checkpoints, str):
-        checkpoints = _in_folder(checkpoints)
+        named = OF_FOLDER in checkpoints
+        checkpoints = tuple(checkpoints_in(checkpoints)) if named else (checkpoints,)
     if not checkpoints:
         raise ProbeError(f"trajectory {trajectory.name!r} has no checkpoints")
     steps = trajectory.steps or tuple(_step(reference) for reference in checkpoints)
@@ -46,16 +46,6 @@ def pairs_of(trajectory: Trajectory) -> tuple[Pair, ...]:
         )
         for step, reference in zip(steps, checkpoints, strict=True)
     )
-
-
-def _in_folder(pattern: str) -> tuple[str, ...]:
-    """References, as `runs/grpo#checkpoint-100`, that keep the folder around a checkpoint."""
-    outside, mark, _ = pattern.partition("#")
-    if not mark:
-        return (pattern,)
-    folder = Path(outside).expanduser()
-    found = checkpoints_in(pattern)
-    return tuple(f"{outside}#{Path(path).relative_to(folder)}" for path in found)
 
 
 def _step(reference: str) -> int:
