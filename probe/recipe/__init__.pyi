@@ -18,3 +18,4 @@ from ._sections import Shape as Shape
 from ._sections import is_address as is_address
 from ._shipped import recipe_files as recipe_files
 from ._shipped import shipped_models as shipped_models
+from ._trajectories import trainings_of as trainings_of

@@ -6,13 +6,17 @@
 """
 
 import re
+from collections.abc import Iterable
 
 from probe.checkpoints import OF_FOLDER, checkpoints_in
 from probe.errors import ProbeError
-from probe.recipe._sections import Pair, Trajectory
+from probe.recipe._sections import Asked, Comparison, Pair, Trajectory
 
 # As trainers and hub revisions have it: checkpoint-500, global_step_40, step_100, iter_0000100.
 _STEP = re.compile(r"(?:step|checkpoint|ckpt|iter)s?[-_]?(\d{1,18})", re.IGNORECASE)
+
+# What pairs of trajectories are called, and those of a watched folder.
+_NAMED = re.compile(r"(.+)-step-(\d{1,18})|(checkpoint|global_step|step)[-_](\d{1,18})(?:-.*)?")
 
 
 def pairs_of(trajectory: Trajectory) -> tuple[Pair, ...]:
@@ -53,3 +57,22 @@ def _step(reference: str) -> int:
     if not found:
         raise ProbeError(f"{reference!r} says no step, as step_100 does; give the steps beside it")
     return int(found[-1])
+
+
+def trainings_of(
+    comparisons: Iterable[Comparison],
+) -> dict[tuple[str, str, float], list[tuple[int, Comparison]]]:
+    """Steps and comparisons of each training, in order, by its name, the benchmark and alpha.
+
+    Pairs are of one where their names say so, `grpo-step-100` or a checkpoint's own folder,
+    `checkpoint-100`, and the model before is the same.
+    """
+    found: dict[tuple[str, Asked, str, float], list[tuple[int, Comparison]]] = {}
+    for one in comparisons:
+        if named := _NAMED.fullmatch(one.pair.name):
+            key = named[1] or named[3], one.pair.asked()[0], one.benchmark, one.alpha
+            found.setdefault(key, []).append((int(named[2] or named[4]), one))
+    return {
+        (name, bench, alpha): sorted(steps, key=lambda each: each[0])
+        for (name, _, bench, alpha), steps in found.items()
+    }

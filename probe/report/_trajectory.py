@@ -1,8 +1,4 @@
-"""The tables of a training: each checkpoint, and which way each metric moves along them.
-
-Pairs of one base whose names end in a step, `grpo-step-100`, are checkpoints of one training, as
-`[[trajectories]]` makes them.
-"""
+"""The tables of a training: each checkpoint, and which way each metric moves along them."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +7,7 @@ import numpy as np
 
 from probe.attribution import EdgeScores
 from probe.metrics import METRICS, TOKEN_METRICS, Array
-from probe.recipe import Comparison, Recipe
+from probe.recipe import Comparison, Recipe, trainings_of
 from probe.report._extra_rows import Case, Row, edges_of
 from probe.stats import compare_circuits
 from probe.stats._statistics import defined, flip_all, t_interval, units_of
@@ -60,7 +56,6 @@ ENOUGH_SEEDS = 5
 """From so many seeds on there is a verdict."""
 
 _SEED = re.compile(r"(.+)-seed-(\d{1,18})")
-_STEP = re.compile(r"(.+)-step-(\d{1,18})")
 _TEXTS = (("own", "after"), ("of the base", "after-on-before"))
 _LEAST = 3
 """Checkpoints, and questions, below which there is no slope."""
@@ -82,19 +77,9 @@ def trajectory_rows(folder: RunFolder, recipe: Recipe) -> list[Row]:
     return rows
 
 
-def trainings(
-    recipe: Recipe,
-) -> dict[tuple[str, str, float], list[tuple[int, Comparison]]]:
-    """Steps and comparisons of each training, in order, by its name, the benchmark and alpha."""
-    found: dict[tuple[str, str, str, float], list[tuple[int, Comparison]]] = {}
-    for one in recipe.comparisons(by="benchmark"):
-        if named := _STEP.fullmatch(one.pair.name):
-            key = named[1], one.pair.before, one.benchmark, one.alpha
-            found.setdefault(key, []).append((int(named[2]), one))
-    return {
-        (name, bench, alpha): sorted(steps, key=lambda each: each[0])
-        for (name, _, bench, alpha), steps in found.items()
-    }
+def trainings(recipe: Recipe) -> dict[tuple[str, str, float], list[tuple[int, Comparison]]]:
+    """Steps and comparisons of each training of a recipe, benchmark by benchmark."""
+    return trainings_of(recipe.comparisons(by="benchmark"))
 
 
 def seed_rows(slopes: Sequence[Row]) -> list[Row]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from probe.attribution import TokenSequence
 from probe.errors import ProbeError
-from probe.recipe import Comparison, Recipe, SelectionOptions
+from probe.recipe import Comparison, Recipe, recipe_from, trainings_of
 from probe.run._session import Run
 from probe.solutions import Selection, Solution, select
 from probe.stats import ControlSide, control_sides, texts_of
@@ -42,22 +42,31 @@ def select_all(run: Run, solutions: Mapping[tuple[str, str], Sequence[Solution]]
     A comparison without any question is left out; where all are, that is an error.
     """
     recipe, names = run.recipe, model_names(run.recipe)
+    answers = {
+        each.name: [solutions[names[asked], each.benchmark] for asked in each.pair.asked()]
+        for each in recipe.comparisons()
+    }
     sides: list[Side] = []
     left_out: dict[str, ProbeError] = {}
+    found: dict[str, Selection] = {}
     with run.phase("selection"):
-        comparisons = recipe.comparisons()
-        bar = run.bar("selection", len(comparisons))
-        for comparison in comparisons:
-            pair, benchmark, _ = comparison
-            before, after = (solutions[names[asked], benchmark] for asked in pair.asked())
+        for comparison in recipe.comparisons():
             try:
-                selection = _select(before, after, comparison.alpha, recipe.selection)
+                found[comparison.name] = _select(
+                    recipe, comparison.alpha, *answers[comparison.name]
+                )
             except ProbeError as error:
                 run.folder.leave_out(comparison.name, str(error))
+                pair, benchmark, _ = comparison
                 left_out[f"pair {pair.name}, benchmark {benchmark}: {error}"] = error
+        found |= _along_trainings(run, answers, found)
+        bar = run.bar("selection", len(answers))
+        for comparison in recipe.comparisons():
+            if comparison.name not in found:
                 continue
+            selection = found[comparison.name]
             run.folder.write_selection(comparison.name, selection)
-            old, new = cut(before, selection), cut(after, selection)
+            old, new = (cut(side, selection) for side in answers[comparison.name])
             sides += _sides(comparison, old, new, control_sides(recipe.attribution.control))
             bar.advance(1)
         for message, cause in left_out.items():
@@ -67,9 +76,57 @@ def select_all(run: Run, solutions: Mapping[tuple[str, str], Sequence[Solution]]
     return sides
 
 
+def _along_trainings(
+    run: Run, answers: Mapping[str, Sequence[Sequence[Solution]]], alone: Mapping[str, Selection]
+) -> dict[str, Selection]:
+    """The selections of checkpoints that are compared on the same questions.
+
+    Those that are scored at once have one set. Where some were scored by an earlier command, as
+    when a training is watched, the questions of the first one stay, and a later checkpoint has
+    those of them that it solves. What has none of these is compared on its own.
+
+    Args:
+        run: The run; its record has the pairs of earlier commands, too.
+        answers: The solutions before and after, by the comparison's name.
+        alone: What each comparison would be on its own, of those that can be compared.
+    """
+    whole = recipe_from(run.record["recipe"], str(run.folder.record))
+    added = [pair.name for pair in whole.pairs]
+    found: dict[str, Selection] = {}
+    for (name, benchmark, alpha), steps in trainings_of(whole.comparisons()).items():
+        here = [one.name for _, one in steps if one.name in alone]
+        there = [one for _, one in steps if one.name not in answers]
+        there.sort(key=lambda one: added.index(one.pair.name))
+        first = next(filter(None, (run.folder.read_selection(one.name) for one in there)), None)
+        if first is None and len(here) > 1:
+            before, afters = answers[here[0]][0], [answers[one][1] for one in here]
+            try:
+                together = _select(run.recipe, alpha, before, *afters)
+            except ProbeError as error:
+                run.say(
+                    f"training {name}, benchmark {benchmark}: {error}, so each checkpoint is "
+                    "compared on questions of its own"
+                )
+                continue
+            found |= dict.fromkeys(here, together)
+        elif first is not None:
+            for one in here:
+                try:
+                    found[one] = _select(run.recipe, alpha, *answers[one], within=first)
+                except ProbeError as error:
+                    run.say(f"{one}: {error}, so it is compared on questions of its own")
+    return found
+
+
 def _select(
-    before: Sequence[Solution], after: Sequence[Solution], alpha: float, options: SelectionOptions
+    recipe: Recipe,
+    alpha: float,
+    before: Sequence[Solution],
+    after: Sequence[Solution],
+    *others: Sequence[Solution],
+    within: Selection | None = None,
 ) -> Selection:
+    options = recipe.selection
     return select(
         before,
         after,
@@ -80,6 +137,8 @@ def _select(
         options.samples,
         options.seed,
         options.convention,
+        others=others,
+        within=within,
     )
 
 

@@ -1,8 +1,9 @@
 """Selection: which questions of a pair are compared, and how many answer tokens are scored.
 
 Only questions that both models solve count; of these, those of a usual length and with answers
-of similar length on both sides; of these, a random sample (paper, Eq. 10-12). The paper's text
-and its published code differ; `convention` chooses:
+of similar length on both sides; of these, a random sample (paper, Eq. 10-12). The checkpoints of a
+training have one set: the questions that the base and all of them solve. The paper's text and its
+published code differ; `convention` chooses:
 
 | | `code` (the published runs) | `paper` (the text) |
 |---|---|---|
@@ -20,10 +21,13 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import get_args
+from typing import Literal, get_args
 
 from probe.errors import ProbeError
 from probe.vocabulary import Convention
+
+ChosenBy = Literal["pair", "training", "first"]
+"""Whose answers decide which questions are compared."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,10 @@ class Selection:
     kept: int
     """How many of these passed the filters, before the sample was drawn."""
 
+    chosen_by: ChosenBy = "pair"
+    """Whose answers decided: those of this pair, of all checkpoints of its training, or of the
+    first checkpoint that was scored, as far as this one solves its questions."""
+
 
 def select(
     before: Sequence[Solution],
@@ -88,6 +96,9 @@ def select(
     samples: int = 100,
     seed: int = 42,
     convention: Convention = "code",
+    *,
+    others: Sequence[Sequence[Solution]] = (),
+    within: Selection | None = None,
 ) -> Selection:
     """Choose the questions of a pair (paper, Eq. 10-12).
 
@@ -101,70 +112,45 @@ def select(
         samples: At most this many questions are drawn.
         seed: Seed of the draw (Python's `random.Random`, as in the published runs).
         convention: `code` or `paper`.
+        others: Solutions of more models after: only what is right for each of them, beside the
+            model before, is kept, and lengths are those of all.
+        within: What an earlier pair was compared on: its questions, as far as this pair's answers
+            allow, and its lengths; nothing is drawn.
 
     Raises:
-        ProbeError: The two sides answer different questions, or no question is left.
+        ProbeError: The sides answer different questions, or no question is left.
     """
     if convention not in get_args(Convention):
         raise ProbeError(f"convention {convention!r} is not known; use code or paper")
     if alpha <= 0 or samples < 1:
         raise ProbeError(f"alpha ({alpha}) must be above 0 and samples ({samples}) at least 1")
-    other = {solution.id: solution for solution in after}
-    if (
-        len(other) != len(after)
-        or {s.id for s in before} != other.keys()
-        or len(before) != len(after)
-    ):
-        raise ProbeError(
-            "the two models' solutions are not of the same questions: every id must stand once on "
-            f"each side ({len(before)} solutions before, {len(after)} after)"
-        )
-    solved = [(s, other[s.id]) for s in before if s.correct and other[s.id].correct]
-    if not solved:
-        right = [sum(s.correct for s in side) for side in (before, after)]
-        raise ProbeError(
-            f"no question that both models solve (before {right[0]}, after {right[1]} of "
-            f"{len(before)} right): use more questions, an easier benchmark or another prompt"
-        )
-
-    lengths = [(len(b.answer), len(a.answer)) for b, a in solved]
-    mean_before, mean_after = fmean(b for b, _ in lengths), fmean(a for _, a in lengths)
-    if convention == "code":
-        reference = min(mean_before, mean_after)
+    sides = (before, after, *others)
+    solved = _solved(sides)
+    means = [fmean(len(each[side].answer) for each in solved) for side in range(len(sides))]
+    if within:
+        reference = within.reference_length
+        shortest, longest = within.minimum_length, within.maximum_length
+    elif convention == "code":
+        reference = min(means)
         shortest, longest = float(int(beta * reference)), float(int(gamma * reference))
     else:
-        reference = (mean_before + mean_after) / 2
+        reference = (means[0] + fmean(means[1:])) / 2
         shortest, longest = beta * reference, gamma * reference
-
-    kept = []
-    for (b, a), (length_before, length_after) in zip(solved, lengths, strict=True):
-        mean = (length_before + length_after) / 2
-        difference = abs(length_before - length_after)
-        if convention == "code":
-            fits = (
-                len(b.prompt) == len(a.prompt)
-                and shortest <= mean <= longest
-                and difference <= delta * mean
-            )
-        else:
-            both = (length_before, length_after)
-            fits = (
-                all(shortest <= length <= longest for length in both) and difference < delta * mean
-            )
-        if fits:
-            kept.append(b.id)
-    if convention == "code" and all(len(b.prompt) != len(a.prompt) for b, a in solved):
-        raise ProbeError(
-            f"the two models' prompts differ in length for all of the {len(solved)} questions that "
-            "both solve, so none can be compared: give one literal prompt, not chat templates"
-        )
-    if not kept:
-        raise ProbeError(
-            f"none of the {len(solved)} questions that both models solve has answers of "
-            f"{shortest:g} to {longest:g} tokens that differ by less than {delta:g} of their mean: "
-            "use more questions, or wider beta, gamma and delta"
-        )
+    bounds = shortest, longest, delta
+    kept = [
+        one.id
+        for one, *rest in solved
+        if all(_fits(one, other, bounds, convention) for other in rest)
+    ]
+    _check_left(solved, kept, bounds, convention)
     drawn = random.Random(seed).sample(kept, min(samples, len(kept)))
+    if within:
+        drawn = [name for name in within.ids if name in set(kept)]
+        if not drawn:
+            raise ProbeError(
+                f"none of the {len(within.ids)} questions that an earlier checkpoint was compared "
+                "on is left"
+            )
     return Selection(
         ids=tuple(drawn),
         reference_length=reference,
@@ -173,6 +159,86 @@ def select(
         maximum_length=longest,
         both_correct=len(solved),
         kept=len(kept),
+        chosen_by="first" if within else "training" if others else "pair",
+    )
+
+
+def _solved(sides: Sequence[Sequence[Solution]]) -> list[tuple[Solution, ...]]:
+    """The solutions of each question that all sides have right, in the order of the first side.
+
+    Raises:
+        ProbeError: They answer different questions, or there is none.
+    """
+    tables = [{solution.id: solution for solution in side} for side in sides]
+    first, *rest = sides
+    for table, side in zip(tables[1:], rest, strict=True):
+        if (
+            len(table) != len(side)
+            or {s.id for s in first} != table.keys()
+            or len(first) != len(side)
+        ):
+            raise ProbeError(
+                "the two models' solutions are not of the same questions: every id must stand once "
+                f"on each side ({len(first)} solutions before, {len(side)} after)"
+            )
+    found = [tuple(table[s.id] for table in tables) for s in first]
+    solved = [each for each in found if all(solution.correct for solution in each)]
+    if solved:
+        return solved
+    right = [sum(s.correct for s in side) for side in sides]
+    if len(sides) > 2:
+        raise ProbeError(
+            f"no question that all {len(sides)} models solve (before {right[0]}, after "
+            f"{', '.join(map(str, right[1:]))} of {len(first)} right)"
+        )
+    raise ProbeError(
+        f"no question that both models solve (before {right[0]}, after {right[1]} of "
+        f"{len(first)} right): use more questions, an easier benchmark or another prompt"
+    )
+
+
+def _fits(
+    one: Solution, other: Solution, bounds: tuple[float, float, float], convention: Convention
+) -> bool:
+    """Whether the answers of two models are of usual and similar lengths."""
+    shortest, longest, delta = bounds
+    lengths = len(one.answer), len(other.answer)
+    mean, difference = sum(lengths) / 2, abs(lengths[0] - lengths[1])
+    if convention == "code":
+        return (
+            len(one.prompt) == len(other.prompt)
+            and shortest <= mean <= longest
+            and difference <= delta * mean
+        )
+    return all(shortest <= length <= longest for length in lengths) and difference < delta * mean
+
+
+def _check_left(
+    solved: Sequence[tuple[Solution, ...]],
+    kept: Sequence[str],
+    bounds: tuple[float, float, float],
+    convention: Convention,
+) -> None:
+    """Say why no question is left, where none is.
+
+    Raises:
+        ProbeError: None is.
+    """
+    if kept:
+        return
+    shortest, longest, delta = bounds
+    of = "both models" if len(solved[0]) == 2 else f"all {len(solved[0])} models"
+    unlike = [len({len(solution.prompt) for solution in each}) > 1 for each in solved]
+    if convention == "code" and all(unlike):
+        raise ProbeError(
+            f"the two models' prompts differ in length for all of the {len(solved)} questions that "
+            f"{of.removesuffix(' models')} solve, so none can be compared: give one literal "
+            "prompt, not chat templates"
+        )
+    raise ProbeError(
+        f"none of the {len(solved)} questions that {of} solve has answers of "
+        f"{shortest:g} to {longest:g} tokens that differ by less than {delta:g} of their mean: "
+        "use more questions, or wider beta, gamma and delta"
     )
 
 

@@ -16,6 +16,7 @@ import probe
 from probe.checkpoints import PACKAGE_DATA, is_whole
 from probe.errors import ProbeError
 from probe.report import build_report
+from probe.store import RunFolder, model_names
 
 TINY = PACKAGE_DATA / "tiny-math"
 KEYS = {
@@ -81,7 +82,7 @@ def test_checkpoints_as_they_come(tmp_path):
     assert one.line.startswith("checkpoint-10: tiny-math ")
     steps.close()
 
-    shutil.rmtree(first)  # as save_total_limit does
+    first.rename(tmp_path / "first")  # taken away, as by save_total_limit
 
     def trainer():
         time.sleep(1)
@@ -96,15 +97,29 @@ def test_checkpoints_as_they_come(tmp_path):
     assert [scored.name for scored in found] == [f"checkpoint-{n}" for n in (10, 20, 30)]
     assert found[0].line == one.line
 
-    # The same numbers as of a comparison of the base with the last one alone.
+    # The same numbers as of a comparison of the base with the first one alone.
     report = build_report(runs / "probe")
     alone = probe.run_recipe(
         "tiny-math",
         tmp_path / "alone",
-        overrides=KEYS | {f"pairs.{n}.after": str(runs / "checkpoint-30") for n in (0, 1)},
+        overrides=KEYS | {f"pairs.{n}.after": str(tmp_path / "first") for n in (0, 1)},
         console=Console(file=StringIO()),
     )
-    assert numbers(report, "checkpoint-30") == numbers(alone, "sft-grpo")
+    assert numbers(report, "checkpoint-10") == numbers(alone, "sft-grpo")
+    assert numbers(report, "checkpoint-30")[-1] != numbers(alone, "sft-grpo")[-1]
+    # The later ones have its questions, as far as they solve them, and its lengths.
+    kept = RunFolder(runs / "probe")
+    chosen = [kept.read_selection(f"checkpoint-{n}.tiny-math.alpha-0.3") for n in (10, 20, 30)]
+    assert [one.chosen_by for one in chosen] == ["pair", "first", "first"]
+    names = model_names(report.recipe)
+    for one, pair in zip(chosen[1:], report.recipe.pairs[1:], strict=True):
+        solved = kept.read_whole(names[pair.asked()[1]], "tiny-math")
+        right = {solution.id for solution in solved if solution.correct}
+        assert one.ids == tuple(name for name in chosen[0].ids if name in right)
+        assert one.cut_length == chosen[0].cut_length
+    assert len(chosen[0].ids) > len(chosen[2].ids) > 5
+    tables = [table.title for table in report.extras]
+    assert "Every checkpoint" in tables
     assert len(numbers(report, "checkpoint-10")) == len(numbers(report, "checkpoint-20")) > 5
     assert numbers(report, "checkpoint-10") != numbers(report, "checkpoint-20")
     assert report.missing == ()

@@ -155,3 +155,41 @@ def test_errors():
     with pytest.raises(ProbeError, match="prompts differ in length for all of the 2 questions"):
         probe.select(right, longer)
     assert len(probe.select(right, longer, convention="paper").ids) == 2
+
+
+def side(right, length=lambda name: 20):
+    """A model's solutions of twelve questions."""
+    names = [str(number) for number in range(12)]
+    return [probe.Solution(n, [1, 2], [0] * length(n), n in right) for n in names]
+
+
+def test_several_models_after_have_one_set():
+    """What all of them solve, with lengths that fit for each; the order of them does not matter."""
+    before = side([str(n) for n in range(11)])
+    one = side([str(n) for n in range(9)], lambda n: 12 if n == "3" else 20)
+    two = side([str(n) for n in range(2, 12)], lambda n: 16)
+    found = probe.select(before, one, 0.5, others=[two])
+    assert sorted(found.ids) == list("2345678")
+    assert (found.both_correct, found.kept, found.chosen_by) == (7, 7, "training")
+    assert (found.reference_length, found.cut_length) == (16, 8)  # of the shortest answers
+    assert found == probe.select(before, two, 0.5, others=[one])
+    narrow = probe.select(before, one, 0.5, others=[two], delta=0.45)
+    assert sorted(narrow.ids) == list("245678")
+    paper = probe.select(before, one, 0.5, others=[two], convention="paper")
+    assert paper.reference_length == (20 + ((6 * 20 + 12) / 7 + 16) / 2) / 2
+    none = side([])
+    with pytest.raises(probe.ProbeError, match=r"no question that all 3 models solve .*9, 0 of 12"):
+        probe.select(before, one, others=[none])
+
+
+def test_a_later_pair_within_the_questions_of_an_earlier_one():
+    before, first = side([str(n) for n in range(11)]), side([str(n) for n in range(9)])
+    chosen = probe.select(before, first, 0.5, samples=6)
+    later = side([*"13579", "10"], lambda n: 18)
+    found = probe.select(before, later, 0.5, within=chosen)
+    assert found.ids == tuple(name for name in chosen.ids if name in "13579")
+    assert 0 < len(found.ids) < 6
+    assert found.chosen_by == "first"
+    assert (found.cut_length, found.maximum_length) == (10, 30)  # not those of 18 tokens
+    with pytest.raises(probe.ProbeError, match="none of the 6 questions that an earlier"):
+        probe.select(before, side(["10"]), 0.5, within=chosen)
