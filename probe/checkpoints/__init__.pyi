@@ -36,6 +36,7 @@ from ._weights import WeightChange as WeightChange
 from ._weights import by_kind as by_kind
 from ._weights import has_plain_weights as has_plain_weights
 from ._weights import tensor_changes as tensor_changes
+from ._weights import total_change as total_change
 from ._weights import weight_changes as weight_changes
 from ._whole import files_state as files_state
 from ._whole import is_whole as is_whole

@@ -138,6 +138,13 @@ def by_kind(changes: Sequence[WeightChange]) -> list[KindChange]:
     return found
 
 
+def total_change(changes: Sequence[WeightChange]) -> float | None:
+    """Frobenius norm of after - before beside that of before, all matrices as one."""
+    size = sum(change.size**2 for change in changes) ** 0.5
+    moved: float = sum(change.moved**2 for change in changes) ** 0.5
+    return moved / size if size else None
+
+
 def _places(reference: str) -> dict[str, Path]:
     """In which file each matrix of a checkpoint is."""
     if not has_plain_weights(reference):

@@ -215,10 +215,17 @@ def token_rows(case: Case) -> list[Row]:
 
 def weight_rows(case: Case) -> list[Row]:
     """How far each kind of matrix moved."""
+    return [tuple(vars(kind).values()) for kind in by_kind(moved_matrices(case))]
+
+
+def moved_matrices(case: Case) -> list[WeightChange]:
+    """How far each matrix of a pair moved.
+
+    Raises:
+        Missing: That was not measured.
+    """
     table = case.measured(weights_file(case.comparison.pair))
-    matrices = cast(list[dict[str, Any]], table["matrices"])
-    changes = [WeightChange(**matrix) for matrix in matrices]
-    return [tuple(vars(kind).values()) for kind in by_kind(changes)]
+    return [WeightChange(**matrix) for matrix in cast(list[dict[str, Any]], table["matrices"])]
 
 
 def edges_of(side: EdgeScores) -> Entries:

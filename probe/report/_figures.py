@@ -5,6 +5,7 @@
     diversity       inter-sample diversity in every experiment (Fig. 3a)
     output-entropy  output entropy per alpha, before and after (Fig. 3b), and with it
     token-entropy   its other definition, where it was recorded
+    training.NAME   each checkpoint of a training: accuracy and every metric against the step
 
 Colours are those that colour-blind readers tell apart (Okabe and Ito; cividis), and nothing hangs
 on them: in grey, lightness, line styles, fillings and sides still tell all.
@@ -31,7 +32,8 @@ from probe.report._heatmap import draw_heatmap
 from probe.report._picture import Picture, plain_axes
 from probe.report._report import Report
 from probe.report._strength import read_strengths
-from probe.report._training import training_figures
+from probe.report._training import count_trainings, training_figures
+from probe.report._trajectory import trainings
 from probe.report._wording import (
     compared,
     diversity_cells,
@@ -50,6 +52,9 @@ ENTROPIES = {
 
 PAIRS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"))
 """Colour and marker of each pair of a report, again from the start if there are more."""
+
+ABREAST = 5
+"""Panels of different pairs in a line."""
 
 
 def write_figures(
@@ -76,7 +81,8 @@ def write_figures(
         raise ProbeError("there is nothing to draw yet: no cell of the run is complete")
     metrics = {cell.metric for report in reports for cell in report.cells}
     progress = progress or Progress(disable=True)
-    task = progress.add_task("figures", total=2 * len(cells) + 1 + len(metrics & {*ENTROPIES}))
+    total = 2 * len(cells) + 1 + len(metrics & {*ENTROPIES})
+    task = progress.add_task("figures", total=total + sum(map(count_trainings, reports)))
     files = []
 
     def write(figure: Figure, name: str) -> None:
@@ -113,16 +119,27 @@ def _write(figure: Figure, path: Path) -> list[Path]:
 
 
 def draw_diversity(reports: Sequence[Report]) -> Figure:
-    """Draw how inter-sample diversity changed in every experiment, and on average (Fig. 3a)."""
+    """Draw how inter-sample diversity changed in every experiment, and on average (Fig. 3a).
+
+    The checkpoints of a training are together, and each is named beside its row.
+    """
     cells = [cell for cell in diversity_cells(reports) if cell.change is not None]
-    pairs = list(dict.fromkeys(cell.pair for cell in cells))
-    cells.sort(key=lambda cell: pairs.index(cell.pair))
+    along = {
+        one.pair.name: name
+        for report in reports
+        for (name, *_), steps in trainings(report.recipe).items()
+        for _, one in steps
+    }
+    pairs = list(dict.fromkeys(along.get(cell.pair, cell.pair) for cell in cells))
+    places = [pairs.index(along.get(cell.pair, cell.pair)) for cell in cells]
+    order = sorted(range(len(cells)), key=lambda index: places[index])
+    cells, places = [cells[index] for index in order], [places[index] for index in order]
     # A gap between the pairs.
-    heights = [place + 0.6 * pairs.index(cell.pair) for place, cell in enumerate(cells)]
+    heights = [row + 0.6 * place for row, place in enumerate(places)]
     figure = Picture((7.2, 1.9 + 0.23 * max(heights, default=0)), layout="constrained", dpi=160)
     axes = figure.subplots()
-    for height, cell in zip(heights, cells, strict=True):
-        colour, marker = PAIRS[pairs.index(cell.pair) % len(PAIRS)]
+    for height, place, cell in zip(heights, places, cells, strict=True):
+        colour, marker = PAIRS[place % len(PAIRS)]
         change = 100 * (cell.change or 0)
         if cell.interval:
             ends = [100 * end for end in cell.interval]
@@ -157,7 +174,9 @@ def draw_diversity(reports: Sequence[Report]) -> Figure:
         handles.append(Line2D([], [], color="0.5", ls=":", lw=1.2, label=label))
         text += f"\npublished: {published_average(reports)}"
     axes.set_title(f"Inter-sample diversity\n{text}", fontsize=10, loc="left")
-    axes.set_yticks(heights, [f"{c.benchmark}, alpha {c.alpha:g}" for c in cells], fontsize=8)
+    names = [f"{cell.pair}, " if cell.pair in along else "" for cell in cells]
+    labels = [f"{n}{c.benchmark}, alpha {c.alpha:g}" for n, c in zip(names, cells, strict=True)]
+    axes.set_yticks(heights, labels, fontsize=8)
     axes.set_ylim(max(heights, default=0) + 0.6, -0.6)
     axes.set_xlabel("change (%), with its 95 % interval; filled: improved", fontsize=9)
     plain_axes(axes, "x")
@@ -167,6 +186,8 @@ def draw_diversity(reports: Sequence[Report]) -> Figure:
 
 def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> Figure:
     """Draw an output entropy per alpha, before and after, a panel per pair and benchmark (Fig. 3b).
+
+    Each benchmark begins a line of panels, and many pairs, as of a training, have several.
 
     Args:
         reports: What to draw.
@@ -187,13 +208,16 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
     for (benchmark, _), cells in panels.items():
         values = (value for cell in cells for value in (cell.paper.before, cell.paper.after))
         tops[benchmark] += [value for value in values if value is not None and np.isfinite(value)]
-    rows, columns = len(benchmarks), len(pairs)
+    columns = min(len(pairs), ABREAST)
+    lines = -(-len(pairs) // columns)
+    rows = lines * len(benchmarks)
     figure = Picture((0.8 + 2.5 * columns, 1.1 + 2.2 * rows), layout="constrained", dpi=160)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.ravel():
         axes.set_axis_off()
     for (benchmark, pair), cells in panels.items():
-        axes = grid[benchmarks.index(benchmark), pairs.index(pair)]
+        line, column = divmod(pairs.index(pair), columns)
+        axes = grid[lines * benchmarks.index(benchmark) + line, column]
         axes.set_axis_on()
         places = np.arange(len(cells))
         before = [np.nan if cell.paper.before is None else cell.paper.before for cell in cells]
@@ -224,7 +248,7 @@ def draw_entropy(reports: Sequence[Report], metric: str = "output_entropy") -> F
         # Side by side means to be compared; and there is room for the numbers above.
         axes.set_ylim(0, 1.2 * max([*tops[benchmark], 1e-9]))
         plain_axes(axes, "y")
-        if pair == pairs[0]:
+        if column == 0:
             axes.set_ylabel("nats", fontsize=9)
     handles, texts = axes.get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside lower center", ncols=2, frameon=False, fontsize=9)

@@ -46,6 +46,19 @@ def training_figures(report: Report, longest: bool = False) -> Iterator[tuple[st
         report: The report of a run.
         longest: Whether to draw the largest alpha only.
     """
+    for name, title, steps, cells, rows in _drawn(report, longest):
+        yield name, _draw(title, steps, cells, rows)
+
+
+def count_trainings(report: Report) -> int:
+    """How many such figures there are."""
+    return sum(1 for _ in _drawn(report))
+
+
+def _drawn(
+    report: Report, longest: bool = False
+) -> Iterator[tuple[str, str, dict[str, int], list[Cell], list[Accuracy]]]:
+    """Name and title of each figure; the step of each pair, its cells and accuracies."""
     for (name, benchmark, alpha), found in trainings(report.recipe).items():
         if longest and alpha < max(report.recipe.selection.alpha):
             continue
@@ -56,7 +69,7 @@ def training_figures(report: Report, longest: bool = False) -> Iterator[tuple[st
         if len({cell.pair for cell in cells}) < 2:
             continue
         title = f"{name} on {benchmark}, alpha {alpha:g}"
-        yield f"training.{name}.{benchmark}.alpha-{alpha:g}", _draw(title, steps, cells, rows)
+        yield f"training.{name}.{benchmark}.alpha-{alpha:g}", title, steps, cells, rows
 
 
 def _draw(
@@ -79,6 +92,7 @@ def _draw(
     for axes in panels:
         if logarithmic:
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
         plain_axes(axes, "y")
         axes.set_xlabel("step", fontsize=8)
     handles, texts = panels[1].get_legend_handles_labels()

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from probe.attribution import EdgeScores
+from probe.checkpoints import total_change
 from probe.metrics import METRICS, TOKEN_METRICS, Array
 from probe.recipe import Comparison, Recipe, trainings_of
-from probe.report._extra_rows import Case, Row, edges_of
+from probe.report._extra_rows import Case, Row, divergence_rows, edges_of, moved_matrices
 from probe.stats import compare_circuits
 from probe.stats._statistics import defined, flip_all, t_interval, units_of
 from probe.stats._trajectory import question_slopes
@@ -31,14 +32,20 @@ COLUMNS = (
 
 CHECKPOINTS = "Every checkpoint"
 CHECKPOINTS_NOTE = (
-    "Accuracy over all questions; the rest over the scored ones, each model on its own answers: "
-    "loss and token entropy in nats a token, and what became of the intensity. Overlap: Jaccard "
-    "index of the strongest tenth of edges, with the base and with the checkpoint before, over the "
-    "questions that they share. Step 0 is the base, on the first checkpoint's questions."
+    "Accuracy over all questions; the rest over the scored ones, which all checkpoints share where "
+    "there are such. Each model on its own answers: loss and token entropy in nats a token, and "
+    "what became of the intensity; on base text: the same where both read the base's answers "
+    "(with the cross-text control). KL(checkpoint || base) of the next token on the base's "
+    "answers, in nats, mean over tokens and then questions, with a 95 % t interval (with the "
+    "table token-kl). Moved: norm of the change of all matrices beside theirs (with the table "
+    "weights). Overlap: Jaccard index of the strongest tenth of edges, with the base and with the "
+    "checkpoint before it, over the questions that they share. Step 0 is the base, on the "
+    "first checkpoint's questions."
 )
 CHECKPOINT_COLUMNS = (
     *("benchmark", "training", "alpha", "step", "accuracy", "loss", "token entropy"),
-    *("intensity %", "overlap base", "overlap last", "questions"),
+    *("intensity %", "on base text %", "KL", "KL low", "KL high", "moved"),
+    *("overlap base", "overlap previous checkpoint", "questions"),
 )
 
 SEEDS = "Across seeds"
@@ -159,14 +166,40 @@ def checkpoint_rows(folder: RunFolder, recipe: Recipe) -> list[Row]:
             where = (benchmark, name, alpha)
             if last is None:
                 state = _state(case, 0, before)
-                rows.append((*where, 0, *state, None, None, None, len(before)))
+                rows.append((*where, 0, *state, *[None] * 8, len(before)))
             change = _intensity(before, after)
             beside = None if last is None else _overlap(last, after)
             overlaps = _overlap(before, after), beside
+            apart = _on_base_text(case), *_divergence(case), _moved(case)
             state = _state(case, 1, after)
-            rows.append((*where, step, *state, change, *overlaps, len(after)))
+            rows.append((*where, step, *state, change, *apart, *overlaps, len(after)))
             last = after
     return rows
+
+
+def _on_base_text(case: Case) -> float | None:
+    """The change of the intensity where the checkpoint reads the base's answers, in percent."""
+    try:
+        return _intensity(*case.sides("before", "after-on-before"))
+    except Missing:  # nobody asked for the control
+        return None
+
+
+def _divergence(case: Case) -> Row:
+    """How far the checkpoint's next token is from the base's, on the base's answers; its ends."""
+    try:
+        (row,) = divergence_rows(case)
+    except Missing:  # nobody asked for it
+        return (None, None, None)
+    return row[:3]
+
+
+def _moved(case: Case) -> float | None:
+    """How far the weights are from the base's, beside their norm."""
+    try:
+        return total_change(moved_matrices(case))
+    except Missing:  # nobody asked for it
+        return None
 
 
 def _state(case: Case, side: int, edges: EdgeScores) -> tuple[float | None, float, float]:

@@ -7,9 +7,18 @@ import subprocess
 from dataclasses import replace
 
 import pytest
+from rich.progress import Progress
 
 from probe.recipe import recipe_from
-from probe.report import build_report, read_strengths, render, training_figures, write_figures
+from probe.report import (
+    build_report,
+    draw_diversity,
+    draw_entropy,
+    read_strengths,
+    render,
+    training_figures,
+    write_figures,
+)
 from probe.stats import Accuracy
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -122,3 +131,55 @@ out.id = "seen";
 out.textContent = JSON.stringify(seen);
 document.body.append(out);
 }</script>"""
+
+
+def test_diversity_names_each_checkpoint_of_a_training(report):
+    """One colour of a training, and its checkpoints beside their rows."""
+    some = next(cell for cell in report.cells)
+    cells = [
+        replace(some, metric="sample_diversity", pair=pair, control="", change=0.1, interval=None)
+        for pair in ("rl-step-1", "other", "rl-step-2", "rl-step-100")
+    ]
+    axes = draw_diversity([replace(report, cells=tuple(cells))]).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        *(f"rl-step-{step}, tiny-math, alpha 0.5" for step in STEPS),
+        "tiny-math, alpha 0.5",
+    ]
+    colours = [line.get_color() for line in axes.lines if line.get_marker() in "os"]
+    assert len(set(colours[:3])) == 1
+    assert colours[3] != colours[0]
+    legend = [text.get_text() for text in axes.figure.legends[0].get_texts()]
+    assert legend == ["rl", "other", "average +10.0 %"]
+
+
+def test_many_checkpoints_have_several_lines_of_panels(report):
+    some = next(cell for cell in report.cells if cell.metric == "activation_intensity")
+    cells = [
+        replace(some, metric="token_entropy", pair=f"rl-step-{step}", control="", benchmark=name)
+        for name in ("one", "two")
+        for step in range(12)
+    ]
+    figure = draw_entropy([replace(report, cells=tuple(cells))], "token_entropy")
+    shown = [axes for axes in figure.axes if axes.axison]
+    assert len(shown) == 24
+    assert {axes.get_subplotspec().get_gridspec().get_geometry() for axes in shown} == {(6, 5)}
+    titles = {axes.get_title(): axes.get_subplotspec().num1 for axes in shown}
+    assert titles["rl-step-5 on one"] == 5
+    assert titles["rl-step-0 on two"] == 15
+    assert figure.get_size_inches()[0] < 14
+
+
+def test_steps_are_plain_numbers(report):
+    ((_, figure),) = training_figures(report)
+    figure.canvas.draw()
+    ticks = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert {"1", "10", "100"} <= set(ticks)
+
+
+def test_the_bar_of_figures_counts_trainings(report, tmp_path, monkeypatch):
+    monkeypatch.setattr("probe.report._figures.read_strengths", lambda report: ())
+    progress = Progress(disable=True)
+    write_figures([report], tmp_path, progress)
+    (task,) = progress.tasks
+    assert task.completed == 2  # diversity, and the training
+    assert task.total == 2 + 2 * len(STEPS)  # and of each checkpoint, its edges and its circuit

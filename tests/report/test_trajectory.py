@@ -8,10 +8,13 @@ import scipy.stats
 import torch
 
 from probe.attribution import EdgeScores
+from probe.checkpoints import WeightChange
 from probe.models import Graph
 from probe.recipe import recipe_from
 from probe.report import extra_tables
 from probe.report._trajectory import SEED_COLUMNS, seed_rows
+from probe.solutions import Selection
+from probe.store import states_file, weights_file
 
 STEPS = (1, 10, 100, 1000)
 IDS = "abcdefgh"
@@ -73,11 +76,49 @@ def test_every_checkpoint_has_a_row(half_run):
         pytest.approx(-90, abs=1e-4),
     ]
     assert [row["overlap base"] for row in rows[:4]] == [None, 1, 1, 1]
-    assert [row["overlap last"] for row in rows[:4]] == [None, None, 1, 1]
-    assert rows[4]["overlap last"] == rows[4]["overlap base"] < 0.5
+    assert [row["overlap previous checkpoint"] for row in rows[:4]] == [None, None, 1, 1]
+    assert rows[4]["overlap previous checkpoint"] == rows[4]["overlap base"] < 0.5
     assert [row["questions"] for row in rows] == [8, 8, 8, 8, 5]
     assert [row["loss"] for row in rows] == [1] * 5
     assert [row["accuracy"] for row in rows] == [None] * 5  # there are no solutions
+
+
+def test_what_was_measured_beside_the_edges_is_in_the_row_of_its_checkpoint(half_run):
+    """KL and weights of some checkpoints; what was not measured is left open."""
+    recipe = training()
+    plant(half_run, lambda row: -0.5)
+    for step in STEPS:  # on the base's answers all scores double
+        edges = half_run.edges_file(f"rl-step-{step}.tiny-math.alpha-0.5", "before")
+        base = half_run.read_edges(edges)
+        twice = replace(base, scores=2 * base.scores)
+        other = half_run.edges_file(f"rl-step-{step}.tiny-math.alpha-0.5", "after-on-before")
+        half_run.write_edges(other, twice, list(IDS), "key")
+    pair = recipe.pairs[1]
+    lengths = Selection(tuple(IDS), 9, 3, 1, 9, 8, 8)  # three tokens are scored
+    half_run.write_selection(f"{pair.name}.tiny-math.alpha-0.5", lengths)
+    tokens = np.random.default_rng(3).random((8, 5))
+    for text, values in (("before", tokens), ("after", 7 * tokens)):
+        table = {"key": "k", "ids": list(IDS), "divergences": values.tolist()}
+        half_run.write_json(states_file(pair, "tiny-math", text), table)
+    matrices = [("a", 4, 3.0, 1.0, 0), ("b", 4, 4.0, 2.0, 1)]  # name, entries, size, moved, equal
+    moved = [vars(WeightChange(*matrix)) for matrix in matrices]
+    half_run.write_json(weights_file(pair), {"key": "k", "matrices": moved})
+    tables, _ = extra_tables(half_run, recipe)
+    (table,) = (table for table in tables if table.title == "Every checkpoint")
+    rows = {
+        row["step"]: row for row in (dict(zip(table.columns, r, strict=True)) for r in table.rows)
+    }
+    means = tokens[:, :3].mean(1)
+    half = scipy.stats.t.ppf(0.975, 7) * means.std(ddof=1) / 8**0.5
+    row = rows[10]
+    assert [row["KL"], row["KL low"], row["KL high"]] == pytest.approx(
+        [means.mean(), means.mean() - half, means.mean() + half]
+    )
+    assert row["moved"] == pytest.approx(5**0.5 / 5)
+    assert row["on base text %"] == pytest.approx(100, abs=1e-4)
+    for step in (0, 1, 100):
+        assert [rows[step][name] for name in ("KL", "KL low", "KL high", "moved")] == [None] * 4
+    assert rows[0]["on base text %"] is None
 
 
 def test_a_planted_drift_is_found(half_run):

@@ -481,3 +481,32 @@ def test_answers_that_do_not_end_are_told(tmp_path):
         assert sum(len(json.loads(text)["answer"]) >= 26 for text in before) == row.cut_off[0]
     few = replace(report.accuracy[0], cut_off=(4, 4))
     assert not any("did not end" in line for line in caveats(replace(report, accuracy=(few,))))
+
+
+@pytest.mark.slow
+def test_the_shipped_training(tmp_path):
+    """What its documentation says is there."""
+    with open(os.devnull, "w") as nowhere:
+        quiet = Console(file=nowhere)
+        report = probe.run_recipe("tiny-math-trajectory", tmp_path / "run", console=quiet)
+    assert report.missing == ()
+    tables = {table.title: table for table in report.extras}
+    every, along = tables["Every checkpoint"], tables["Along the training"]
+    rows = [dict(zip(every.columns, row, strict=True)) for row in every.rows]
+    slopes = [dict(zip(along.columns, row, strict=True)) for row in along.rows]
+    assert [row["step"] for row in rows] == [0, 9, 18, 37, 75, 150, 300, 600]
+    assert len({row["questions"] for row in rows}) == 1  # one set for all
+    assert rows[0]["questions"] > 50
+    # Greedy answers get worse before they get better; the weights go one way.
+    accuracy = [row["accuracy"] for row in rows]
+    assert min(accuracy) < accuracy[0] - 0.05 < accuracy[0] + 0.05 < accuracy[-1]
+    moved = [row["moved"] for row in rows[1:]]
+    assert moved == sorted(moved)
+    for row in rows[1:]:
+        assert 0 < row["KL low"] < row["KL"] < row["KL high"]
+        assert row["on base text %"] is not None
+    assert {(row["text"], row["metric"]) for row in slopes} >= {
+        ("own", "intensity"),
+        ("of the base", "intensity"),
+    }
+    assert {row["checkpoints"] for row in slopes} == {7}
