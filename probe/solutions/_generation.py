@@ -14,6 +14,7 @@ completes a stop string, or at the limit of that prompt. This last token belongs
     ...         print(answer.place, model.tokenizer.decode(answer.tokens))
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,10 +31,13 @@ from probe.tracing import generate_tokens
 from probe.vocabulary import Decoding, Engine
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
 
 CONTINUOUS_ON = ("cuda",)
 """Kinds of device where `auto` is continuous."""
+
+PIECE = 32
+"""After so many tokens, the rows of a static batch that have ended leave it."""
 
 
 class Answer(NamedTuple):
@@ -276,18 +280,12 @@ def _static(
             config = ending.config(longest)
             beside = over(model.settings, vars(config))
             generated = generate_tokens(model, input_ids, attention_mask, config, criteria, beside)
-        else:
-            drawn = drawn_with(seed + places[0], model.device)
-            with torch.inference_mode(), drawn, _own_settings(model, ending):
-                config = ending.config(longest)
-                generated = model.network._module.generate(
-                    input_ids=input_ids.to(model.device),
-                    attention_mask=attention_mask.to(model.device),
-                    generation_config=config,
-                    stopping_criteria=criteria,
-                )
-        rows: list[list[int]] = generated[:, width:].tolist()
-        return rows
+            rows: list[list[int]] = generated[:, width:].tolist()
+            return rows
+        batch = _Batch(input_ids.to(model.device), attention_mask.to(model.device), criteria)
+        drawn = drawn_with(seed + places[0], model.device)
+        with torch.inference_mode(), drawn, _own_settings(model, ending):
+            return _written(model, batch, ending, longest, [limits[place] for place in places])
 
     calls = (partial(write, places) for places in batches)
     for places, rows in zip(batches, in_flight(calls, model.jobs), strict=True):
@@ -296,6 +294,84 @@ def _static(
             for place, row in zip(places, rows, strict=True)
             if place in wanted
         ]
+
+
+class _Batch(NamedTuple):
+    """Prompts that run together, filled up on the left."""
+
+    tokens: torch.Tensor
+    """[row, token]."""
+
+    mask: torch.Tensor
+    """What of that is a prompt's; the same shape."""
+
+    criteria: "StoppingCriteriaList"
+    """What ends a row beside an end token."""
+
+
+def _written(
+    model: Model, batch: _Batch, ending: Ending, longest: int, limits: Sequence[int]
+) -> list[list[int]]:
+    """What a batch writes, row by row; a row may go on behind its end.
+
+    A batch lasts as long as its longest answer, and each row costs. So it is written in pieces, and
+    between two of them the rows that have ended leave it.
+    """
+    network, tokens, mask = model.network._module, batch.tokens, batch.mask
+    width = tokens.shape[1]
+    cache = _cache_of(model) if ending.own is None else None
+    rows = list(range(len(tokens)))
+    found: list[list[int]] = [[] for _ in rows]
+    while True:
+        done = tokens.shape[1] - width
+        piece = longest - done if cache is None else min(PIECE, longest - done)
+        tokens = network.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            generation_config=ending.config(piece),
+            stopping_criteria=batch.criteria,
+            **({} if cache is None else {_cache_name(network): cache}),
+        )
+        for row, written in zip(rows, tokens[:, width:].tolist(), strict=True):
+            found[row] = written
+        left = [
+            place
+            for place, row in enumerate(rows)
+            if len(found[row]) < limits[row] and not _has_ended(found[row], done, ending)
+        ]
+        if cache is None or not left or tokens.shape[1] - width >= longest:
+            return found
+        new = tokens.shape[1] - mask.shape[1]
+        mask = torch.cat([mask, mask.new_ones(len(mask), new)], 1)
+        if len(left) < len(rows):
+            chosen = torch.tensor(left, device=tokens.device)
+            tokens, mask = tokens[chosen], mask[chosen]
+            cache.batch_select_indices(chosen)
+            rows = [rows[place] for place in left]
+
+
+def _has_ended(written: Sequence[int], done: int, ending: Ending) -> bool:
+    """Whether an answer ends behind so many of its tokens."""
+    return any(ending.ended(written[:length]) for length in range(done + 1, len(written) + 1))
+
+
+def _cache_of(model: Model) -> "DynamicCache | None":
+    """An empty cache from which rows can be taken; None where a model keeps more than keys."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    network = model.network._module
+    if not (_cache_name(network) and network._supports_default_dynamic_cache()):
+        return None
+    cache = DynamicCache(config=network.config.get_text_config(decoder=True))
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return cache if all(type(layer) in plain for layer in cache.layers) else None
+
+
+def _cache_name(network: torch.nn.Module) -> str:
+    """What a model calls its cache, which some versions of transformers do in another way."""
+    known = inspect.signature(network.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in known), "")
 
 
 def _continuous(

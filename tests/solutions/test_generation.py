@@ -1,3 +1,4 @@
+import inspect
 import random
 import threading
 
@@ -47,6 +48,38 @@ def test_an_engine_is_plain_greedy_decoding(tiny, prompts, engine):
         assert found[place] == plain_greedy(tiny, prompt, limits[place])
     assert any(len(found[place]) == limits[place] for place in found)
     assert any(tiny.tokenizer.eos_token_id in tokens for tokens in found.values())
+
+
+def test_rows_that_have_ended_leave_a_static_batch(tiny, prompts, monkeypatch):
+    stop = ("50",)
+    whole = answers(tiny, prompts, engine="static", stop=stop)
+    network, rows = tiny.network._module, []
+    forward = network.forward
+
+    def counted(*given, **named):
+        rows.append(len(named["input_ids"]))
+        return forward(*given, **named)
+
+    counted.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(network, "forward", counted)
+    for piece in (64, 5, 1):
+        monkeypatch.setattr(probe.solutions._generation, "PIECE", piece)
+        rows.clear()
+        assert answers(tiny, prompts, engine="static", stop=stop) == whole
+        lengths = [len(tokens) for tokens in whole.values()]
+        # A row stays to the end of the piece in which it ends; the batch, to its last row.
+        pieces = [min(-(-length // piece) * piece, max(lengths)) for length in lengths]
+        assert len(rows) == max(lengths)
+        assert sum(rows) == (len(lengths) * max(lengths) if piece == 64 else sum(pieces))
+
+
+def test_only_a_cache_of_keys_alone_lets_rows_go(tmp_path):
+    """What a linear attention or a convolution keeps is no row of keys."""
+    kinds = {}
+    for name in ("llama", "gemma2", "lfm2"):
+        model = probe.load_model(str(save_small_model(tmp_path / name, name)))
+        kinds[name] = probe.solutions._generation._cache_of(model) is not None
+    assert kinds == {"llama": True, "gemma2": True, "lfm2": False}
 
 
 @pytest.mark.parametrize("name", MODELS)
