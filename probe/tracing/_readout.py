@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 LOGITS_BYTES = 64 * 2**20
 
 
+NEGLIGIBLE = 50.0
+"""What is e to the minus this beside the largest adds nothing that float64 would know, however many
+tokens there are of it."""
+
+
 def settle(away: bool, device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
     """Tensors where the model is; from here on in the precision that they have.
 
@@ -61,15 +66,39 @@ def losses_at(
     for row, label, column in zip(logits, labels, columns, strict=True):
         label, column = label[label != -100], column[label != -100]
         scored = row[column].to(temperatures.dtype)  # [scored, token]
-        own = scored.gather(1, label[:, None])[:, 0]
-        # As many temperatures at once as keep [temperature, scored, token] small (128 MB).
-        parts = temperatures.to(logits.device).split(max(1, 2**24 // scored.numel()))
-        losses = [
-            ((scored / part[:, None, None]).logsumexp(2) - own / part[:, None]).mean(1)
-            for part in parts
-        ]
-        found.append(torch.cat(losses))
+        top = scored.amax(1, keepdim=True)
+        own = scored.gather(1, label[:, None]) - top
+        inverse = 1 / temperatures.to(logits.device)
+        found.append((_log_sums(scored - top, inverse) - own[:, 0] * inverse[:, None]).mean(1))
     return torch.stack(found, 1)
+
+
+def _log_sums(below: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Logarithms of the sums of exp(logit / temperature): [temperature, scored].
+
+    Of a vocabulary, a low temperature leaves few tokens that count; so these are sorted.
+
+    Args:
+        below: How far each logit is below the largest, [scored, token].
+        inverse: 1 / temperature.
+    """
+    below = below.sort(1, descending=True).values
+    least = (NEGLIGIBLE / inverse).expand(len(below), -1).contiguous()
+    counts = torch.searchsorted(-below, least).amax(0).clamp(min=1).tolist()
+    # So many numbers at once as a processor has near itself, or as a GPU needs to be busy.
+    size = 2**24 if below.is_cuda else 2**17
+    rows = min(len(below), max(1, size // below.shape[1]))
+    at_once = max(1, size // (rows * below.shape[1]))
+    found = []
+    for part in below.split(rows):
+        sums = [
+            (part[:, : max(counts[start : start + at_once])] * some[:, None, None]).exp_().sum(2)
+            for start, some in zip(
+                range(0, len(inverse), at_once), inverse.split(at_once), strict=True
+            )
+        ]
+        found.append(torch.cat(sums).log())
+    return torch.cat(found, 1)
 
 
 class Objective:

@@ -26,6 +26,7 @@ from probe.tracing import (
     radau,
     rule_of,
 )
+from probe.tracing._readout import losses_at
 
 SEQUENCES = [
     probe.TokenSequence([5, 61, 33, 7, 90, 12], [44, 8, 71]),
@@ -462,3 +463,24 @@ def test_even_points_are_exact_for_parabolas_and_follow_what_is_rough():
             slopes = step * (1 - step) / 0.008
             errors.append(abs(float((rule(AUTO_STEPS).weights * slopes).sum()) - 1))
     assert max(rough) < max(smooth)
+
+
+@pytest.mark.parametrize("tokens", [3, 70_000])
+def test_losses_at_temperatures_are_those_of_divided_logits(tokens):
+    """With a large vocabulary most of it is left out where it cannot count; no loss knows."""
+    torch.manual_seed(tokens)
+    logits = 4 * torch.randn(2, 6, tokens)
+    logits[0, 1, 2] += 40  # sure of it
+    logits[0, 2] = logits[0, 2, 0]  # of all alike
+    logits[1, 3, 1] = -torch.inf  # never
+    columns = torch.tensor([[0, 1, 2, 4], [3, 5, 0, 0]])
+    labels = torch.tensor([[1, 2, 0, 2], [0, 2, -100, -100]])
+    temperatures = torch.tensor([1 / 64, 0.3, 1.0, 1.0001, 7.0, 64.0], dtype=torch.float64)
+    found = losses_at(logits, columns, labels, temperatures)
+    assert found.dtype == torch.float64
+    for place, temperature in enumerate(temperatures):
+        for row in range(2):
+            known = labels[row] != -100
+            rows = logits[row, columns[row][known]].double() / temperature
+            expected = torch.nn.functional.cross_entropy(rows, labels[row][known])
+            assert float(found[place, row]) == pytest.approx(float(expected), rel=1e-12)
