@@ -1,14 +1,15 @@
 """Opening: what a report says first, in sentences that need no table and no other page.
 
-Of each pair: what became of its answers, what became of its inside, under controls too; then how
-far that can be trusted, and where to look next. Every format shows these lines as they are.
+Of each pair, or of all checkpoints of a training together: what became of its answers, what became
+of its inside, under controls too; then how far that can be trusted, and where to look next. Every
+format shows these lines as they are.
 
     >>> for finding in opening([report]):
     ...     print(finding.subject, dict(finding.lines)["Accuracy"])
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from probe.metrics import METRICS, TOKEN_METRICS
 from probe.recipe import Pair
 from probe.report._report import Report
+from probe.report._trajectory import trainings
 from probe.report._wording import (
     compared,
     counted,
@@ -31,6 +33,9 @@ from probe.stats import Accuracy, Cell
 
 MAIN = "activation_intensity"
 """The metric that the sentence on the inside is about."""
+
+TOLD_AS_ONE = 3
+"""From so many compared checkpoints on, a training is one subject; before, each is its own."""
 
 GOOD_RANKS = 0.9
 """Below this Spearman correlation with exact effects no single edge is called a finding."""
@@ -80,8 +85,16 @@ def _findings(report: Report) -> list[Finding]:
         return _accuracy_findings(report)
     rows = {(row.benchmark, row.pair): row for row in report.accuracy}
     tested = report.recipe.report.resamples > 0
+    along = _along(report)
+    said: set[tuple[str, str]] = set()
     found = []
     for benchmark, pair, cells in groups(report):
+        if (benchmark, pair.name) in along:
+            name, steps = along[benchmark, pair.name]
+            if (benchmark, name) not in said:
+                said.add((benchmark, name))
+                found.append(_training_finding(report, benchmark, name, steps))
+            continue
         row = rows.get((benchmark, pair.name))
         lines = [("Accuracy", _accuracy_sentence(row))] if row else []
         lines += [
@@ -91,6 +104,79 @@ def _findings(report: Report) -> list[Finding]:
         questions = f"{row.questions} questions of " if row else ""
         found.append(Finding(f"{_models(pair)} on {questions}{benchmark}", tuple(lines)))
     return found
+
+
+def _along(report: Report) -> dict[tuple[str, str], tuple[str, list[tuple[int, Pair]]]]:
+    """By benchmark and pair, the name of a training that is told as one, and its checkpoints."""
+    compared_there = {(benchmark, pair.name) for benchmark, pair, _ in groups(report)}
+    found: dict[tuple[str, str], tuple[str, list[tuple[int, Pair]]]] = {}
+    for (name, benchmark, _), steps in trainings(report.recipe).items():
+        there = [(n, one.pair) for n, one in steps if (benchmark, one.pair.name) in compared_there]
+        if len(there) >= TOLD_AS_ONE:
+            found |= {(benchmark, pair.name): (name, there) for _, pair in there}
+    return found
+
+
+def _training_finding(
+    report: Report, benchmark: str, name: str, steps: Sequence[tuple[int, Pair]]
+) -> Finding:
+    """What is said of the checkpoints of a training on a benchmark, all together."""
+    step_of = {pair.name: step for step, pair in steps}
+    rows = [r for r in report.accuracy if r.benchmark == benchmark and r.pair in step_of]
+    cells = [c for c in report.cells if c.benchmark == benchmark and c.pair in step_of]
+    tested = report.recipe.report.resamples > 0
+    last, pair = max(step_of[cell.pair] for cell in cells), steps[-1][1]
+    inside = _inside_sentence([cell for cell in cells if step_of[cell.pair] == last])
+    raw = [cell for cell in cells if (cell.metric, cell.control) == (MAIN, "")]
+    longest = max((cell.alpha for cell in raw), default=0.0)
+    sure = [step_of[c.pair] for c in raw if c.alpha == longest and c.significant]
+    if sure:
+        inside += (
+            f" The raw change is beyond chance at {len(sure)} of {len(steps)} checkpoints, first "
+            f"at step {min(sure)}."
+        )
+    lines = [("Accuracy", _accuracy_along(rows, step_of))] if rows else []
+    lines += [
+        ("Inside", f"at step {last}, {inside}"),
+        ("All cells", _cells_sentence(cells, tested)),
+    ]
+    questions = f"{rows[0].questions} questions of " if rows else ""
+    base = pair.before.rstrip("/").split("/")[-1]
+    method = f" ({pair.method})" if pair.method else ""
+    subject = f"{base} → {name}{method}, {len(steps)} checkpoints to step {last}"
+    return Finding(f"{subject}, on {questions}{benchmark}", tuple(lines))
+
+
+def _accuracy_along(rows: Sequence[Accuracy], step_of: Mapping[str, int]) -> str:
+    """What became of the answers along a training, and how often that is sure."""
+    rows = sorted(rows, key=lambda row: step_of[row.pair])
+    last = rows[-1]
+    words = f"from {100 * last.before:.1f} to {100 * last.after:.1f} % at step {step_of[last.pair]}"
+    ends = (("least", min(rows, key=_right)), ("most", max(rows, key=_right)))
+    told = [
+        f"{what} {100 * row.after:.1f} % at step {step_of[row.pair]}"
+        for what, row in ends
+        if row is not last
+    ]
+    words = "; ".join((words, *told))
+    if all(row.p_value is None for row in rows):
+        return f"{words}."
+    better, worse = (
+        sum(row.significant is True and (row.after > row.before) is way for row in rows)
+        for way in (True, False)
+    )
+    return (
+        f"{words}. Of {counted(len(rows), 'checkpoint')} {better} {_is(better)} significantly "
+        f"better than the base, and {worse} {_is(worse)} worse."
+    )
+
+
+def _right(row: Accuracy) -> float:
+    return row.after
+
+
+def _is(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _models(pair: Pair) -> str:
@@ -174,6 +260,8 @@ def _cells_sentence(cells: Sequence[Cell], tested: bool) -> str:
     moved = [cell for cell in known if cell.change and (cell.significant or not tested)]
     metrics, alphas = (len({getattr(c, name) for c in known}) for name in ("metric", "alpha"))
     what = f"{counted(metrics, 'metric')} at {counted(alphas, 'alpha')}"
+    if (pairs := len({cell.pair for cell in known})) > 1:
+        what += f" of {counted(pairs, 'checkpoint')}"
     beyond = " beyond chance" if tested else ""
     if not moved:
         return f"none of {len(known)} ({what}) moved{beyond}."

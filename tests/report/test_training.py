@@ -14,6 +14,7 @@ from probe.report import (
     build_report,
     draw_diversity,
     draw_entropy,
+    opening,
     read_strengths,
     render,
     training_figures,
@@ -183,3 +184,36 @@ def test_the_bar_of_figures_counts_trainings(report, tmp_path, monkeypatch):
     (task,) = progress.tasks
     assert task.completed == 2  # diversity, and the training
     assert task.total == 2 + 2 * len(STEPS)  # and of each checkpoint, its edges and its circuit
+
+
+def test_a_training_is_told_as_one(report):
+    """Where accuracy went, the inside of its last checkpoint, and since when that is sure."""
+    cells = [
+        replace(cell, significant=cell.pair == "rl-step-100" and cell.control == "")
+        for cell in report.cells
+    ]
+    right = {1: (0.3, 0.001, True), 2: (0.45, 0.4, False), 100: (0.6, 0.01, True)}
+    rows = [
+        replace(row, after=after, p_value=p, significant=sure)
+        for row, (after, p, sure) in zip(report.accuracy, right.values(), strict=True)
+    ]
+    told, trust = opening([replace(report, cells=tuple(cells), accuracy=tuple(rows))])
+    assert trust.subject == "How sure, and what next"
+    assert told.subject == "b → rl, 3 checkpoints to step 100, on 200 questions of tiny-math"
+    lines = dict(told.lines)
+    assert lines["Accuracy"] == (
+        "from 50.0 to 60.0 % at step 100; least 30.0 % at step 1. Of 3 checkpoints 1 is "
+        "significantly better than the base, and 1 is worse."
+    )
+    assert lines["Inside"].startswith("at step 100, intensity, the mean strength of an edge, fell")
+    assert "At equal loss the change is -25.0 %" in lines["Inside"]
+    assert lines["Inside"].endswith("beyond chance at 1 of 3 checkpoints, first at step 100.")
+    assert lines["All cells"].startswith("2 of 6 (2 metrics at 1 alpha of 3 checkpoints) moved")
+
+
+def test_two_checkpoints_are_told_one_by_one(report):
+    cells = tuple(cell for cell in report.cells if cell.pair != "rl-step-2")
+    *told, _ = opening([replace(report, cells=cells)])
+    assert [one.subject for one in told] == [
+        f"b → rl@step_{step} on 200 questions of tiny-math" for step in (1, 100)
+    ]
