@@ -170,6 +170,21 @@ def test_blocks_of_flips_give_the_same(monkeypatch):
     assert flip_all([(parts, np.arange(64))], 1000) == whole
 
 
+@pytest.mark.parametrize("clusters", [15, 16, 41, 300])
+def test_sums_that_are_looked_up_are_those_of_signs(clusters):
+    """The flips are the same bits of one generator, one by one."""
+    parts = np.random.default_rng(clusters).normal(0.1, 1, (clusters, 3))
+    parts[:, 2] = 1.0  # ties: many flips have the same sum
+    bits = np.unpackbits(
+        np.frombuffer(np.random.default_rng([42, 1]).bytes(500 * clusters // 8 + 1), np.uint8)
+    )
+    signs = bits[: 500 * clusters].reshape(500, clusters) * 2.0 - 1
+    extreme = (np.abs(signs @ parts) >= np.abs(parts.sum(0)) * (1 - 1e-12)).sum(0)
+    units = np.arange(clusters)
+    found = flip_all([(column, units) for column in parts.T], 500)
+    assert found == pytest.approx(((1 + extreme) / 501).tolist())
+
+
 def test_flips_of_several_sizes_at_once():
     random = np.random.default_rng(3)
     tests = [(random.normal(0.5, 1, size), np.arange(size)) for size in (5, 9, 5)]
