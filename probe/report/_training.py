@@ -14,12 +14,17 @@ from probe.escaping import figure as escape
 from probe.metrics import metric_named
 from probe.report._picture import Picture, plain_axes
 from probe.report._report import Report
-from probe.report._trajectory import trainings
+from probe.report._trajectory import CHECKPOINTS, trainings
 from probe.stats import Accuracy, Cell, Interval
 
 EQUAL = "equal loss"
 _LOOKS = {"": ("#0072B2", "o", "-"), EQUAL: ("#D55E00", "s", "--")}
 _WORDS = {"": "as it is", EQUAL: "at equal loss"}
+_MEASURED = (
+    ("KL to the base (nats)", "KL", "KL low", "KL high", 1),
+    ("weights moved (%)", "moved", "", "", 100),
+)
+"""What else has a panel: its title, the columns of the table of checkpoints, and their scale."""
 _APART = 20
 """Steps whose largest is so many times the smallest stand on a logarithmic axis."""
 
@@ -46,8 +51,8 @@ def training_figures(report: Report, longest: bool = False) -> Iterator[tuple[st
         report: The report of a run.
         longest: Whether to draw the largest alpha only.
     """
-    for name, title, steps, cells, rows in _drawn(report, longest):
-        yield name, _draw(title, steps, cells, rows)
+    for one in _drawn(report, longest):
+        yield one.name, _draw(one)
 
 
 def count_trainings(report: Report) -> int:
@@ -55,10 +60,30 @@ def count_trainings(report: Report) -> int:
     return sum(1 for _ in _drawn(report))
 
 
-def _drawn(
-    report: Report, longest: bool = False
-) -> Iterator[tuple[str, str, dict[str, int], list[Cell], list[Accuracy]]]:
-    """Name and title of each figure; the step of each pair, its cells and accuracies."""
+class _Drawing(NamedTuple):
+    """What a figure shows."""
+
+    name: str
+    """The figure's name."""
+
+    title: str
+    """What stands above it."""
+
+    steps: Mapping[str, int]
+    """The step of each pair."""
+
+    cells: Sequence[Cell]
+    """The cells of its checkpoints, as they are and at equal loss."""
+
+    accuracy: Sequence[Accuracy]
+    """Their accuracies."""
+
+    measured: Mapping[str, Sequence[Point]]
+    """What else is known of them, by what heads its panel."""
+
+
+def _drawn(report: Report, longest: bool = False) -> Iterator[_Drawing]:
+    """What there is to draw."""
     for (name, benchmark, alpha), found in trainings(report.recipe).items():
         if longest and alpha < max(report.recipe.selection.alpha):
             continue
@@ -69,25 +94,51 @@ def _drawn(
         if len({cell.pair for cell in cells}) < 2:
             continue
         title = f"{name} on {benchmark}, alpha {alpha:g}"
-        yield f"training.{name}.{benchmark}.alpha-{alpha:g}", title, steps, cells, rows
+        measured = _measured(report, (benchmark, name, alpha))
+        yield _Drawing(
+            f"training.{name}.{benchmark}.alpha-{alpha:g}", title, steps, cells, rows, measured
+        )
 
 
-def _draw(
-    title: str, steps: Mapping[str, int], cells: Sequence[Cell], rows: Sequence[Accuracy]
-) -> Figure:
-    metrics = list(dict.fromkeys(cell.metric for cell in cells))
+def _measured(report: Report, where: tuple[str, str, float]) -> dict[str, list[Point]]:
+    """KL and weight change of the checkpoints of a training, from their table."""
+    tables = [table for table in report.extras if table.title == CHECKPOINTS]
+    rows = [dict(zip(t.columns, row, strict=True)) for t in tables for row in t.rows]
+    found: dict[str, list[Point]] = {}
+    for row in rows:
+        if (row["benchmark"], row["training"], row["alpha"]) != where:
+            continue
+        for title, value, low, high, scale in _MEASURED:
+            middle, *ends = (row.get(name) for name in (value, low, high))
+            if isinstance(middle, float):
+                low_end, high_end = (
+                    scale * (end if isinstance(end, float) else middle) for end in ends
+                )
+                point = Point(int(row["step"] or 0), scale * middle, (low_end, high_end))
+                found.setdefault(title, []).append(point)
+    return found
+
+
+def _draw(one: _Drawing) -> Figure:
+    steps = one.steps
+    metrics = list(dict.fromkeys(cell.metric for cell in one.cells))
     columns = 3
-    lines = 1 + -(-len(metrics) // columns)
+    lines = 1 + -(-(len(metrics) + len(one.measured)) // columns)
     figure = Picture((8.4, 0.9 + 1.9 * lines), layout="constrained", dpi=160)
     grid = figure.add_gridspec(lines, columns)
     ends = min(steps.values()), max(steps.values())
     logarithmic = ends[0] > 0 and ends[1] >= _APART * ends[0]
     top = figure.add_subplot(grid[0, :])
-    _accuracy(top, steps, rows)
+    _accuracy(top, steps, one.accuracy)
     panels = [top]
-    for place, metric in enumerate(metrics):
+    for place, subject in enumerate((*metrics, *one.measured)):
         axes = figure.add_subplot(grid[1 + place // columns, place % columns])
-        _metric(axes, steps, [cell for cell in cells if cell.metric == metric])
+        if subject in one.measured:
+            axes.set_title(subject, fontsize=9, loc="left")
+            _curve(axes, one.measured[subject], "", "")
+            axes.set_ylim(bottom=0)
+        else:
+            _metric(axes, steps, [cell for cell in one.cells if cell.metric == subject])
         panels.append(axes)
     for axes in panels:
         if logarithmic:
@@ -97,12 +148,8 @@ def _draw(
         axes.set_xlabel("step", fontsize=8)
     handles, texts = panels[1].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.suptitle(
-        f"{escape(title)}\neach checkpoint against the base, with 95 % intervals over questions",
-        fontsize=10,
-        x=0.01,
-        ha="left",
-    )
+    note = "each checkpoint against the base, with 95 % intervals over questions"
+    figure.suptitle(f"{escape(one.title)}\n{note}", fontsize=10, x=0.01, ha="left")
     return figure
 
 

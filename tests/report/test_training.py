@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from probe.recipe import recipe_from
 from probe.report import (
+    ExtraTable,
     build_report,
     draw_diversity,
     draw_entropy,
@@ -82,6 +83,30 @@ def test_every_checkpoint_is_at_its_step(report):
     assert pytest.approx([band[:, 1].min(), band[:, 1].max()]) == [-100.0, 0.0]
     assert {axes.get_xscale() for axes in figure.axes} == {"log"}
     assert intensity.get_title(loc="left") == "intensity, change (%)"
+
+
+def test_what_was_measured_of_checkpoints_has_panels(report):
+    """From their table: KL with its band, and weights; those of another training are not here."""
+    columns = ("benchmark", "training", "alpha", "step", "KL", "KL low", "KL high", "moved")
+    rows = [("tiny-math", "rl", 0.5, 0, None, None, None, None)]
+    rows += [("tiny-math", "rl", 0.5, n, n / 10, n / 20, n / 5, n / 1000) for n in STEPS]
+    rows += [("tiny-math", "rl-2", 0.5, 1, 9.0, 9.0, 9.0, 9.0)]
+    table = ExtraTable("Every checkpoint", "", columns, tuple(rows))
+    ((_, figure),) = training_figures(replace(report, extras=(table,)))
+    *_, divergence, moved = figure.axes
+    assert divergence.get_title(loc="left") == "KL to the base (nats)"
+    assert moved.get_title(loc="left") == "weights moved (%)"
+    (curve,) = curves(divergence).values()
+    assert curve == pytest.approx({1: 0.1, 2: 0.2, 100: 10})
+    band = divergence.collections[0].get_paths()[0].vertices
+    assert [band[:, 1].min(), band[:, 1].max()] == pytest.approx([0.05, 20])
+    (curve,) = curves(moved).values()
+    assert curve == pytest.approx({1: 0.1, 2: 0.2, 100: 10})
+    no_kl = replace(table, rows=tuple((*row[:4], None, None, None, row[7]) for row in rows))
+    ((_, figure),) = training_figures(replace(report, extras=(no_kl,)))
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles[-1] == "weights moved (%)"
+    assert "KL to the base (nats)" not in titles
 
 
 def test_one_checkpoint_is_no_training(report):
