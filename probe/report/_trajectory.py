@@ -45,7 +45,7 @@ CHECKPOINTS_NOTE = (
 CHECKPOINT_COLUMNS = (
     *("benchmark", "training", "alpha", "step", "accuracy", "loss", "token entropy"),
     *("intensity %", "on base text %", "KL", "KL low", "KL high", "moved"),
-    *("overlap base", "overlap previous checkpoint", "questions"),
+    *("overlap base", "overlap previous", "questions"),
 )
 
 SEEDS = "Across seeds"
@@ -61,6 +61,9 @@ SEED_COLUMNS = (
 )
 ENOUGH_SEEDS = 5
 """From so many seeds on there is a verdict."""
+
+TABLES = (CHECKPOINTS, TITLE, SEEDS)
+"""The titles of all tables of trainings, in their order."""
 
 _SEED = re.compile(r"(.+)-seed-(\d{1,18})")
 _TEXTS = (("own", "after"), ("of the base", "after-on-before"))

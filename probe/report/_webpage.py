@@ -42,6 +42,7 @@ from probe.report._problem_panel import panel, panel_data
 from probe.report._report import ExtraTable, Report
 from probe.report._strength import Strength, read_strengths
 from probe.report._training import training_figures
+from probe.report._trajectory import TABLES as ALONG
 from probe.report._trajectory import trainings
 from probe.report._wording import compared, groups, heading, notes, run_names
 from probe.store import RunFolder
@@ -64,14 +65,14 @@ def page(reports: Sequence[Report]) -> str:
     """
     here = Path(__file__).with_name("webpage")
     strengths = list(_strengths(reports))
-    body = [_head(reports), *_tables(shared_tables(reports))]
+    body = [_head(reports), *_tables(shared_tables(reports)), *_along(reports)]
     problems: Mapping[str, object] = {}
     if len(reports) == 1:
         problems = panel_data(reports[0])
         body += [*_cell_tables(reports[0]), *panel(bool(problems["pairs"]))]
     body += [*_explorer(bool(strengths)), *_figures(reports)]
     for name, report in zip(run_names(reports), reports, strict=True):
-        tables = further_tables(report)
+        tables = [table for table in further_tables(report) if table.title not in ALONG]
         body += [f"<h2>{escape(name)}</h2>"] if tables and len(reports) > 1 else []
         body += _tables(tables)
     body += [*_reading(reports), *_making(reports)]
@@ -330,13 +331,25 @@ def _figures(reports: Sequence[Report]) -> list[str]:
     for metric, name in ENTROPIES.items():
         if metric in metrics:
             figures.append((name, draw_entropy(reports, metric)))
+    return ["<h2>Diversity and entropy</h2>", *_images(figures)]
+
+
+def _along(reports: Sequence[Report]) -> list[str]:
+    """Figures and tables of trainings, which say at once what many pairs' cells say one by one."""
+    body = []
     for report in reports:
-        figures += training_figures(report, longest=True)
+        tables = [table for table in report.extras if table.title in ALONG]
+        body += _images(training_figures(report, longest=True))
+        body += _tables(tables) if tables else []
+    return ["<h2>Along the training</h2>", *body] if body else []
+
+
+def _images(figures: Iterable[tuple[str, Figure]]) -> list[str]:
     images = [
         f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{_svg(figure)}">'
         for name, figure in figures
     ]
-    return ["<h2>Diversity and entropy</h2>", '<div class="figures">', *images, "</div>"]
+    return ['<div class="figures">', *images, "</div>"] if images else []
 
 
 def _svg(figure: Figure) -> str:
@@ -374,11 +387,12 @@ def _made(report: Report) -> list[str]:
             (p.name, p.method, p.before, p.after, p.max_new_tokens, p.prompt) for p in recipe.pairs
         ),
     )
-    options = recipe.selection
+    options, along = recipe.selection, bool(trainings(recipe))
     steps = (
         f"Each model answers {recipe.solutions.questions} questions of "
         f"{', '.join(choice.name for choice in recipe.benchmarks)}. Of the questions that "
-        f"both models of a pair solve at a usual length (beta {options.beta:g}, gamma "
+        f"both models of a pair{' (of a training, all)' * along} solve at a usual length (beta "
+        f"{options.beta:g}, gamma "
         f"{options.gamma:g}, delta {options.delta:g}), at most {options.samples} are scored by "
         f"{recipe.attribution.method} ({recipe.attribution.granularity}, "
         f"{recipe.attribution.ablation} ablation), each model on its own answer, cut to alpha "

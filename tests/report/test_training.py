@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from rich.progress import Progress
 
-from probe.recipe import recipe_from
+from probe.recipe import read_recipe, recipe_from
 from probe.report import (
     ExtraTable,
     build_report,
@@ -107,6 +107,22 @@ def test_what_was_measured_of_checkpoints_has_panels(report):
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles[-1] == "weights moved (%)"
     assert "KL to the base (nats)" not in titles
+
+
+def test_a_page_shows_the_training_before_the_cells_of_its_checkpoints(report, monkeypatch):
+    monkeypatch.setattr("probe.report._webpage.read_strengths", lambda report: ())
+    monkeypatch.setattr("probe.report._webpage.panel_data", lambda report: {"pairs": []})
+    columns = ("benchmark", "training", "alpha", "step")
+    table = ExtraTable("Every checkpoint", "", columns, (("tiny-math", "rl", 0.5, 7),))
+    page = render([replace(report, extras=(table,))], "html")
+    marks = ["<h2>Along the training", 'alt="training.rl.', ">Every checkpoint<"]
+    places = [page.index(mark) for mark in (*marks, "<h2>Every cell", "<h2>Diversity and")]
+    assert places == sorted(places)
+    assert all(page.count(mark) == 1 for mark in marks)
+    none = [replace(cell, pair="sft-grpo") for cell in report.cells if cell.pair == "rl-step-1"]
+    alone = read_recipe("tiny-math", {"selection.alpha": "[0.5]"})
+    page = render([replace(report, recipe=alone, cells=tuple(none), accuracy=())], "html")
+    assert "Along the training" not in page
 
 
 def test_one_checkpoint_is_no_training(report):

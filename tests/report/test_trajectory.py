@@ -76,8 +76,8 @@ def test_every_checkpoint_has_a_row(half_run):
         pytest.approx(-90, abs=1e-4),
     ]
     assert [row["overlap base"] for row in rows[:4]] == [None, 1, 1, 1]
-    assert [row["overlap previous checkpoint"] for row in rows[:4]] == [None, None, 1, 1]
-    assert rows[4]["overlap previous checkpoint"] == rows[4]["overlap base"] < 0.5
+    assert [row["overlap previous"] for row in rows[:4]] == [None, None, 1, 1]
+    assert rows[4]["overlap previous"] == rows[4]["overlap base"] < 0.5
     assert [row["questions"] for row in rows] == [8, 8, 8, 8, 5]
     assert [row["loss"] for row in rows] == [1] * 5
     assert [row["accuracy"] for row in rows] == [None] * 5  # there are no solutions
