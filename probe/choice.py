@@ -38,10 +38,10 @@ def chosen_places(choice: Choice, ids: Sequence[str]) -> list[int]:
 
 def _place(name: object, ids: Sequence[str]) -> int:
     if isinstance(name, str):
-        found = [index for index, known in enumerate(ids) if known == name]
-        if len(found) == 1:
-            return found[0]
-        many = f"{len(found)} sequences have" if found else "no sequence has"
+        count = ids.count(name)
+        if count == 1:
+            return ids.index(name)
+        many = f"{count} sequences have" if count else "no sequence has"
         raise ProbeError(f"{many} the id {name!r}; give the place of one, 0 to {len(ids) - 1}")
     if not is_number(name):
         raise ProbeError(f"{name!r} is neither a sequence's place nor its id")

@@ -19,7 +19,7 @@ from probe.recipe import read_recipe
 from probe.report import FORMATS, build_report, extra_tables, render
 from probe.report import _extra_rows as extra_rows
 from probe.report import _extras as extras
-from probe.run import check_here, make_plan
+from probe.run import check_here, gpu_times, make_plan
 from probe.tracing import _targets as targets
 
 PAGE = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def test_a_method(monkeypatch, tiny, tmp_path):
             "solutions.questions": "30",
         },
     )
-    assert make_plan(recipe).scoring_seconds > 0
+    assert gpu_times(make_plan(recipe)).scoring.low > 0
     report = probe.run_recipe(recipe, output=tmp_path / "run", console=Console(quiet=True))
     assert {metric} <= {cell.metric for cell in report.cells}
     assert {row.method for row in report.faithfulness} == {method, "eap"}

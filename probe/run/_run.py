@@ -29,10 +29,10 @@ from probe.run._choosing import select_all
 from probe.run._cluster import Cluster, cluster_of
 from probe.run._extra_passes import PASSES
 from probe.run._measuring import measure_models
+from probe.run._needs import make_plan
 from probe.run._plan import (
     check_reach,
     lengths_line,
-    make_plan,
     plan_lines,
     reading_lines,
     took_line,

@@ -1,6 +1,7 @@
 from ._answer_files import Given as Given
 from ._answer_files import GivenAnswer as GivenAnswer
 from ._answer_files import read_given as read_given
+from ._generation import PIECE as PIECE
 from ._generation import Answer as Answer
 from ._generation import generate as generate
 from ._imported import imported as imported

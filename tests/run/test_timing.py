@@ -1,6 +1,6 @@
 import io
-import itertools
 import json
+import re
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +12,8 @@ import probe
 import probe.run._timing
 import probe.store._record
 from probe.recipe import read_recipe
-from probe.run import answer_tokens, make_plan, time_batches, time_line, worth_timing
+from probe.run import Span, answer_span, make_plan, time_batches, time_line, worth_timing
+from probe.solutions import Answer
 
 
 def test_the_estimate_is_what_a_run_takes(tmp_path, monkeypatch):
@@ -22,52 +23,108 @@ def test_the_estimate_is_what_a_run_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(probe.store._record, "time", SimpleNamespace(monotonic=time.process_time))
     probe.run_recipe(recipe, tmp_path, console=Console(file=io.StringIO()))
     took = json.loads((tmp_path / "run.json").read_text())["seconds"]
-    assert found.solving / 3 < took["solutions"] < 3 * found.solving
-    assert found.scoring / 3 < took["attribution"] < 3 * found.scoring
+    assert found.solving.low / 3 < took["solutions"] < 3 * found.solving.high
+    assert found.scoring.low / 3 < took["attribution"] < 3 * found.scoring.high
+    assert found.report / 4 < took["report"] < 4 * found.report
 
 
-def tick(monkeypatch):
-    """Let all that is measured take a second of the clock, more of the CPU, and be all there is."""
-    clock, cpu = map(float, itertools.count()), map(float, itertools.count(0, 9))
-    ticking = SimpleNamespace(monotonic=lambda: next(clock), process_time=lambda: next(cpu))
-    monkeypatch.setattr(probe.run._timing, "time", ticking)
-    monkeypatch.setattr(probe.run._timing, "SECONDS", 0.5)
+def at_speed(monkeypatch, **speed):
+    """Let a processor take so many seconds for each step of writing, row of one, and token scored.
+
+    Loading takes `load` seconds; answers are as long as `lengths` says of prompt after prompt.
+    """
+    clock = [0.0]
+    ticking = SimpleNamespace(monotonic=lambda: clock[0], process_time=lambda: clock[0])
+    lengths = speed["lengths"]
+
+    def load(*_, **__):
+        clock[0] += speed["load"]
+        return model
+
+    def write(model, prompts, limits, **_):
+        long = [min(limit, lengths[place % len(lengths)]) for place, limit in enumerate(limits)]
+        clock[0] += max(long) * speed["step"] + sum(long) * speed["row"]
+        yield [Answer(place, [5] * length) for place, length in enumerate(long)]
+
+    def score(model, sequences, *_, **__):
+        clock[0] += speed["token"] * sum(each.length for each in sequences)
+        return SimpleNamespace(losses=sequences)
+
+    model = probe.load_model("probe:tiny-math/sft")
+    for name, fake in {
+        "time": ticking,
+        "load_model": load,
+        "generate": write,
+        "attribute": score,
+        "in_threads": lambda parts, _: parts,
+        "limits": lambda _, prompts, longest: [longest] * len(prompts),
+        "_right": lambda *_: Span(0.5, 0.5),
+    }.items():
+        monkeypatch.setattr(probe.run._timing, name, fake)
+
+
+SETTINGS = {
+    "solutions.questions": 400,
+    "selection.alpha": "[0.5]",
+    "attribution.control": "none",
+    "pairs.0.max_new_tokens": 1000,
+    "pairs.1.max_new_tokens": 1000,
+}
+SPEED = {"load": 0.5, "step": 1e-3, "row": 1e-4, "token": 1e-4}
+
+
+def timed(**more):
+    keys = {key.replace("__", "."): value for key, value in more.items()}
+    return time_batches(make_plan(read_recipe("tiny-math", SETTINGS | keys)))
+
+
+def test_batches_are_what_an_answer_and_the_longest_cost(monkeypatch):
+    """Not an answer's share of the first few: a batch of two costs as many steps as one of 100."""
+    at_speed(monkeypatch, lengths=[20, 30, 40], **SPEED)
+    found = timed()
+    # Three models, 400 questions in four batches; each answer stays to the end of a piece.
+    each = 0.5 + 4 * 40 * 1e-3 + 400 * 40 * 1e-4
+    assert found.solving == pytest.approx((0.5 + 3 * each, 0.5 + 3 * each), rel=0.05)
+    slow = timed(solutions__batch_size=1)
+    assert slow.solving.low > 2 * found.solving.high
 
 
 def test_what_multiplies_the_time(monkeypatch):
-    tick(monkeypatch)
-    settings = {
-        "solutions.questions": 40,
-        "selection.alpha": "[0.5]",
-        "attribution.control": "none",
-    }
-
-    def timed(**more):
-        keys = {key.replace("__", "."): value for key, value in more.items()}
-        plan = make_plan(read_recipe("tiny-math", settings | keys))
-        return time_batches(plan)
-
-    plain = timed()
-    assert plain.device.startswith(("cpu", "cuda"))
-    # The first two questions are all that is measured, and three models are asked.
-    assert plain.solving == pytest.approx(40 * 3 / 2)
-    control = timed(attribution__control="cross-text")
-    assert control.scoring == pytest.approx(2 * plain.scoring)
-    assert timed(selection__samples=1).scoring < plain.scoring
+    at_speed(monkeypatch, lengths=[20, 30, 40], **SPEED)
+    plain, control = timed(), timed(attribution__control="cross-text")
+    loads = 3 * 0.5
+    for one, both in zip(plain.scoring, control.scoring, strict=True):
+        assert both - loads == pytest.approx(2 * (one - loads))
+    assert timed(selection__samples=1).scoring.high < plain.scoring.low
     exact = timed(attribution__method="exact")
     assert exact.scoring is None
-    assert exact.solving == plain.solving
+    assert exact.solving == pytest.approx(plain.solving)
 
 
-def test_answers_that_were_cut(monkeypatch):
-    """They are taken to be as long as the plan says that they are, not as long as was measured."""
-    monkeypatch.setattr(probe.run._timing, "TOKENS", 2)
-    recipe = read_recipe("tiny-math", {"solutions.questions": 4, "pairs.0.max_new_tokens": 900})
-    tick(monkeypatch)
-    found = time_batches(make_plan(recipe))
-    # The first pair's answers may be longer, so it asks the model before apart from the second.
-    assert found.solving == pytest.approx(4 * 4 / 2 * answer_tokens(recipe.pairs[0]) / 2)
-    assert found.scoring > 0
+def test_answers_that_do_not_end_soon(monkeypatch):
+    """One of a hundred does not make all of them long; nor is it left out."""
+    at_speed(monkeypatch, lengths=[20] * 99 + [10_000], **SPEED)
+    found = timed()
+    cost = {end: 0.5 + 4 * end * 1e-3 for end in (512, 1000)}  # of the steps of four batches
+    rows = 400 * 1e-4 * (25 + 16), 400 * 1e-4 * (20 + 10 + 16)
+    assert found.solving.low == pytest.approx(0.5 + 3 * (cost[512] + rows[0]), rel=0.1)
+    assert found.solving.high == pytest.approx(0.5 + 3 * (cost[1000] + rows[1]), rel=0.1)
+    assert re.search(
+        r"solving \d+ to \d+ s, ", time_line(make_plan(read_recipe("tiny-math", SETTINGS)))
+    )
+
+
+def test_where_most_answers_are_cut(monkeypatch):
+    """A slow model's are not written to their end, and are as the plan takes them to be."""
+    at_speed(monkeypatch, **{**SPEED, "step": 1.0}, lengths=[300])
+    found = timed()
+    span = answer_span(read_recipe("tiny-math", SETTINGS).pairs[0])
+    assert span == (16 + 50, 16 + 500)
+    low = 4 * 3 * span.low + 400 * 1e-4 * (span.low + 16)
+    high = 4 * 1000 + 400 * 1e-4 * (span.high + 16)
+    assert found.solving.low == pytest.approx(0.5 + 3 * (0.5 + low), rel=0.05)
+    assert found.solving.high == pytest.approx(0.5 + 3 * (0.5 + high), rel=0.05)
+    assert found.scoring.high > 3 * found.scoring.low
 
 
 def test_where_nothing_is_measured(monkeypatch):
