@@ -23,7 +23,7 @@ from probe.concurrency import in_flight
 from probe.errors import ProbeError, check_count
 from probe.models import Graph, Model, cpu_threads
 from probe.remote import Host
-from probe.tracing import FASTEST, GRADIENT_GROUPS, MemoryMode
+from probe.tracing import FASTEST, GRADIENT_GROUPS, MemoryMode, recordable, room_for
 
 BatchSize = int | Literal["auto"]
 Result = TypeVar("Result")
@@ -33,6 +33,9 @@ ENOUGH_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 # A server sends results up to 8 MiB as it has them; for larger ones it needs a store.
 RESPONSE_BYTES = 4 * 2**20
+
+# Of what is free a recorded pass may take so much, and keep it.
+RECORDED = 0.25
 
 # What is left free for the allocator's own waste, and for what others take meanwhile.
 MARGIN = 0.9
@@ -58,7 +61,8 @@ class Batching:
         """
         if size != "auto":
             check_count("batch_size", size, ", or auto")
-        self._device = model.device
+        self._device, self._recordings = model.device, model.recordings
+        self._records = recordable(model)
         self._threads = model.threads
         self._host = model.deployment.host if model.deployment else None
         self._bytes = graph.mask.numel() * torch.promote_types(model.dtype, torch.float32).itemsize
@@ -110,12 +114,17 @@ class Batching:
         """Score one batch after the other, as many sequences together as memory allows."""
         while todo:
             length = lengths[todo[0]] * self._steps
+            if self._records:
+                # Batches of near lengths have as many rows then, and one recorded pass.
+                length = room_for(lengths[todo[0]]) * self._steps
             mode = self._mode(length)
             indices = self._alike(lengths, todo[: self.rows(length, mode)])
             try:
                 result = self._watched(len(indices) * length, mode, partial(score, indices, mode))
             except torch.OutOfMemoryError as error:
-                if len(indices) > 1:
+                if len(self._recordings):
+                    self._recordings.clear()
+                elif len(indices) > 1:
                     self._most = len(indices) * length // 2
                 elif not self._save_more():
                     raise ProbeError(
@@ -175,7 +184,7 @@ class Batching:
         if self._size == "auto":
             # A server has a GPU, if it is worth the way; how much memory is left there shows late.
             tokens = ENOUGH_TOKENS.get("cuda" if self._host else self._device.type, 1024)
-            free = free_bytes(self._device)
+            free = self._free()
             if free is not None:
                 tokens = min(tokens, int(MARGIN * free / self._costs[mode]))
             count = tokens // length
@@ -187,9 +196,23 @@ class Batching:
             count = min(count, self._most // length)
         return max(1, count)
 
+    def may_record(self, tokens: int, mode: MemoryMode) -> bool:
+        """Whether a batch's pass may be recorded: its memory stays taken afterwards."""
+        free = self._free()
+        if free is None or mode != FASTEST or not self._records:
+            return False
+        needed = tokens * self._steps * self._costs[mode]
+        return needed <= RECORDED * (free + self._recordings.bytes)
+
+    def _free(self) -> int | None:
+        """What a plain pass can have; see `free_bytes`."""
+        free = free_bytes(self._device)
+        # What recorded passes hold looks free in between, and is not.
+        return None if free is None else free - self._recordings.bytes
+
     def _mode(self, length: int) -> MemoryMode:
         """The least that has to be done for one row of so many tokens."""
-        free = free_bytes(self._device)
+        free = self._free()
         ladder = list(self._costs)[self._least :]
         if free is not None:
             for mode in ladder:
@@ -209,7 +232,10 @@ class Batching:
                 return score()
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
+        played = self._recordings.played
         result = score()
+        if self._recordings.played > played:
+            return result
         taken = torch.cuda.max_memory_allocated(self._device) - before
         self._costs[mode] = max(taken / tokens, 1.0)
         return result

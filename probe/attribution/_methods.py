@@ -27,6 +27,7 @@ from probe.tracing import (
     Target,
     ablated_values,
     edge_scores,
+    edge_scores_again,
     even,
     from_zero,
 )
@@ -63,6 +64,9 @@ class Options:
 
     positions: bool = False
     """Whether scores are position by position."""
+
+    record: bool = False
+    """Whether a pass may be recorded on a GPU, and its memory stay taken."""
 
 
 def eap(
@@ -116,18 +120,12 @@ def _gradients(
     relp: bool = False,
 ) -> EdgeBatch:
     """Scores from gradients, as `edge_scores` says."""
-    return edge_scores(
-        model,
-        make_batch(sequences, options.corrupted, options.references),
-        graph,
-        path,
-        relp,
-        options.baseline,
-        options.memory,
-        options.target,
-        options.check,
-        options.positions,
-    )
+    batch = make_batch(sequences, options.corrupted, options.references)
+    before = (path, relp, options.baseline)
+    behind = (options.target, options.check, options.positions)
+    if options.record:
+        return edge_scores_again(model, batch, graph, *before, *behind)
+    return edge_scores(model, batch, graph, *before, options.memory, *behind)
 
 
 def exact(

@@ -23,6 +23,7 @@ from probe.errors import ProbeError, not_known, reason
 from probe.models._architectures import GUIDE, Architecture, Heads, architecture_of
 from probe.models._blocks import Blocks, Mixture, blocks_of, mixture_of, single_block, text_inside
 from probe.models._graph import Graph
+from probe.models._recordings import Recordings
 from probe.vocabulary import DType, Granularity
 
 if TYPE_CHECKING:
@@ -82,6 +83,11 @@ class Model:
         default_factory=set, init=False, repr=False, compare=False
     )
     """At which granularities its branches were found to read what the graph says."""
+
+    recordings: Recordings = field(
+        default_factory=Recordings, init=False, repr=False, compare=False
+    )
+    """Its passes that were recorded on its GPU."""
 
     @property
     def jobs(self) -> int:

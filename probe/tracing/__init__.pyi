@@ -1,6 +1,5 @@
 from ._contexts import FASTEST as FASTEST
 from ._contexts import LOSS as LOSS
-from ._contexts import Batch as Batch
 from ._contexts import ChangedBatch as ChangedBatch
 from ._contexts import EdgeBatch as EdgeBatch
 from ._contexts import MemoryMode as MemoryMode
@@ -15,6 +14,7 @@ from ._contexts import source_sums as source_sums
 from ._contexts import states as states
 from ._contexts import temperature_losses as temperature_losses
 from ._contexts import written_values as written_values
+from ._edge_inputs import Batch as Batch
 from ._edge_product import GRADIENT_GROUPS as GRADIENT_GROUPS
 from ._integration import AUTO_STEPS as AUTO_STEPS
 from ._integration import ENOUGH as ENOUGH
@@ -27,6 +27,9 @@ from ._integration import radau as radau
 from ._integration import rule_of as rule_of
 from ._layers import exact_dtype as exact_dtype
 from ._norm_vjp import NormVjp as NormVjp
+from ._recorded import edge_scores_again as edge_scores_again
+from ._recorded import recordable as recordable
+from ._recorded import room_for as room_for
 from ._roles import role_faults as role_faults
 from ._row_outcomes import OUTCOMES as OUTCOMES
 from ._row_outcomes import RowOutcomes as RowOutcomes

@@ -37,6 +37,7 @@ from probe.remote import Deployment
 from probe.tracing._branch_checks import BranchChecks
 from probe.tracing._branches import Branches
 from probe.tracing._edge_changes import EdgeChanges
+from probe.tracing._edge_inputs import Batch, EdgeInputs, RowBlocks, edge_inputs
 from probe.tracing._edge_pass import EdgePass
 from probe.tracing._edge_product import EdgeProduct
 from probe.tracing._hooks import Hooks
@@ -76,36 +77,6 @@ LOSS = Target()
 def send_module(name: str) -> None:
     """Let a module of the user's travel to a server by its source too."""
     nnsight.register(name)
-
-
-# At so many positions of each sequence the sources' sum is compared with the residual stream.
-CHECKED_POSITIONS = 16
-
-
-class Batch(NamedTuple):
-    """Sequences that run together, filled up on the right.
-
-    No attention mask goes with them: attention is causal, so what is scored never sees the
-    filling behind it.
-    """
-
-    input_ids: torch.Tensor
-    """int64 [sequence, position]: prompt and answer, without the answer's last token."""
-
-    lengths: torch.Tensor
-    """int64 [sequence]: how many positions are no filling."""
-
-    positions: torch.Tensor
-    """int64 [sequence, scored]: where each scored token is predicted."""
-
-    labels: torch.Tensor
-    """int64 [sequence, scored]: the answer tokens, -100 past an answer's end."""
-
-    corrupted: torch.Tensor | None = None
-    """int64 [sequence, position]: the texts beside them whose activations an ablation leaves."""
-
-    reference: torch.Tensor | None = None
-    """[sequence, scored, token]: log probabilities that a target compares with."""
 
 
 class EdgeBatch(NamedTuple):
@@ -196,25 +167,31 @@ def edge_scores(
         check: Whether to compare what branches read with what the graph says that they read.
         positions: Whether to leave positions apart: [sequence * position, source, target].
     """
+    blocks = RowBlocks(len(path.points), batch.corrupted is not None)
+    inputs = edge_inputs(batch, blocks, exact_dtype(model)).to(model.device)
+    if baseline is not None:
+        inputs = inputs._replace(baseline=baseline.to(model.device, model.dtype))
+    asked = (path, relp, memory, target, check, positions)
+    edge_pass = edge_pass_of(model, inputs, blocks, graph, *asked)
+    with _recomputing(model, memory.recompute):
+        return run_edge_pass(model, inputs, edge_pass)
+
+
+def run_edge_pass(model: Model, inputs: EdgeInputs, edge_pass: EdgePass) -> EdgeBatch:
+    """Run a pass that scores edges."""
     network = model.network
     away, exact, layers = model.deployment is not None, exact_dtype(model), layers_of(model)
     final = attrgetter(model.architecture.final_norm)(network)
     unembedding = attrgetter(model.architecture.unembedding)(network)
-    final_norm, n_sequences = there(final), len(batch.input_ids)
-    # What is copied without waiting lets one batch begin while the one before is computed.
-    input_ids, n_silent = _blocks(batch, len(path.points))
-    input_ids = input_ids.to(model.device, non_blocking=True)
-    scored, compared = _scored(batch, len(input_ids) // n_sequences, exact)
-    compared_row = int(scored[0][compared])
-    scored = [part.to(model.device, non_blocking=True) for part in scored]
-    checked = _checked_positions(batch).to(model.device, non_blocking=True)
-    reference = None if batch.reference is None else batch.reference[batch.labels != -100]
-    asked = (path, relp, baseline, memory, target, check, positions)
-    edge_pass = _edge_pass(model, batch, graph, *asked)
-    hooks, readout = edge_pass.hooks, edge_pass.readout
+    final_norm, n_sequences = there(final), len(inputs.lengths)
+    hooks, readout, n_silent = edge_pass.hooks, edge_pass.readout, edge_pass.readout.n_silent
+    input_ids, scored, checked, kept = inputs.input_ids, inputs.scored, inputs.checked, inputs.kept
+    compared, compared_row, reference = inputs.compared, inputs.compared_row, inputs.reference
 
-    with _recomputing(model, memory.recompute), _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
-        with network.trace(input_ids=input_ids, use_cache=False, logits_to_keep=1, backend=backend):
+    with _turn(model) as backend:  # noqa: SIM117 - a trace needs its own statement
+        with network.trace(
+            input_ids=input_ids, use_cache=False, logits_to_keep=kept, backend=backend
+        ):
             (checked,) = settle(away, network.device, checked)
             try:
                 edge_pass.watch(layers, final, final_norm)
@@ -240,40 +217,39 @@ def edge_scores(
     )
 
 
-def _edge_pass(
+def edge_pass_of(
     model: Model,
-    batch: Batch,
+    inputs: EdgeInputs,
+    blocks: RowBlocks,
     graph: Graph,
     path: Path,
     relp: bool,
-    baseline: torch.Tensor | None,
     memory: MemoryMode,
     target: Target,
     check: bool,
     positions: bool,
 ) -> EdgePass:
     """What a pass that scores a batch consists of; the arguments are those of `edge_scores`."""
-    hooks, wiring, n_sequences = Hooks(), wiring_of(model, graph), len(batch.input_ids)
-    _, n_silent = _blocks(batch, len(path.points))
+    hooks, wiring, n_sequences = Hooks(), wiring_of(model, graph), len(inputs.lengths)
     product = EdgeProduct(
         graph.mask,
         [min(part.start for part in parts[1::2] if part) for parts in graph.layers],
         n_sequences,
         path.points,
         path.weights,
-        None if baseline is None else baseline.to(model.device, model.dtype),
-        lengths=batch.lengths if path.from_mean else None,
-        corrupted=batch.corrupted is not None,
+        inputs.baseline,
+        lengths=inputs.lengths if path.from_mean else None,
+        corrupted=blocks.corrupted,
         on_host=memory.sources_on_host,
         positions=positions,
     )
     checks = None
     if check:
-        checked = _checked_positions(batch)
-        checks = BranchChecks(wiring.readings(), graph.reaches, slice(-n_sequences, None), checked)
+        last = slice(-n_sequences, None)
+        checks = BranchChecks(wiring.readings(), graph.reaches, last, inputs.checked)
     norm_vjp = norm_vjp_of(model, constant_rate=relp)
     branches = Branches(wiring, hooks, norm_vjp, product, checks)
-    readout = readout_of(model, target, n_sequences, n_silent)
+    readout = readout_of(model, target, n_sequences, n_sequences * blocks.beside)
     return EdgePass(hooks, Writes(wiring, checks=checks), branches, product, readout, relp)
 
 
@@ -620,47 +596,6 @@ def _inputs(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int
         tensor.to(model.device) for tensor in (batch.input_ids, batch.labels, batch.positions)
     )
     return tokens, labels, batch.input_ids.shape[1] - first, columns - first
-
-
-def _scored(batch: Batch, blocks: int, exact: torch.dtype) -> tuple[list[torch.Tensor], int]:
-    """The scored tokens of all rows one after the other, and one to compare.
-
-    Returns:
-        Row and position of each token, which it is (int64 [scored]), and what it counts ([scored];
-        those of a sequence sum to 1). Then which of them is predicted at the last position, whose
-        logits the model itself gives: there the longest sequence is scored.
-    """
-    valid = batch.labels != -100
-    shares = valid.double() / valid.sum(1, keepdim=True)
-    rows = valid.nonzero()[:, 0] + len(valid) * torch.arange(blocks)[:, None]
-    positions = batch.positions[valid].repeat(blocks)
-    compared = int((positions == batch.input_ids.shape[1] - 1).nonzero()[-1])
-    scored = [
-        rows.flatten(),
-        positions,
-        batch.labels[valid].repeat(blocks),
-        shares[valid].repeat(blocks).to(exact),
-    ]
-    return scored, compared
-
-
-def _blocks(batch: Batch, steps: int) -> tuple[torch.Tensor, int]:
-    """The tokens of a batch once for each point of a path, and before them where it begins.
-
-    Returns:
-        int64 [row, position]; how many of the rows are where the path begins, or corrupted texts.
-    """
-    beside = steps > 1 or batch.corrupted is not None
-    blocks = [batch.input_ids] * (steps + beside)
-    if batch.corrupted is not None:
-        blocks[0] = batch.corrupted
-    return torch.cat(blocks), len(batch.input_ids) * beside
-
-
-def _checked_positions(batch: Batch) -> torch.Tensor:
-    """Where the sources' sum is compared with the stream: int64 [sequence, checked]."""
-    spread = torch.linspace(0, 1, CHECKED_POSITIONS)[None]
-    return (spread * (batch.lengths[:, None] - 1)).long()
 
 
 @contextmanager

@@ -65,6 +65,7 @@ class EdgeProduct:
         self.positions = positions
         self.lengths = lengths
         self.points, self.weights, self.steps = points, weights, len(points)
+        self._counts: list[float] = weights.tolist()
         self.n_sequences, self.on_host = n_sequences, on_host
         # Rows come in blocks of all sequences: where the path begins, if it does; then each point.
         self._beside = corrupted or self.steps > 1
@@ -79,6 +80,11 @@ class EdgeProduct:
         self._start = self._stop = self.n_targets
         self._waiting: dict[int, torch.Tensor] = {}
         self._room: torch.Tensor | None = None
+
+    def place(self, device: torch.device) -> None:
+        """Have what it needs on a device already: nothing may come there from the host later."""
+        self.mask, self.points = self.mask.to(device), self.points.to(device)
+        self.weights = self.weights.to(device)
 
     def open(self, embedded: torch.Tensor) -> torch.Tensor:
         """Give the stream as it begins, on the way of an integral; make room, keep the input.
@@ -212,7 +218,7 @@ class EdgeProduct:
         reach = self._reaches[targets[-1]]
         outputs = self._outputs[:reach].flatten(1).unflatten(1, (-1, self._piece))
         scores = self._scores[:, :reach, start : start + len(targets)]
-        for step, weight in enumerate(self.weights.tolist()):
+        for step, weight in enumerate(self._counts):
             read = gradients[:, step].flatten(1).unflatten(1, (-1, self._piece))
             found = self._product(outputs, read.permute(1, 2, 0))  # [piece, source, target]
             found = found.unflatten(0, (len(self._scores), -1)).sum(1)[..., : len(targets)]

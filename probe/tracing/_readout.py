@@ -249,8 +249,8 @@ class Readout:
                 del logs, chances
                 picked = None
                 if reference is not None:
-                    block = torch.arange(start, start + len(label)) % len(reference)
-                    picked = reference[block.to(reference.device)].to(logits.device, self.exact)
+                    block = torch.arange(start, start + len(label), device=reference.device)
+                    picked = reference[block % len(reference)].to(logits.device, self.exact)
                 divided = self.objective.divided(logits.to(self.exact))
                 values, slope = self.objective.slope(divided, label, picked)
                 self.values.index_add_(0, at[0], values * share)

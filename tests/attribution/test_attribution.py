@@ -156,8 +156,9 @@ def test_a_gpu_gives_the_same_scores(oracle):
     assert max(distance(edges.scores, truth["iso_scores"])) <= 1e-5
 
 
-def test_the_first_batch_is_checked_though_it_did_not_fit_at_first(tiny, monkeypatch):
-    """A batch that comes again in halves is the first one still."""
+def test_the_first_batch_is_checked_though_it_did_not_fit_at_first(monkeypatch):
+    """A batch that comes again in halves is the first one still; a later call checks no more."""
+    model = probe.load_model("probe:tiny-math/sft")
     checked, way = [], METHODS["eap"]
 
     def score(model, sequences, graph, options):
@@ -168,7 +169,11 @@ def test_the_first_batch_is_checked_though_it_did_not_fit_at_first(tiny, monkeyp
 
     monkeypatch.setitem(METHODS, "eap", replace(way, score=score))
     sequences = [probe.TokenSequence([5, 6, 7], [8, 9, part]) for part in range(4, 12)]
-    probe.attribute(tiny, sequences, batch_size=4)
+    probe.attribute(model, sequences, batch_size=4)
     assert checked[:2] == [True, True]
     assert len(checked) > 2
     assert not any(checked[2:])
+    before = len(checked)
+    probe.attribute(model, sequences, batch_size=4)
+    probe.attribute(model, sequences, granularity="block", batch_size=8)
+    assert checked[before:] == [False, False, True]

@@ -1,0 +1,65 @@
+"""What a model keeps of passes that were recorded on its GPU; see `probe.tracing`."""
+
+from collections.abc import Hashable
+from typing import Protocol
+
+MOST = 8
+"""So many recorded passes are kept; the one that was not played for longest goes first."""
+
+MOST_SHAPES = 256
+"""So many shapes are remembered."""
+
+
+class Recorded(Protocol):
+    """One recorded pass."""
+
+    bytes: int
+    """What it holds of the GPU's memory."""
+
+
+class Recordings:
+    """The recorded passes of one model, by their shape."""
+
+    played: int = 0
+    """How often one was played instead of a plain pass."""
+
+    refused: bool = False
+    """Whether one could not be recorded: then no more is tried."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._known: dict[Hashable, Recorded | int] = {}
+
+    def __len__(self) -> int:
+        """How many passes are recorded."""
+        return sum(not isinstance(known, int) for known in self._known.values())
+
+    @property
+    def bytes(self) -> int:
+        """What they hold of the GPU's memory."""
+        return sum(known.bytes for known in self._known.values() if not isinstance(known, int))
+
+    def get(self, shape: Hashable) -> Recorded | int:
+        """The recorded pass of a shape, or how often it was seen.
+
+        It is the last now of those that may be forgotten.
+        """
+        known = self._known.pop(shape, 0)
+        self._known[shape] = known
+        return known
+
+    def put(self, shape: Hashable, known: Recorded | int) -> None:
+        """Remember a recorded pass, or how often a shape was seen."""
+        self._known[shape] = known
+        if len(self) > MOST:
+            del self._known[next(s for s, k in self._known.items() if not isinstance(k, int))]
+        if len(self._known) > MOST_SHAPES:
+            del self._known[next(iter(self._known))]
+
+    def some(self) -> Recorded | None:
+        """One of them."""
+        return next((k for k in self._known.values() if not isinstance(k, int)), None)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._known.clear()
