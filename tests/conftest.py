@@ -136,3 +136,11 @@ def finished(request, tmp_path_factory):
 def copy(finished, tmp_path):
     """A copy of the run that a module has finished, to be changed."""
     return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+@pytest.fixture
+def no_slots(monkeypatch):
+    """As where too few slots fit: continuous batching is that of transformers."""
+    from probe.solutions import _slots
+
+    monkeypatch.setattr(_slots, "slots_for", lambda *given: 0)

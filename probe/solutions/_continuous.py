@@ -1,7 +1,8 @@
-"""The continuous batching of transformers, and all that is private of it.
+"""Many answers at once: in slots of our own, or by the continuous batching of transformers.
 
-In public, transformers takes requests, hands on what they write, cancels them, and lets attentions
-be registered. Three things that are needed here it does not offer, and they differ from version to
+Slots (`_slots`) are the fastest way, where they fit. Of transformers this module holds all that is
+private. In public it takes requests, hands on what they write, cancels them, and lets attentions be
+registered. Three things that are needed here it does not offer, and they differ from version to
 version:
 
 - Attention of one's own over its paged cache: under which name, who fills the cache, and what the
@@ -27,6 +28,7 @@ import torch
 from probe.errors import reason
 from probe.models import Model
 from probe.solutions import _flash as flash
+from probe.solutions import _slots as slots
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -118,8 +120,24 @@ def running(
         RuntimeError: No way is there, or the engine failed.
     """
     way = find_way(model, requests, rules, say)
+    with _opened(model, requests, rules, way) as batches:
+        yield batches
+
+
+@contextmanager
+def _opened(
+    model: Model,
+    requests: Mapping[str, Request],
+    rules: Rules,
+    way: Way,
+    empty: bool = False,
+) -> "Iterator[Iterator[list[tuple[str, list[int]]]]]":
+    """The answers to all requests in one way; see `_answers` for `empty`."""
+    if way.name == slots.NAME:
+        yield slots.in_slots(model, requests, rules, slots.slots_for(model, requests))
+        return
     with _manager(model, requests, rules, way) as manager:
-        yield _answers(manager, set(requests), rules.stopped)
+        yield _answers(manager, set(requests), rules.stopped, empty)
 
 
 def find_way(
@@ -129,7 +147,8 @@ def find_way(
     import transformers
 
     reasons = []
-    for way in _ways(model, stopping=rules.stopped is not None):
+    there = slots.slots_for(model, requests) > 0
+    for way in _ways(model, stopping=rules.stopped is not None, in_slots=there):
         try:
             _try(model, list(requests.values()), rules, way)
         except Exception as error:  # whatever another version does, the next way may work
@@ -147,7 +166,7 @@ def find_way(
     raise RuntimeError(f"transformers {version} did not pass a trial: {'; '.join(reasons)}")
 
 
-def _ways(model: Model, stopping: bool) -> Iterator[Way]:
+def _ways(model: Model, stopping: bool, in_slots: bool) -> Iterator[Way]:
     """The ways that there might be, the fastest first."""
     from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -155,6 +174,8 @@ def _ways(model: Model, stopping: bool) -> Iterator[Way]:
     if usual == "eager":
         # Its counterpart here leaves out what a model's own may do, such as Gemma 2's soft cap.
         raise RuntimeError(f"there is none for the attention of {model.config.model_type}")
+    if in_slots:
+        yield Way("slots", slots.NAME, True)
     attentions = []
     half = model.dtype in (torch.bfloat16, torch.float16)
     if model.device.type == "cuda" and half:
@@ -180,8 +201,8 @@ def _try(model: Model, requests: list[Request], rules: Rules, way: Way) -> None:
     found: dict[str, list[int]] = {}
     begun = time.monotonic()
     trial = rules._replace(ends=[], stopped=stopped)
-    with _manager(model, few, trial, way) as manager:
-        for finished in _answers(manager, set(few), stopped, empty=True):
+    with _opened(model, few, trial, way, empty=True) as batches:
+        for finished in batches:
             found |= dict(finished)
             if time.monotonic() - begun > PATIENCE:
                 raise RuntimeError(f"nothing was written in {PATIENCE:.0f} s")

@@ -70,3 +70,46 @@ def varlen(
         window_size_right=None if window is None else 0,
     )[0]
     return output
+
+
+def among_first(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor,
+    scaling: float | None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Attention of each row's queries to its first few keys, `[row, query, heads, width]`.
+
+    Args:
+        query: `[row, query, heads, width]`.
+        key: `[row, position, heads, width]`.
+        value: Likewise.
+        seen: How many of its keys each row sees, `[row]`.
+        scaling: Of the logits.
+        window: Of these the last so many, where there is one query.
+
+    Raises:
+        NotImplementedError: A window in float32, which torch's kernel does not have.
+    """
+    rows, queries, positions = len(query), query.shape[1], key.shape[1]
+    numbers = torch.arange(rows + 1, dtype=torch.int32, device=query.device)
+    parts = (query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
+    ends = (numbers * queries, numbers * positions, queries, positions)
+    seen = seen.to(torch.int32)
+    if window is not None and query.dtype == torch.float32:
+        raise NotImplementedError("no kernel of torch has a window for one query in float32")
+    if query.dtype == torch.float32:
+        output = torch.ops.aten._efficient_attention_forward(
+            *(part[None] for part in parts), None, *ends, 0.0, 0, scale=scaling, seqlen_k=seen
+        )[0][0]
+    else:
+        output = torch.ops.aten._flash_attention_forward(
+            *(*parts, *ends, 0.0, window is not None, False),
+            scale=scaling,
+            seqused_k=seen,
+            window_size_left=None if window is None else window - 1,
+            window_size_right=None if window is None else 0,
+        )[0]
+    return output.unflatten(0, (rows, queries))

@@ -9,6 +9,8 @@ from probe.solutions import _continuous as continuous
 from probe.solutions import _flash as flash
 from probe.solutions import generate
 
+pytestmark = pytest.mark.usefixtures("no_slots")
+
 
 @pytest.fixture(scope="module")
 def prompts(tiny):

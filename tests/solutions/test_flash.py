@@ -32,7 +32,7 @@ def one_by_one(query, key, value, ends_query, ends_key, longest_query, longest_k
 
 
 @pytest.mark.parametrize("name", filter(runs_continuously, MODELS))
-def test_every_architecture_asks_for_it_as_it_is_given(tmp_path, monkeypatch, name):
+def test_every_architecture_asks_for_it_as_it_is_given(tmp_path, monkeypatch, no_slots, name):
     """All but the kernel: packing, caches, windows, groups of heads, scaling."""
     model = probe.load_model(str(save_small_model(tmp_path, name)))
     if model.network._module.config._attn_implementation == "eager":

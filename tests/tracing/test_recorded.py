@@ -134,7 +134,7 @@ CASES = {
     "eap-ig": {"method": "eap-ig", "ig_steps": 5},
     "eap-ig from the mean": {"method": "eap-ig"},
     "mean ablation": {"ablation": "mean"},
-    "corrupted": {"corrupted": [probe.TokenSequence(p, []) for p in ([7, 6, 5], [4, 3])]},
+    "corrupted": {"corrupted": [probe.TokenSequence(p, []) for p in ([4, 6, 9], [8, 3])]},
     "own temperatures": {"target": Target("loss", (0.6, 2.5))},
     "block": {"granularity": "block"},
 }
