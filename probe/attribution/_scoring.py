@@ -112,15 +112,14 @@ def attribute(
     rows = steps + (steps > 1 or texts is not None)
     batching = Batching(model, graph, batch_size if way.passes else 1, rows, way.may_recompute)
     lengths = [sequence.length for sequence in sequences]
-    # Until one batch has been, of this call or of one before.
-    unchecked = [graph.granularity] if graph.granularity not in model.readings_known else []
+    unchecked = {graph.granularity} - model.readings_known  # until one batch has been
 
     def score(indices: list[int], memory: MemoryMode) -> EdgeBatch:
         references = target.beside(indices, [len(sequences[i].answer) for i in indices])
         beside = None if texts is None else [texts[i] for i in indices]
         parts = (ig_steps, baseline, batch_size, memory, target, references, beside)
-        record = batching.may_record(len(indices) * lengths[indices[0]], memory)
-        options = Options(*parts, check=bool(unchecked), record=record)
+        again = batching.may_record(len(indices) * lengths[indices[0]], memory)
+        options = Options(*parts, check=bool(unchecked), record=again)
         batch = way.score(model, [sequences[i] for i in indices], graph, options)
         unchecked.clear()  # not before: one that did not fit into memory comes again
         return batch

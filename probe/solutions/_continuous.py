@@ -19,7 +19,7 @@ this version does not have is named in one line, and the next best is taken, bef
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,10 +29,10 @@ from probe.errors import reason
 from probe.models import Model
 from probe.solutions import _flash as flash
 from probe.solutions import _slots as slots
+from probe.solutions._requests import Request, Rules, Stopped
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
-    from transformers import GenerationConfig
     from transformers.generation.continuous_batching import ContinuousBatchingManager
     from transformers.generation.continuous_batching.continuous_api import OutputRouter
     from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -55,32 +55,6 @@ PATIENCE = 120.0
 GAP = 0.5
 """How far below the largest logit the tokens of a trial may lie on average, in standard deviations
 of the logits. Rounding in bfloat16 makes about 0.01; wrong attention, 3 or 4."""
-
-Stopped = Callable[[Sequence[int]], bool]
-"""Whether the last of an answer's tokens ends it."""
-
-
-class Request(NamedTuple):
-    """What to answer."""
-
-    prompt: list[int]
-    """Its tokens."""
-
-    limit: int
-    """The longest answer, in tokens."""
-
-
-class Rules(NamedTuple):
-    """By which answers end, and how tokens are chosen."""
-
-    ends: list[int]
-    """Tokens that end an answer."""
-
-    stopped: Stopped | None
-    """What else ends one; None for nothing."""
-
-    config: "Callable[[int], GenerationConfig]"
-    """Greedy decoding with answers of at most so many tokens."""
 
 
 class Way(NamedTuple):

@@ -27,6 +27,7 @@ from probe.concurrency import in_flight
 from probe.errors import ProbeError, not_known, reason
 from probe.models import Model, ModelFiles, end_tokens, greedy, over, own, own_stops
 from probe.solutions import _continuous as continuous
+from probe.solutions._requests import Request, Rules
 from probe.tracing import generate_tokens
 from probe.vocabulary import Decoding, Engine
 
@@ -384,11 +385,10 @@ def _continuous(
 ) -> Iterator[list[Answer]]:
     """Every prompt is a request to transformers, which keeps as many going as memory allows."""
     requests = {
-        str(place): continuous.Request(list(prompts[place]), limits[place])
-        for place in sorted(wanted)
+        str(place): Request(list(prompts[place]), limits[place]) for place in sorted(wanted)
     }
     stopped = ending.stopped if ending.stop else None
-    rules = continuous.Rules(ending.ends, stopped, ending.config)
+    rules = Rules(ending.ends, stopped, ending.config)
     with continuous.running(model, requests, rules, say) as batches:
         for finished in batches:
             yield [

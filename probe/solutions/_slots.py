@@ -13,15 +13,13 @@ What runs together hangs on the questions alone, not on the clock.
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from probe.models import Model
 from probe.solutions import _flash as flash
-
-if TYPE_CHECKING:
-    from probe.solutions._continuous import Request, Rules
+from probe.solutions._requests import Request, Rules
 
 NAME = "probe_slots"
 """How transformers knows the attention."""

@@ -8,11 +8,11 @@ from small_models import runs_continuously, save_small_model
 
 import probe
 from probe.problems import load_problems
-from probe.solutions import _continuous as continuous
 from probe.solutions import _flash as flash
 from probe.solutions import _slots as slots
 from probe.solutions import generate
 from probe.solutions._generation import Ending
+from probe.solutions._requests import Request, Rules
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,9 @@ def static(model, prompts, limits, stop=()):
 def in_slots(model, prompts, limits, count, stop=()):
     ending = Ending(model, tuple(stop))
     stopped = ending.stopped if stop else None
-    rules = continuous.Rules(ending.ends, stopped, ending.config)
+    rules = Rules(ending.ends, stopped, ending.config)
     requests = {
-        str(place): continuous.Request(list(prompt), limits[place])
-        for place, prompt in enumerate(prompts)
+        str(place): Request(list(prompt), limits[place]) for place, prompt in enumerate(prompts)
     }
     found = {}
     for batch in slots.in_slots(model, requests, rules, count):
@@ -120,9 +119,9 @@ def test_kernels_are_asked_for_what_they_give(tmp_path, monkeypatch, name):
 
 
 def test_where_few_would_fit_pages_are_taken(tiny, monkeypatch):
-    many = {str(n): continuous.Request([5, 6], 30) for n in range(600)}
+    many = {str(n): Request([5, 6], 30) for n in range(600)}
     assert slots.slots_for(tiny, many) == slots.SLOTS
-    few = {"0": continuous.Request([5, 6], 30)}
+    few = {"0": Request([5, 6], 30)}
     assert slots.slots_for(tiny, few) == 1
     monkeypatch.setattr(slots, "SLOTS", 8)
     assert slots.slots_for(tiny, many) == 8
