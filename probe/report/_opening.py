@@ -15,9 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from probe.metrics import METRICS, TOKEN_METRICS
-from probe.recipe import Pair
+from probe.recipe import Pair, trainings_of
 from probe.report._report import Report
-from probe.report._trajectory import trainings
 from probe.report._wording import (
     compared,
     counted,
@@ -110,7 +109,7 @@ def _along(report: Report) -> dict[tuple[str, str], tuple[str, list[tuple[int, P
     """By benchmark and pair, the name of a training that is told as one, and its checkpoints."""
     compared_there = {(benchmark, pair.name) for benchmark, pair, _ in groups(report)}
     found: dict[tuple[str, str], tuple[str, list[tuple[int, Pair]]]] = {}
-    for (name, benchmark, _), steps in trainings(report.recipe).items():
+    for (name, benchmark, _), steps in trainings_of(report.recipe.comparisons()).items():
         there = [(n, one.pair) for n, one in steps if (benchmark, one.pair.name) in compared_there]
         if len(there) >= TOLD_AS_ONE:
             found |= {(benchmark, pair.name): (name, there) for _, pair in there}
