@@ -71,8 +71,11 @@ def test_the_vocabulary_that_both_have(tmp_path):
     assert found.divergences[0] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
-def test_batches_do_not_matter(tiny, monkeypatch):
-    other = probe.load_model("probe:tiny-math/grpo")
+def test_batches_do_not_matter(monkeypatch):
+    """In float64: how products of float32 round depends on the batch, and on the processor."""
+    tiny, other = (
+        probe.load_model(f"probe:tiny-math/{m}", dtype="float64") for m in ("sft", "grpo")
+    )
     texts = [TokenSequence([5, 6, 7 + n], [4, 9, 5, 6][: 1 + n]) for n in range(4)]
     seen = []
     whole = compare_states(tiny, other, texts, 4, seen.append)
@@ -82,7 +85,7 @@ def test_batches_do_not_matter(tiny, monkeypatch):
     assert parts.cosines == pytest.approx(whole.cosines, rel=1e-5)
     assert parts.cka == pytest.approx(whole.cka, rel=1e-4)
     flat = [[kl for row in found.divergences for kl in row] for found in (whole, parts)]
-    assert flat[0] == pytest.approx(flat[1], abs=1e-6)
+    assert flat[0] == pytest.approx(flat[1], abs=1e-9)
     assert min(flat[0]) > -1e-6
 
 
