@@ -62,13 +62,13 @@ class Written(NamedTuple):
 class Answering:
     """An answer on its way."""
 
-    def __init__(self, name: str, request: "Request", slot: int) -> None:
+    def __init__(self, name: str, request: Request, slot: int) -> None:
         """Begin with nothing written."""
         self.name, self.request, self.slot = name, request, slot
         self.tokens: list[int] = []
         self.done = False
 
-    def take(self, tokens: Sequence[int], rules: "Rules") -> None:
+    def take(self, tokens: Sequence[int], rules: Rules) -> None:
         """Take what was written, up to the answer's end."""
         for token in tokens:
             if self.done:
@@ -314,12 +314,12 @@ def slot_attention(
     return slots.attend(layer, query, key, value, scaling, sliding_window), None
 
 
-def room_of(requests: "Mapping[str, Request]") -> int:
+def room_of(requests: Mapping[str, Request]) -> int:
     """How many tokens a slot needs."""
     return max(len(request.prompt) + request.limit for request in requests.values())
 
 
-def slots_for(model: Model, requests: "Mapping[str, Request]") -> int:
+def slots_for(model: Model, requests: Mapping[str, Request]) -> int:
     """How many slots there are: as many as are good, and fit; 0 where too few would."""
     count = wanted = min(SLOTS, len(requests))
     if model.device.type == "cuda":
@@ -330,14 +330,18 @@ def slots_for(model: Model, requests: "Mapping[str, Request]") -> int:
     return count if count >= min(wanted, FEWEST) else 0
 
 
-@contextmanager
-def attention_of_slots(module: Any) -> Iterator[None]:  # noqa: ANN401 - a transformers model
-    """Let a model have the slots' attention for a while."""
+def register() -> None:
+    """Make the slots' attention known to transformers, as one that needs no mask."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
 
     AttentionInterface.register(NAME, slot_attention)
     AttentionMaskInterface.register(NAME, flash_attention_mask)
+
+
+@contextmanager
+def attention_of_slots(module: Any) -> Iterator[None]:  # noqa: ANN401 - a transformers model
+    """Let a model have the slots' attention for a while; others may run it between two steps."""
     before = module.config._attn_implementation
     module.config._attn_implementation = NAME
     try:
@@ -347,7 +351,7 @@ def attention_of_slots(module: Any) -> Iterator[None]:  # noqa: ANN401 - a trans
 
 
 def in_slots(
-    model: Model, requests: "Mapping[str, Request]", rules: "Rules", count: int
+    model: Model, requests: Mapping[str, Request], rules: Rules, count: int
 ) -> Iterator[list[tuple[str, list[int]]]]:
     """The answers to all requests, as they end, each with its name.
 
@@ -357,6 +361,7 @@ def in_slots(
         rules: By which they end.
         count: How many slots.
     """
+    register()
     slots = Slots(model, count, room_of(requests), rules.ends)
     waiting, unread = deque(requests.items()), deque[Written]()
     # Who has each slot; the last free one is given first.
@@ -392,7 +397,7 @@ def in_slots(
 
 def _begin(
     slots: Slots,
-    waiting: "deque[tuple[str, Request]]",
+    waiting: deque[tuple[str, Request]],
     going: dict[int, Answering],
     free: list[int],
 ) -> Written:
@@ -428,7 +433,7 @@ def _on_its_way(answers: "Sequence[Answering | None]", tokens: torch.Tensor) -> 
     return Written(list(answers), here, ready)
 
 
-def _taken(written: Written, rules: "Rules") -> list[Answering]:
+def _taken(written: Written, rules: Rules) -> list[Answering]:
     """Read what was written; give the answers that have ended by it."""
     if written.ready is not None:
         written.ready.synchronize()

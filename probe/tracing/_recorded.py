@@ -10,6 +10,7 @@ filled up a little; the filling counts nothing.
 """
 
 import warnings
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -126,20 +127,20 @@ def edge_scores_again(
     recordings, room = model.recordings, room_of(batch)
     shape = _shape(batch, room, graph, path, relp, baseline, target, positions)
     known = recordings.get(shape)
+    asked = (path, relp, baseline, FASTEST, target, check, positions)
+    plain = partial(edge_scores, model, batch, graph, *asked)
     checked = not check or graph.granularity in model.readings_known
     if known == 0 or not checked or not _may_be(model, batch, graph, target):
         recordings.put(shape, known or 1)
-        return edge_scores(
-            *(model, batch, graph, path, relp, baseline, FASTEST, target, check, positions)
-        )
+        return plain()
     blocks = RowBlocks(len(path.points), batch.corrupted is not None)
     inputs = edge_inputs(batch, blocks, exact_dtype(model), room)
     if baseline is not None:
         inputs = inputs._replace(baseline=baseline.to(model.dtype))
-    asked = (path, relp, FASTEST, target, False, positions)
     if isinstance(known, int):
+        unchecked = (path, relp, FASTEST, target, False, positions)
         try:
-            known = Recording(model, graph, _placed(inputs, model.device), blocks, asked)
+            known = Recording(model, graph, _placed(inputs, model.device), blocks, unchecked)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -149,9 +150,7 @@ def edge_scores_again(
                 f"({reason(error)})",
                 stacklevel=2,
             )
-            return edge_scores(
-                *(model, batch, graph, path, relp, baseline, FASTEST, target, check, positions)
-            )
+            return plain()
         recordings.put(shape, known)
     assert isinstance(known, Recording)
     recordings.played += 1
