@@ -9,7 +9,8 @@ A package that is installed can do so too: it names a module as an entry point o
 """
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import ClassVar, Generic, TypeVar, overload
+from typing import Any, ClassVar, Generic, TypeVar, overload
+from weakref import ref
 
 from probe.errors import ProbeError, UnknownNameError, not_known, reason
 
@@ -23,8 +24,8 @@ Function = TypeVar("Function", bound=Callable[..., object])
 class Registry(MutableMapping[str, Record], Generic[Record]):
     """Records of one kind by name, those of plugins included."""
 
-    _as_shipped: ClassVar[bool] = True
-    """Whether every registry still holds what ships, and no more."""
+    _all: ClassVar[list["ref[Registry[Any]]"]] = []  # of records of any kind
+    """Every registry of this process."""
 
     def __init__(
         self,
@@ -42,7 +43,8 @@ class Registry(MutableMapping[str, Record], Generic[Record]):
             takes: The field that holds a function, if `register` may be used as a decorator.
         """
         self._kind, self._record, self._takes = kind, record, takes
-        self._rows = dict(rows)
+        self._rows, self._shipped = dict(rows), dict(rows)
+        Registry._all.append(ref(self))
 
     @overload
     def register(self, name: str, record: Record, /) -> Record: ...
@@ -74,7 +76,7 @@ class Registry(MutableMapping[str, Record], Generic[Record]):
             raise ProbeError(f"{self._kind} {name!r} is no {self._record.__name__}: {record!r}")
         if name in self._rows:
             raise ProbeError(f"there is a {self._kind} {name!r} already; give another name")
-        self[name] = record
+        self._rows[name] = record
         return record
 
     def __getitem__(self, name: str) -> Record:
@@ -91,12 +93,10 @@ class Registry(MutableMapping[str, Record], Generic[Record]):
 
     def __setitem__(self, name: str, record: Record) -> None:
         """Put a record in the place of another."""
-        Registry._as_shipped = False
         self._rows[name] = record
 
     def __delitem__(self, name: str) -> None:
         """Take a record out."""
-        Registry._as_shipped = False
         del self._rows[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -111,9 +111,14 @@ class Registry(MutableMapping[str, Record], Generic[Record]):
 
     @staticmethod
     def as_shipped() -> bool:
-        """Whether nothing was added to any registry of this process, taken out or exchanged."""
+        """Whether every registry of this process holds what ships, and no more."""
         PLUGINS.load()
-        return Registry._as_shipped
+        tables = (found for each in Registry._all if (found := each()) is not None)
+        return all(
+            table._rows.keys() == table._shipped.keys()
+            and all(table._rows[name] is record for name, record in table._shipped.items())
+            for table in tables
+        )
 
     def __or__(self, other: Mapping[str, Record]) -> dict[str, Record]:
         """Both tables as one."""

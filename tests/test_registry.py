@@ -190,3 +190,17 @@ def test_what_cannot_be_registered():
     llama = probe.ARCHITECTURES["llama"]
     with pytest.raises(ProbeError, match="'llama' already"):
         probe.ARCHITECTURES.register("llama", replace(llama, ffn="other"))
+
+
+def test_whether_all_is_as_shipped_is_seen_in_what_there_is(monkeypatch):
+    """So what was put back is as it was."""
+    assert probe.METRICS.as_shipped()
+    with monkeypatch.context() as changed:
+        name = "activation_intensity"
+        changed.setitem(probe.METRICS, name, probe.METRICS[name]._replace(direction="down"))
+        assert not probe.EXTRAS.as_shipped()
+    assert probe.METRICS.as_shipped()
+    with monkeypatch.context() as changed:
+        changed.delitem(probe.TARGETS, "kl")
+        assert not probe.METRICS.as_shipped()
+    assert probe.METRICS.as_shipped()

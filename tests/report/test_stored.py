@@ -12,7 +12,6 @@ from conftest import DATA, run_recorded
 import probe
 import probe.report._building
 from probe.metrics import METRICS
-from probe.registry import Registry
 from probe.report import build_report, keep_report, print_report, read_report
 from probe.store import RunFolder
 
@@ -173,13 +172,11 @@ def test_other_code(finished, tmp_path, monkeypatch):
 
 def test_a_table_of_ones_own(copy, monkeypatch):
     name = "activation_intensity"
-    monkeypatch.setattr(Registry, "_as_shipped", True)
     with monkeypatch.context() as changed:
         changed.setitem(METRICS, name, METRICS[name]._replace(direction="down"))
         report = read_report(copy)
         assert {c.paper_direction for c in report.cells if c.metric == name} == {"down"}
         kept(copy, report)
-    monkeypatch.setattr(Registry, "_as_shipped", True)
     report = read_report(copy)  # nor is what was kept read where that metric is not
     assert {c.paper_direction for c in report.cells if c.metric == name} == {"up"}
 
