@@ -33,6 +33,7 @@ from ._states import divergence as divergence
 from ._states import linear_cka as linear_cka
 from ._temperature import LEAST_SLOPE as LEAST_SLOPE
 from ._temperature import SMALLEST_LOSS as SMALLEST_LOSS
+from ._temperature import LossCurves as LossCurves
 from ._temperature import NoTemperature as NoTemperature
 from ._temperature import matched_temperature as matched_temperature
 from ._temperature import matched_temperatures as matched_temperatures

@@ -8,7 +8,7 @@ computed again.
 """
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,9 @@ from probe.attribution import (
     LEAST_SLOPE,
     SMALLEST_LOSS,
     EdgeScores,
+    LossCurves,
     NoTemperature,
     attribute,
-    matched_temperatures,
     method_named,
 )
 from probe.checkpoints import fingerprint
@@ -112,7 +112,9 @@ def attribute_with(
     if kernels == "auto" and "liger" not in method_named(recipe.attribution.method).kernels:
         kernels = "eager"
     model: Model | None = None
+    curves: LossCurves | None = None
     weights = fingerprint(reference)
+    scored = _Scored(setup)
     error = 0.0
     for side in sides:
         like = _losses_like(folder, side) if _waits(side) else None
@@ -122,17 +124,19 @@ def attribute_with(
         if like is not None and folder.read_temperatures(side.comparison, side.side) is None:
             edges = None  # nobody knows which questions count
         if edges is None:
-            if model is None:
+            if model is None or curves is None:
                 model = setup.load(reference, device, kernels)
+                curves = LossCurves(model, recipe.attribution.batch_size)
                 check_served(setup, model, on_event)
             try:
-                target, done = _target(recipe, model, side, folder, like)
+                target, done = _target(recipe, curves, side, folder, like)
             except NoTemperature as mistake:
                 # No reason to lose the run. What an earlier one left there is of another loss.
                 folder.remove(file)
                 text = f"left out: {side.comparison}, {side.side}: {mistake}"
                 on_event(Event(len(side.sequences), text=text))
                 continue
+            done = scored.again(side) | done
             try:
                 edges = _attribute(recipe, model, side, target, folder, key, on_event, done)
             except ProbeError as mistake:
@@ -141,10 +145,55 @@ def attribute_with(
             on_event(Event(len(side.sequences)))
         for part in folder.parts(file):
             folder.remove(part)
+        scored.add(side)
         error = max(error, edges.residual_error)
-    del model
+    del model, curves
     gc.collect()
     return error
+
+
+class _Scored:
+    """What a model has been scored on: pairs that share it share most of their questions."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._places: dict[Hashable, tuple[Side, int]] = {}
+
+    def add(self, side: Side) -> None:
+        """Remember where the scores of a side are; its temperatures are in the folder by now."""
+        for row, key in enumerate(self._keys(side)):
+            self._places.setdefault(key, (side, row))
+
+    def again(self, side: Side) -> dict[int, tuple[int, EdgeScores]]:
+        """What of a side is there already, by its place: a row of some edges."""
+        found = {
+            index: self._places[key]
+            for index, key in enumerate(self._keys(side))
+            if key in self._places
+        }
+        owners = {(other.comparison, other.side): other for other, _ in found.values()}
+        edges = {
+            name: _own_edges(self._setup.folder, other, other.side)
+            for name, other in owners.items()
+        }
+        return {
+            index: (row, edges[other.comparison, other.side])
+            for index, (other, row) in found.items()
+        }
+
+    def _keys(self, side: Side) -> list[Hashable]:
+        """What the scores of each sequence depend on, beside the model and the recipe."""
+        recipe, folder = self._setup.recipe, self._setup.folder
+        texts = [(tuple(text.prompt), tuple(text.answer)) for text in side.sequences]
+        # A mean over all of them comes into each one's scores.
+        together = () if recipe.attribution.ablation == "zero" else tuple(texts)
+        known = folder.read_temperatures(side.comparison, side.side) if _waits(side) else {}
+        found = [(known or {}).get(text.id) or 1.0 for text in side.sequences]
+        what = _what(recipe, side)
+        return [
+            (text, temperature, what, together)
+            for text, temperature in zip(texts, found, strict=True)
+        ]
 
 
 def _settings(recipe: Recipe, side: Side, like: Sequence[float] | None) -> tuple[str, ...]:
@@ -193,7 +242,11 @@ def _losses_like(folder: RunFolder, side: Side) -> list[float]:
 
 
 def _target(
-    recipe: Recipe, model: Model, side: Side, folder: RunFolder, like: Sequence[float] | None
+    recipe: Recipe,
+    curves: LossCurves,
+    side: Side,
+    folder: RunFolder,
+    like: Sequence[float] | None,
 ) -> tuple[Target, dict[int, tuple[int, EdgeScores]]]:
     """What is differentiated on a side, and what is known already: questions that stay as they are.
 
@@ -213,12 +266,11 @@ def _target(
     found: list[float | None] = [1.0] * len(like)
     if moved:
         texts, losses = [side.sequences[i] for i in moved], [like[i] for i in moved]
-        size = recipe.attribution.batch_size
-        matched = matched_temperatures(model, texts, losses, size)
+        matched = curves.temperatures(texts, losses)
         for index, temperature in zip(moved, matched, strict=True):
             found[index] = temperature
     if all(temperature is None for temperature in found):
-        raise NoTemperature(f"no temperature gives {model.reference} the loss of a question")
+        raise NoTemperature(f"no temperature gives {side.model} the loss of a question")
     folder.write_temperatures(side.comparison, side.side, [s.id for s in side.sequences], found)
     stay = (index for index, temperature in enumerate(found) if temperature in (None, 1.0))
     return Target(what, [t or 1.0 for t in found]), {index: (index, raw) for index in stay}

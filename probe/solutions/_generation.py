@@ -27,6 +27,7 @@ from probe.concurrency import in_flight
 from probe.errors import ProbeError, not_known, reason
 from probe.models import Model, ModelFiles, end_tokens, greedy, over, own, own_stops
 from probe.solutions import _continuous as continuous
+from probe.solutions._packed import Packed
 from probe.solutions._requests import Request, Rules
 from probe.tracing import generate_tokens
 from probe.vocabulary import Decoding, Engine
@@ -262,6 +263,7 @@ def _static(
         for start in range(0, len(side), batch_size)
     ]
     batches = [places for places in batches if wanted.intersection(places)]
+    packed = None if model.deployment else Packed(model)
 
     def write(places: list[int]) -> list[list[int]]:
         width = max(len(prompts[place]) for place in places)
@@ -277,7 +279,7 @@ def _static(
         if point and width <= point:
             longest = min(longest, point - width + 1)
         criteria = StoppingCriteriaList([ending.criterion(width)] if ending.stop else [])
-        if model.deployment:
+        if packed is None:
             config = ending.config(longest)
             beside = over(model.settings, vars(config))
             generated = generate_tokens(model, input_ids, attention_mask, config, criteria, beside)
@@ -285,7 +287,7 @@ def _static(
             return rows
         batch = _Batch(input_ids.to(model.device), attention_mask.to(model.device), criteria)
         drawn = drawn_with(seed + places[0], model.device)
-        with torch.inference_mode(), drawn, _own_settings(model, ending):
+        with torch.inference_mode(), drawn, packed.used(), _own_settings(model, ending):
             return _written(model, batch, ending, longest, [limits[place] for place in places])
 
     calls = (partial(write, places) for places in batches)

@@ -12,8 +12,8 @@ import probe.solutions._generation
 from probe.errors import ProbeError
 from probe.problems import load_problems
 from probe.solutions import _continuous as continuous
+from probe.solutions import _packed, generate
 from probe.solutions import _slots as slots
-from probe.solutions import generate
 
 ENGINES = ("static", "continuous")
 
@@ -73,6 +73,27 @@ def test_rows_that_have_ended_leave_a_static_batch(tiny, prompts, monkeypatch):
         pieces = [min(-(-length // piece) * piece, max(lengths)) for length in lengths]
         assert len(rows) == max(lengths)
         assert sum(rows) == (len(lengths) * max(lengths) if piece == 64 else sum(pieces))
+
+
+def test_packed_weights_write_the_same(tiny, prompts, monkeypatch):
+    plain = answers(tiny, prompts, engine="static", batch_size=8)
+    monkeypatch.setattr(_packed, "PACKED_FROM", 0)
+    layers = [part for part in tiny.network._module.modules() if isinstance(part, torch.nn.Linear)]
+    before, products = [vars(layer).get("forward") for layer in layers], []
+
+    def counted(*given):
+        products.append(given)
+        return product(*given)
+
+    product = _packed._product
+    monkeypatch.setattr(_packed, "_product", counted)
+    assert answers(tiny, prompts, engine="static", batch_size=8) == plain
+    assert not _packed._can() or len(products) >= len(layers)
+    assert [vars(layer).get("forward") for layer in layers] == before
+    products.clear()
+    monkeypatch.setattr(_packed, "PACKED_BYTES", 0)
+    assert answers(tiny, prompts, engine="static", batch_size=8) == plain
+    assert not products
 
 
 def test_only_a_cache_of_keys_alone_lets_rows_go(tmp_path):

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import probe
-from probe.attribution import TokenSequence
+import probe.run._attributing
+from probe.attribution import TokenSequence, read_edges
 from probe.checkpoints import PACKAGE_DATA
 from probe.errors import ProbeError
 from probe.report import build_report, summary
@@ -210,11 +211,52 @@ def test_a_run_of_one_temperature_for_all_still_opens_and_is_mended(copy):
     assert build_report(copy).cells == whole.cells
 
 
+def test_a_model_is_scored_once_on_what_pairs_and_controls_share(tmp_path, monkeypatch):
+    names = ("grpo", "dpo")
+    pair = '{{name="{0}", before="probe:tiny-math/sft", after="probe:tiny-math/{0}"}}'
+    table = {
+        "solutions.questions": "40",
+        "selection.alpha": "[0.5]",
+        "attribution.control": "sharpness,loss-matched",
+    }
+    for name in names:
+        run_recorded({**table, "pairs": f"[{pair.format(name)}]"}, tmp_path / name)
+    passed, sides, attribute = [], [], probe.run._attributing.attribute
+
+    def counted(model, sequences, *given, done, target, **named):
+        sides.append(len(sequences))
+        temperatures = target.temperatures or [1.0] * len(sequences)
+        passed.extend(
+            (model.reference, tuple(text.prompt), tuple(text.answer), temperature)
+            for place, (text, temperature) in enumerate(zip(sequences, temperatures, strict=True))
+            if place not in done
+        )
+        return attribute(model, sequences, *given, done=done, target=target, **named)
+
+    monkeypatch.setattr("probe.run._attributing.attribute", counted)
+    both = tmp_path / "both"
+    run_recorded({**table, "pairs": f"[{', '.join(map(pair.format, names))}]"}, both)
+    assert len(passed) == len(set(passed)) < sum(sides)
+    lost = [f"dpo.tiny-math.alpha-0.5.{side}.safetensors" for side in ("before", "before-matched")]
+    for rounds in range(2):
+        for name in names:
+            for file in (tmp_path / name / "edges").iterdir():
+                alone, shared = (read_edges(path)[0] for path in (file, both / "edges" / file.name))
+                worst = (shared.scores - alone.scores).flatten(1).norm(dim=1)
+                assert (worst <= 1e-4 * alone.scores.flatten(1).norm(dim=1)).all()
+        if not rounds:  # what was lost is taken from where it still is
+            for file in lost:
+                (both / "edges" / file).unlink()
+            passed.clear()
+            run_recorded({**table, "pairs": f"[{', '.join(map(pair.format, names))}]"}, both)
+            assert len(passed) < 10
+
+
 def test_another_fault_while_looking_for_a_temperature_stops_the_run(tmp_path, monkeypatch):
     def broken(*_):
         raise ProbeError("the server is gone")
 
-    monkeypatch.setattr("probe.run._attributing.matched_temperatures", broken)
+    monkeypatch.setattr("probe.run._attributing.LossCurves.temperatures", broken)
     with pytest.raises(ProbeError, match="the server is gone"):
         run_recorded({**SOME, "solutions.questions": "30"}, tmp_path / "run")
 

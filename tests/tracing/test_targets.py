@@ -10,6 +10,7 @@ from test_methods import hold_denominators
 
 import probe
 from probe.attribution import (
+    LossCurves,
     exact_effects,
     matched_temperature,
     matched_temperatures,
@@ -339,13 +340,32 @@ def test_a_loss_that_hardly_follows_the_temperature_has_none(tiny, monkeypatch):
     slopes = torch.tensor([0.05, 0.2])  # losses that are so powers of the temperature
 
     def powers(model, sequences, temperatures, batch_size):
-        return torch.tensor(temperatures).double()[:, None] ** slopes
+        own = slopes[[text.answer[0] for text in sequences]]
+        return torch.tensor(temperatures).double()[:, None] ** own
 
     monkeypatch.setattr("probe.attribution._temperature.mean_losses", powers)
-    found = matched_temperatures(
-        tiny, [probe.TokenSequence([5, 16], [4])] * 2, (0.5**slopes).tolist()
-    )
-    assert found == [None, pytest.approx(0.5, rel=1e-4)]
+    texts = [probe.TokenSequence([5, 16], [token]) for token in (0, 1)]
+    for place in (0.5, 8):
+        found = matched_temperatures(tiny, texts, (place**slopes).tolist())
+        assert found == [None, pytest.approx(place, rel=1e-4)]
+
+
+def test_a_sequence_that_comes_again_is_not_read_again(tiny, monkeypatch):
+    tokens = tiny.tokenizer("50-7-67-53=?50-7=43;")["input_ids"]
+    texts = [probe.TokenSequence(tokens[:12], tokens[12 : 15 + n]) for n in (0, 1)]
+    first = matched_temperatures(tiny, texts, [0.5, 1e-5])
+    read = []
+
+    def counted(model, sequences, temperatures, batch_size):
+        read.append((len(sequences), len(temperatures)))
+        return mean_losses(model, sequences, temperatures, batch_size)
+
+    monkeypatch.setattr("probe.attribution._temperature.mean_losses", counted)
+    curves = LossCurves(tiny)
+    assert curves.temperatures(texts[:1], [0.5]) == first[:1]
+    assert curves.temperatures(texts, [0.5, 1e-5]) == pytest.approx(first, rel=1e-6)
+    assert curves.temperatures(texts[::-1], [1e-5, 0.5]) == pytest.approx(first[::-1], rel=1e-6)
+    assert read == [(1, 69), (1, 257), (1, 69)]  # 0.5 is far from the loss that is there
 
 
 def test_a_model_without_any_slope_is_no_wrong_row(tiny):
