@@ -272,7 +272,7 @@ def mixed(results: Results) -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     save_file({"scores": edges.scores}, Path(folder) / "edges.safetensors")
 
-            took = clock(lambda m=model, s=sequences: run(m, s), times=3, warm=1)
+            took = clock(lambda m=model, s=sequences: run(m, s), times=5)
             results.add(
                 f"100 sequences of 100-400 tokens, {kernels}",
                 ms=1000 * took,

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 
@@ -118,8 +118,7 @@ def attribute(
         references = target.beside(indices, [len(sequences[i].answer) for i in indices])
         beside = None if texts is None else [texts[i] for i in indices]
         parts = (ig_steps, baseline, batch_size, memory, target, references, beside)
-        again = batching.may_record(len(indices) * lengths[indices[0]], memory)
-        options = Options(*parts, check=bool(unchecked), record=again)
+        options = Options(*parts, check=bool(unchecked), record=batching.recording)
         batch = way.score(model, [sequences[i] for i in indices], graph, options)
         unchecked.clear()  # not before: one that did not fit into memory comes again
         return batch
@@ -159,34 +158,34 @@ class _Collected:
     def add_all(self, batches: Iterable[tuple[list[int], EdgeBatch]]) -> None:
         """Take batches as they come.
 
-        One is fetched once the next is on its way, so that a GPU never waits for Python.
+        One is looked at once the next is on its way, so that a GPU never waits for Python.
         """
-        last: tuple[list[int], EdgeBatch] | None = None
+        last: tuple[list[int], _Home] | None = None
         for indices, batch in batches:
+            home = _Home.sent(batch)
             if last:
                 self.add(*last)
-            last = indices, batch
+            last = indices, home
         if last:
             self.add(*last)
 
-    def add(self, indices: list[int], batch: EdgeBatch) -> None:
+    def add(self, indices: list[int], home: "_Home") -> None:
         """Check a batch and keep it.
 
         Raises:
             ProbeError: A score is not finite, or the sources do not sum to the stream.
         """
+        batch, finite = home.arrived()
         part = EdgeScores(
-            batch.scores.cpu(),
-            batch.losses.cpu(),
-            batch.entropies.cpu(),
+            batch.scores,
+            batch.losses,
+            batch.entropies,
             self.edges.graph,
             float(batch.residual_error),
             tuple(self.names[index] for index in indices),
-            batch.values.cpu(),
-            None if self.edges.gaps is None else _gaps(batch).cpu(),
+            batch.values,
+            None if self.edges.gaps is None else _gaps(batch),
         )
-        finite = part.scores.isfinite().all(2).all(1) & part.losses.isfinite()
-        finite &= part.values.isfinite()
         if not finite.all():
             name = self.names[indices[int((~finite).nonzero()[0])]]
             raise ProbeError(
@@ -215,6 +214,37 @@ class _Collected:
                 f"{method}: {steps} steps miss {gap:.0%} of what the integral should give; {what}",
                 stacklevel=3,
             )
+
+
+class _Home(NamedTuple):
+    """A batch on its way to the CPU."""
+
+    batch: EdgeBatch
+    """It, once it has arrived."""
+
+    finite: torch.Tensor
+    """bool [sequence]: whether all scores are."""
+
+    arrivals: list[torch.cuda.Event]
+    """When it has arrived from each GPU."""
+
+    @classmethod
+    def sent(cls, batch: EdgeBatch) -> "_Home":
+        """Send a batch, right behind what computes it and before what is computed next."""
+        parts = [*batch, batch.scores.isfinite().flatten(1).all(1)]
+        *home, finite = (part.to("cpu", non_blocking=True) for part in parts)
+        arrivals = []
+        for device in {part.device for part in parts if part.is_cuda}:
+            arrivals.append(torch.cuda.Event())
+            arrivals[-1].record(torch.cuda.current_stream(device))
+        return cls(EdgeBatch(*home), finite, arrivals)
+
+    def arrived(self) -> tuple[EdgeBatch, torch.Tensor]:
+        """Wait for it: the batch, and bool [sequence]: whether all that counts is finite."""
+        for arrival in self.arrivals:
+            arrival.synchronize()
+        batch = self.batch
+        return batch, self.finite & batch.losses.isfinite() & batch.values.isfinite()
 
 
 def _gaps(batch: EdgeBatch) -> torch.Tensor:

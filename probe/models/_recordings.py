@@ -1,5 +1,6 @@
 """What a model keeps of passes that were recorded on its GPU; see `probe.tracing`."""
 
+import math
 from collections.abc import Hashable
 from typing import Protocol
 
@@ -25,6 +26,9 @@ class Recordings:
 
     refused: bool = False
     """Whether one could not be recorded: then no more is tried."""
+
+    enough: float = math.inf
+    """From so many tokens on the GPU is busy all the time, and nothing is gained by recording."""
 
     def __init__(self) -> None:
         """Start with none."""

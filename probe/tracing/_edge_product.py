@@ -26,7 +26,7 @@ SLICE_BYTES = 64 * 2**20
 
 # Gradients of so many groups of layers are multiplied one after the other: the more groups, the
 # less memory, and the more often the outputs are read.
-GRADIENT_GROUPS = 16
+GRADIENT_GROUPS = 8
 
 
 class EdgeProduct:

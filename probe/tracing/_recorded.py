@@ -1,15 +1,20 @@
 """Passes that are recorded on a GPU and played again.
 
 What a GPU does for a batch is the same for every batch of its shape, and where a batch is small,
-or the host slow, it waits for Python all the time. So the second batch of a shape is recorded as a
-CUDA graph: forward, backward, edge product and logits, just as the trace has them. Others of that
-shape are copied to where it read its inputs, and it is played. To make shapes few, batches are
-filled up a little; the filling counts nothing.
+or the host slow, it waits for Python all the time. So a batch of a shape that came before is
+recorded as a CUDA graph: forward, backward, edge product and logits, just as the trace has them.
+Others of that shape are copied to where it read its inputs, and it is played. To make shapes few,
+batches are filled up a little; the filling counts nothing. Where a plain pass was found to keep the
+GPU busy, none as large is recorded or filled up.
 
     >>> edge_scores_again(model, batch, graph)   # first plain, then recorded, then played
 """
 
+import threading
+import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -30,6 +35,14 @@ from probe.tracing._edge_inputs import Batch, EdgeInputs, Room, RowBlocks, edge_
 from probe.tracing._integration import HERE, Path
 from probe.tracing._layers import exact_dtype, wiring_of
 from probe.tracing._targets import Target
+
+# Python is ahead of the GPU where so much of a pass is left to compute when it has issued all.
+AHEAD = 0.15
+
+# How often a shape was seen: it may be recorded once a pass over it was timed.
+SEEN, TIMED = 1, 2
+
+_patching = threading.Lock()
 
 
 class Shape(NamedTuple):
@@ -90,6 +103,7 @@ class Recording:
         before = torch.cuda.memory_reserved(model.device)
         # Another thread may use the GPU meanwhile, for another model.
         with (
+            _one_text_a_row(),
             torch.cuda.device(model.device),
             torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
         ):
@@ -118,22 +132,30 @@ def edge_scores_again(
 ) -> EdgeBatch:
     """What `edge_scores` gives, from a recorded pass where there is one of the batch's shape.
 
-    The first batch of a shape runs as usual, which also lets libraries prepare themselves; the
-    second one is recorded.
+    The first batch of a shape runs as usual, and is timed, unless libraries prepare themselves in
+    it; the next one is recorded, where the GPU had to wait.
 
     Raises:
         torch.OutOfMemoryError: Recording it does not fit into memory.
     """
     recordings, room = model.recordings, room_of(batch)
+    blocks = RowBlocks(len(path.points), batch.corrupted is not None)
     shape = _shape(batch, room, graph, path, relp, baseline, target, positions)
     known = recordings.get(shape)
     asked = (path, relp, baseline, FASTEST, target, check, positions)
     plain = partial(edge_scores, model, batch, graph, *asked)
     checked = not check or graph.granularity in model.readings_known
-    if known == 0 or not checked or not _may_be(model, batch, graph, target):
-        recordings.put(shape, known or 1)
+    free = int(batch.positions[0, 0]) > 0  # the first position, at which the filling stands
+    again = isinstance(known, Recording) or (checked and _may_be(model, graph, target))
+    if not (free and again):
+        recordings.put(shape, known or SEEN)
         return plain()
-    blocks = RowBlocks(len(path.points), batch.corrupted is not None)
+    if isinstance(known, int) and known < TIMED:
+        found, busy = _timed(plain, model.device)
+        if busy:
+            recordings.enough = min(recordings.enough, batch.input_ids.numel() * blocks.number)
+        recordings.put(shape, TIMED)
+        return found
     inputs = edge_inputs(batch, blocks, exact_dtype(model), room)
     if baseline is not None:
         inputs = inputs._replace(baseline=baseline.to(model.dtype))
@@ -157,6 +179,38 @@ def edge_scores_again(
     return known.play(inputs)
 
 
+def _timed(plain: Callable[[], EdgeBatch], device: torch.device) -> tuple[EdgeBatch, bool]:
+    """What a plain pass gives, and whether it kept the GPU busy from beginning to end."""
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    found = plain()
+    issued = time.perf_counter()
+    torch.cuda.synchronize(device)
+    done = time.perf_counter()
+    return found, done - issued > AHEAD * (done - start)
+
+
+@contextmanager
+def _one_text_a_row() -> Iterator[None]:
+    """Let transformers know, while a pass is recorded, that no row holds several texts.
+
+    It reads that off the positions, for which it would have to wait for the GPU; where it cannot,
+    it makes a mask, with which attention is half as fast.
+    """
+    from transformers import masking_utils
+
+    def known(position_ids: torch.Tensor) -> torch.Tensor | None:
+        return None if torch.cuda.is_current_stream_capturing() else read(position_ids)
+
+    with _patching:
+        read = masking_utils.find_packed_sequence_indices
+        masking_utils.find_packed_sequence_indices = known
+        try:
+            yield
+        finally:
+            masking_utils.find_packed_sequence_indices = read
+
+
 def room_of(batch: Batch) -> Room:
     """What a batch is filled up to."""
     scored = int((batch.labels != -100).sum())
@@ -175,17 +229,16 @@ def recordable(model: Model) -> bool:
     return model.deployment is None and model.device.type == "cuda" and len(places) < 2
 
 
-def _may_be(model: Model, batch: Batch, graph: Graph, target: Target) -> bool:
-    """Whether the pass over a batch can be recorded or played.
+def _may_be(model: Model, graph: Graph, target: Target) -> bool:
+    """Whether passes can be recorded.
 
-    Not where the first position, at which the filling stands, is scored; where large things are
-    compared; and where branches part at columns of a projection's output, which come from the host.
+    Not where large things are compared; and where branches part at columns of a projection's
+    output, which come from the host.
     """
     parts = graph.attention != "block"
     at_columns = parts and not wiring_of(model, graph).at_inputs
     large = target.compares or at_columns
-    free = int(batch.positions[0, 0]) > 0
-    return free and not large and not model.recordings.refused and recordable(model)
+    return not large and not model.recordings.refused and recordable(model)
 
 
 def _shape(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import probe
 from probe.attribution import ENOUGH_TOKENS, METHODS, Batching, Method, bytes_per_token
+from probe.attribution._batching import ONE_MORE
 from probe.tracing import FASTEST, MemoryMode
 
 GRAPH = probe.Graph.build(4, "qkv")
@@ -40,6 +41,21 @@ def test_every_place_once_the_longest_first(tiny_model, lengths, size, steps):
 @pytest.fixture(scope="module")
 def tiny_model():
     return probe.load_model("probe:tiny-math/sft")
+
+
+@pytest.mark.parametrize(
+    ("one_more", "sizes"),
+    [
+        (0, [2, 3, 1, 10]),  # none is filled up
+        (30, [6, 10]),  # 8 is filled up; nine more tokens for each of the ten are too many
+        (1000, [16]),
+    ],
+)
+def test_a_batch_is_filled_up_no_more_than_it_is_worth(tiny_model, monkeypatch, one_more, sizes):
+    monkeypatch.setitem(ONE_MORE, "cpu", one_more * tiny_model.d_model**2)
+    lengths = [1] * 10 + [8] + [9] * 3 + [10] * 2
+    assert [len(batch) for batch in run(Batching(tiny_model, GRAPH, "auto"), lengths)] == sizes
+    assert [len(batch) for batch in run(Batching(tiny_model, GRAPH, 7), lengths)] == [7, 7, 2]
 
 
 def test_what_is_done_is_left_out(tiny_model):
