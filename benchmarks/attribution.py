@@ -18,11 +18,12 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import nnsight
 import torch
@@ -37,7 +38,7 @@ import probe
 from probe.attribution import make_batch
 from probe.models import architecture_of, fuse, read_tokenizer
 from probe.recipe import read_recipe
-from probe.run import OnEvent, on_each, progress_bar
+from probe.run import OnEvent, Workers, on_each, progress_bar
 from probe.run._cluster import cluster_of
 from probe.run._parallel import Unit
 from probe.tracing import MemoryMode, edge_scores, role_faults
@@ -488,34 +489,59 @@ def cpu(results: Results, threads: int) -> None:
         check_cost(results, model, batch, length, "1 M parameters")
 
 
-def work_on(number: int, *, device: str, on_event: OnEvent) -> tuple[float, float]:
-    """Attribute on one card; when the work began and ended, the model being there."""
+class Worked(NamedTuple):
+    """When a piece of work was where, in seconds."""
+
+    began: float
+    """Its process was there."""
+
+    ready: float
+    """Its model was there, and had run once."""
+
+    ended: float
+    """All was done."""
+
+
+def work_on(batches: int, *, device: str, on_event: OnEvent) -> Worked:
+    """Attribute on one card."""
+    began = time.time()
     model = random_model("mistral-7b", device, torch.bfloat16, "liger")
-    sequences = random_sequences(model, [256] * 32 * 80)
+    sequences = random_sequences(model, [256] * 32 * batches)
     probe.attribute(model, sequences[:64])
-    start = time.time()
+    ready = time.time()
     probe.attribute(model, sequences)
-    return start, time.time()
+    return Worked(began, ready, time.time())
+
+
+def until_both_work(found: Sequence[Worked], before: float, what: str) -> dict[str, float]:
+    """How long it took from a moment until processes and models were there."""
+    return {
+        f"seconds_until_processes_{what}": max(work.began for work in found) - before,
+        f"seconds_until_both_work_{what}": max(work.ready for work in found) - before,
+    }
 
 
 def two_cards(results: Results) -> None:
-    """A pair of models, one after the other on one card, and at once on two."""
-    work = [partial(work_on, number) for number in range(2)]
+    """A pair of models, one after the other on one card, and at once on two; then a phase more."""
+    work = [partial(work_on, 80)] * 2
     alone = on_each(work, ["cuda:0"], print)
     gc.collect()
     torch.cuda.empty_cache()
-    before = time.time()
-    together = on_each(work, ["cuda:0", "cuda:1"], print)
-    one = sum(end - start for start, end in alone)
-    two = max(end for _, end in together) - min(start for start, _ in together)
-    slower = max(end - start for start, end in together)
+    with Workers(["cuda:0", "cuda:1"]) as workers:
+        start = time.time()
+        together = workers.do(work, print)
+        waited = until_both_work(together, start, "first")
+        start = time.time()
+        waited |= until_both_work(workers.do([partial(work_on, 2)] * 2, print), start, "later")
+    one = sum(work.ended - work.ready for work in alone)
+    two = max(work.ended for work in together) - min(work.ready for work in together)
     results.add(
         "a pair, 2 x 2560 sequences of 256 tokens, liger, two cards against one",
         ms=1000 * two,
         one_card_ms=1000 * one,
         times_faster=one / two,
-        times_faster_once_both_work=one / slower,
-        seconds_until_both_work=max(start for start, _ in together) - before,
+        times_faster_once_both_work=one / max(work.ended - work.ready for work in together),
+        **waited,
     )
 
 
@@ -523,7 +549,7 @@ def local_cluster(results: Results) -> None:
     """The pair of `two-cards` as `--cluster local` places it; to be held against `one_card_ms`."""
     # Ray asks for a model's files; what is made on a card here is of random numbers.
     units = [
-        Unit(f"model {number}", "probe:tiny-math/sft", 1, partial(work_on, number))
+        Unit(f"model {number}", "probe:tiny-math/sft", 1, partial(work_on, 80))
         for number in range(2)
     ]
     recipe = read_recipe("tiny-math", {"compute.cluster": "local"})
@@ -531,11 +557,11 @@ def local_cluster(results: Results) -> None:
     with cluster_of(recipe, print) as cluster, progress_bar(Console()) as progress:
         assert cluster is not None
         together = cluster.do(units, None, progress, "two cards")
-    two = max(end for _, end in together) - min(start for start, _ in together)
+    two = max(work.ended for work in together) - min(work.ready for work in together)
     results.add(
         "the same pair on two cards by --cluster local",
         ms=1000 * two,
-        seconds_until_both_work=max(start for start, _ in together) - before,
+        **until_both_work(together, before, "first"),
     )
 
 

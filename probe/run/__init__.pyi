@@ -19,6 +19,7 @@ from ._needs import make_plan as make_plan
 from ._needs import recipes_view as recipes_view
 from ._parallel import Event as Event
 from ._parallel import OnEvent as OnEvent
+from ._parallel import Workers as Workers
 from ._parallel import on_each as on_each
 from ._plan import check_reach as check_reach
 from ._plan import lengths_line as lengths_line

@@ -8,6 +8,8 @@ by batch, and a result that is small comes back. With one device all is done in 
     >>> on_each([partial(attribute_with, ...)], ["cuda:0", "cuda:1"], print)
 """
 
+import gc
+import importlib
 import multiprocessing
 import os
 import queue
@@ -48,6 +50,16 @@ class Work(Protocol[Result]):
     def __call__(self, *, device: str, on_event: OnEvent) -> Result:
         """Do it on a device, or on several joined by commas."""
         ...
+
+
+_Share = Sequence[tuple[int, Work[object]]]
+"""Work for one device, with its number in the whole."""
+
+_Said = Event | tuple[int, object] | BaseException
+"""What a process says: an event, a result with its number, or what went wrong."""
+
+_NEEDED = ("transformers", "nnsight", "probe.run._solving", "probe.run._attributing")
+"""What takes time to import."""
 
 
 class Unit(NamedTuple, Generic[Result]):
@@ -92,23 +104,57 @@ def on_each(work: Sequence[Work[_R]], devices: Sequence[str], on_event: OnEvent)
     """
     if len(devices) == 1 or len(work) == 1:
         return [part(device=devices[0], on_event=on_event) for part in work]
-    context = multiprocessing.get_context("spawn")
-    said: multiprocessing.Queue[Event | tuple[int, object] | BaseException] = context.Queue()
-    shares = [list(enumerate(work))[start :: len(devices)] for start in range(len(devices))]
-    processes = [
-        context.Process(target=_serve, args=(share, device, said), daemon=True)
-        for share, device in zip(shares, devices, strict=True)
-        if share
-    ]
-    results: dict[int, object] = {}
-    try:
-        for process in processes:
-            process.start()
+    with Workers(devices[: len(work)]) as workers:
+        return workers.do(work, on_event)
+
+
+class Workers:
+    """A process for each of several devices, from the first work on for as long as they are needed.
+
+    Started before, they import what work needs and begin to use their devices meanwhile.
+
+        >>> with Workers(["cuda:0", "cuda:1"]) as workers:
+        ...     workers.do([partial(attribute_with, ...)], print)
+    """
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        """Say on which devices."""
+        context = multiprocessing.get_context("spawn")
+        self._said: multiprocessing.Queue[_Said] = context.Queue()
+        self._tasks: list[multiprocessing.Queue[_Share]] = [context.Queue() for _ in devices]
+        self._processes = [
+            context.Process(target=_serve, args=(device, tasks, self._said), daemon=True)
+            for device, tasks in zip(devices, self._tasks, strict=True)
+        ]
+
+    def start(self) -> None:
+        """Start those that have not been."""
+        for process in self._processes:
+            if process.pid is None:
+                process.start()
+
+    def __enter__(self) -> "Workers":
+        """These."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End them, whatever they do."""
+        for process in self._processes:
+            if process.pid is not None:
+                process.terminate()
+                process.join()
+
+    def do(self, work: Sequence[Work[_R]], on_event: OnEvent) -> list[_R]:
+        """Do all work at once, as `on_each`; after an error they can only be ended."""
+        self.start()
+        for start, tasks in enumerate(self._tasks):
+            tasks.put(list(enumerate(work))[start :: len(self._tasks)])
+        results: dict[int, object] = {}
         while len(results) < len(work):
             try:
-                message = said.get(timeout=0.2)
+                message = self._said.get(timeout=0.2)
             except queue.Empty:
-                for process in processes:
+                for process in self._processes:
                     if process.exitcode:
                         raise RuntimeError(
                             f"a process of this run ended with code {process.exitcode}"
@@ -120,20 +166,13 @@ def on_each(work: Sequence[Work[_R]], devices: Sequence[str], on_event: OnEvent)
                 raise message
             else:
                 results[message[0]] = message[1]
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()
-                process.join()
-    return [results[number] for number in range(len(work))]  # type: ignore[misc]
+        return [results[number] for number in range(len(work))]  # type: ignore[misc]
 
 
 def _serve(
-    share: Sequence[tuple[int, Work[object]]],
-    device: str,
-    said: "multiprocessing.Queue[Event | tuple[int, object] | BaseException]",
+    device: str, tasks: "multiprocessing.Queue[_Share]", said: "multiprocessing.Queue[_Said]"
 ) -> None:
-    """Do one device's share of the work; this is the main function of its process."""
+    """Do one device's shares of the work; this is the main function of its process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -144,7 +183,16 @@ def _serve(
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        for number, part in share:
-            said.put((number, part(device=device, on_event=said.put)))
+        for name in _NEEDED:
+            importlib.import_module(name)
+        for place in device.split(","):
+            if place.startswith("cuda"):
+                torch.empty(1, device=place)
+        while True:
+            for number, part in tasks.get():
+                said.put((number, part(device=device, on_event=said.put)))
+            # What comes next may be somebody else's.
+            gc.collect()
+            torch.cuda.empty_cache()
     except Exception as error:
         said.put(error)

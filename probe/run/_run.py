@@ -152,6 +152,8 @@ def _run(
     if cluster:
         record["devices"] = cluster.nodes
     with running(recipe, folder, record, host, console, cluster) as run:
+        if run.workers:
+            run.workers.start()
         sides = select_all(run, solve_all(run, problems, answers))
         lengths = [sequence.length for side in sides for sequence in side.sequences]
         if lengths:

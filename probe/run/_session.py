@@ -8,7 +8,7 @@ Work that may go to a process of its own gets a `Setup`, the part of it that is 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event as Flag
@@ -34,7 +34,7 @@ from probe.models import Model, cpu_threads, load_model, resolve_devices
 from probe.recipe import Recipe
 from probe.remote import Host
 from probe.run._cluster import Cluster
-from probe.run._parallel import Event, Unit, devices_for, on_each
+from probe.run._parallel import Event, Unit, Workers, devices_for, on_each
 from probe.store import LOCK, RunFolder, timed
 from probe.vocabulary import Kernels
 
@@ -101,6 +101,9 @@ class Run(Setup):
     cluster: Cluster | None = None
     """The cluster that does its units; None where its devices do."""
 
+    workers: Workers | None = None
+    """The processes of several devices; None where there is one, or a cluster."""
+
     @property
     def setup(self) -> Setup:
         """The part of it that work in another process gets."""
@@ -142,7 +145,10 @@ class Run(Setup):
             if event.advance:
                 bar.advance(event.advance, event.speed)
 
-        return on_each([unit.work for unit in units], self.devices, show)
+        work = [unit.work for unit in units]
+        if self.workers is not None and len(work) > 1:
+            return self.workers.do(work, show)
+        return on_each(work, self.devices[:1], show)
 
 
 @contextmanager
@@ -167,12 +173,14 @@ def running(
         cluster: The cluster that does its units; None where they are done here.
     """
     devices = devices_for(recipe.models(), resolve_devices(recipe.compute.device_here))
+    several = len(devices) > 1 and cluster is None
     with (
         progress_bar(console) as progress,
         cpu_threads(recipe.compute.threads),
         _jobs_shown(host, record, progress),
+        Workers(devices) if several else nullcontext() as workers,
     ):
-        yield Run(recipe, folder, host, devices, progress, record, cluster)
+        yield Run(recipe, folder, host, devices, progress, record, cluster, workers)
 
 
 def recipe_host(recipe: Recipe, console: Console) -> Host | None:

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 import probe
-from probe.run import Event, on_each
+from probe.run import Event, Workers, on_each
 
 OPTIONS = {
     "solutions.questions": 30,
@@ -45,6 +45,29 @@ def test_results_come_in_order(devices):
     expected = {f"{number} on {devices[number % len(devices)]}" for number in range(3)}
     assert {event.text for event in said} == expected
     assert sum(event.advance for event in said) == 3
+
+
+def process(*, device, on_event):
+    on_event(Event(1))
+    return device, os.getpid()
+
+
+def test_the_same_processes_do_what_comes_later():
+    said = []
+    with Workers(["a", "b"]) as workers:
+        workers.start()
+        first = workers.do([process] * 4, said.append)
+        later = workers.do([process] * 2, said.append)
+    assert [device for device, _ in first] == ["a", "b", "a", "b"]
+    assert first == later * 2
+    assert len({pid for _, pid in later} - {os.getpid()}) == 2
+    assert len(said) == 6
+
+
+def test_processes_that_were_never_needed_were_never_started():
+    with Workers(["a", "b"]) as workers:
+        pass
+    assert not any(process.pid for process in workers._processes)
 
 
 @pytest.mark.parametrize("error", [probe.ProbeError("no such model"), KeyError("a bug")])
