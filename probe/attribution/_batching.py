@@ -34,7 +34,7 @@ ENOUGH_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 # A batch more takes as long as so many tokens more, times d_model squared (what a token takes goes
 # by that): so much may filling up cost. Measured on two cores, 1 to 55 M parameters, and at 7 B.
-ONE_MORE = {"cpu": 6e6, "cuda": 4e9}
+ONE_MORE = {"cpu": 6e6, "cuda": 8e9}
 
 # A server sends results up to 8 MiB as it has them; for larger ones it needs a store.
 RESPONSE_BYTES = 4 * 2**20

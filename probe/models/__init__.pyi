@@ -45,4 +45,5 @@ from ._prompts import encode_prompt as encode_prompt
 from ._prompts import encode_text as encode_text
 from ._prompts import no_template as no_template
 from ._prompts import tokens_of as tokens_of
+from ._recordings import recording as recording
 from ._reduced import reduced_model as reduced_model

@@ -1,14 +1,49 @@
-"""What a model keeps of passes that were recorded on its GPU; see `probe.tracing`."""
+"""Recordings of what a GPU does, as CUDA graphs, and what a model keeps of them.
+
+>>> with recording(graph, torch.device("cuda")):
+...     run_edge_pass(model, inputs, edge_pass)
+>>> graph.replay()
+"""
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
+
+import torch
 
 MOST = 8
 """So many recorded passes are kept; the one that was not played for longest goes first."""
 
 MOST_SHAPES = 256
 """So many shapes are remembered."""
+
+
+@contextmanager
+def recording(
+    graph: torch.cuda.CUDAGraph, device: torch.device, beside: torch.cuda.CUDAGraph | None = None
+) -> Iterator[None]:
+    """Record what a GPU is asked to do. Another thread may use it meanwhile, for another model.
+
+    Args:
+        graph: What it becomes.
+        device: The GPU.
+        beside: Another one, whose memory it shares: they never run at once.
+
+    Raises:
+        RuntimeError: What cannot be recorded.
+    """
+    here, pool = torch.cuda.device(device), beside.pool() if beside else None
+    try:
+        with here, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            yield
+    except Exception:
+        # torch's random numbers go on waiting for the end of a recording that failed, and none can
+        # be drawn any more (torch 2.11). They find it in one that does not fail.
+        something = torch.zeros(1, device=device)
+        with here, torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            something.add_(1)
+        raise
 
 
 class Recorded(Protocol):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from probe.models import Model
+from probe.models import Model, recording
 from probe.solutions import _flash as flash
 from probe.solutions._requests import Request, Rules
 
@@ -163,7 +163,7 @@ class Slots:
         before = [part.clone() for part in state]
         self._step()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with recording(self._graph, self.device):
             self._step()
         for part, value in zip(state, before, strict=True):
             part.copy_(value)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from probe.errors import reason
-from probe.models import Graph, Model
+from probe.models import Graph, Model, recording
 from probe.tracing._contexts import (
     FASTEST,
     LOSS,
@@ -37,7 +37,7 @@ from probe.tracing._layers import exact_dtype, wiring_of
 from probe.tracing._targets import Target
 
 # Python is ahead of the GPU where so much of a pass is left to compute when it has issued all.
-AHEAD = 0.15
+AHEAD = 0.3
 
 # How often a shape was seen: it may be recorded once a pass over it was timed.
 SEEN, TIMED = 1, 2
@@ -98,15 +98,10 @@ class Recording:
         self._product = edge_pass.product  # what lies in it is read each time
         self._product.place(model.device)
         beside = model.recordings.some()
-        pool = beside._graph.pool() if isinstance(beside, Recording) else None
+        shared = beside._graph if isinstance(beside, Recording) else None
         torch.cuda.empty_cache()  # as recording does, so that what it takes can be told
         before = torch.cuda.memory_reserved(model.device)
-        # Another thread may use the GPU meanwhile, for another model.
-        with (
-            _one_text_a_row(),
-            torch.cuda.device(model.device),
-            torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
-        ):
+        with _one_text_a_row(), recording(self._graph, model.device, shared):
             self._found = run_edge_pass(model, inputs, edge_pass)
         self.bytes = max(0, torch.cuda.memory_reserved(model.device) - before)
 
