@@ -4,7 +4,7 @@ Nobody knows beforehand how long answers get, nor which questions both models so
 span; what was measured for it is in docs/generation.md and docs/performance.md.
 
     >>> times_text(gpu_times(make_plan(read_recipe("mistral-math"))))
-    'solving 17 min to 2.4 h, scoring 48 to 105 s, the report about 10 s'
+    'solving 7 to 64 min, scoring 3 to 6 min, the report about 8 s'
 """
 
 import math
@@ -22,11 +22,11 @@ PROMPT_TOKENS = 200
 AT_ONCE, LONGEST = 256, 3.0
 """So many answers are written at once, and the longest of them is about so many times the mean."""
 
-TOKEN_SECONDS = {"continuous": 1 / 3286 / 32, "static": 1 / 418 / 32}
-STEP_SECONDS = 0.55e-3
-"""A layer's share of the time in which one H200 writes a token with each engine, while there are
-many answers to write, at 7B Mistral shape in bfloat16; and of a step of the continuous one, however
-small the model is (an H100, SmolLM2-135M)."""
+TOKEN_SECONDS = {"continuous": 1 / 9885 / 32, "static": 1 / 418 / 32}
+STEP_SECONDS = 0.7e-3
+"""A layer's share of the time in which a GPU writes a token with each engine (continuous: an H100;
+static: an H200), while there are many answers to write, at 7B Mistral shape in bfloat16; and of a
+step of the continuous one, however small the model is (an H100, SmolLM2-135M)."""
 
 OPERATIONS_PER_SECOND = 5e14
 PASS_SECONDS = 0.08 / 32
@@ -135,7 +135,8 @@ def _solving(plan: Plan, end: int) -> float:
         shape = shapes[model]
         assert shape is not None
         length = answer_span(pair)[end]
-        steps = math.ceil(count / AT_ONCE) * min(longest, LONGEST * length)
+        # An answer takes the place of one that ended; at the end few are left.
+        steps = count * length / AT_ONCE + min(longest, LONGEST * length)
         seconds = count * length * TOKEN_SECONDS[engine]
         if engine == "continuous":
             seconds = max(seconds, steps * STEP_SECONDS)
