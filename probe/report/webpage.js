@@ -125,7 +125,7 @@ function drawHeatmap(cell) {
   const left = 46, top = 8, bar = 34, under = few ? 54 : 34;
   const width = unit * targets.length, height = unit * sources.length;
   svg.replaceChildren();
-  svg.setAttribute("viewBox", `0 0 ${left + width + 86} ${top + height + under + 16}`);
+  svg.setAttribute("viewBox", `0 0 ${left + width + 100} ${top + height + under + 16}`);
   svg.style.fontSize = few ? "12px" : "14px";
   svg.dataset.unit = unit; svg.dataset.left = left; svg.dataset.top = top;
   const shown = scale(cell), gap = few ? 1 : 0;
