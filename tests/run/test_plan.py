@@ -111,7 +111,7 @@ def test_controls_cost_sides_and_temperatures():
 
 
 def test_a_small_model_takes_its_steps_however_small_it_is():
-    """SmolLM2 on an H100, 1,000 questions: 18 s a model, where its tokens alone would take 2.7 s."""
+    """SmolLM2 on an H100, 1,000 questions: 18 s a model, where its tokens alone take 2.7 s."""
     shape = {"parameters": 134515008, "n_layers": 30, "d_model": 576, "d_ffn": 1536}
     names = [f"nobody/{side}" for side in ("sft", "grpo")]
     recipe = read_recipe("tiny-math", {"solutions.questions": 1000, "compute.device": "cpu"})
