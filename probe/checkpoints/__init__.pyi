@@ -2,6 +2,7 @@ from ._adapters import check_adapter as check_adapter
 from ._adapters import merge_adapter as merge_adapter
 from ._deltas import write_delta as write_delta
 from ._file_digests import keep_entries as keep_entries
+from ._file_digests import stamp_of as stamp_of
 from ._gguf import gguf_remark as gguf_remark
 from ._gguf import is_gguf as is_gguf
 from ._hub import HubName as HubName

@@ -55,7 +55,7 @@ def _digests(paths: Iterable[Path]) -> tuple[dict[Path, str], dict[str, list[obj
     known = _known()
     found, unread = _sorted_out(paths, known)
     # Before they are read: what changes meanwhile is another file the next time.
-    began, stamps = time.time_ns(), {path: _stamp(path) for path in unread}
+    began, stamps = time.time_ns(), {path: stamp_of(path) for path in unread}
     with ThreadPoolExecutor(4) as pool:
         found |= zip(unread, pool.map(_read, unread), strict=True)
     new: dict[str, list[object]] = {
@@ -85,7 +85,7 @@ def _sorted_out(
             found[path] = f"blob {target.name} {target.stat().st_size}"
             continue
         kept = known.get(str(target))
-        if isinstance(kept, list) and len(kept) == 2 and kept[0] == _stamp(target):
+        if isinstance(kept, list) and len(kept) == 2 and kept[0] == stamp_of(target):
             found[path] = str(kept[1])
         else:
             unread.append(path)
@@ -100,7 +100,7 @@ def _read(path: Path) -> str:
         raise ProbeError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _stamp(path: Path) -> list[int]:
+def stamp_of(path: Path) -> list[int]:
     """What changes with a file; the time of its inode's change cannot be set by hand."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]

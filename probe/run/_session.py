@@ -34,6 +34,7 @@ from probe.models import Model, cpu_threads, load_model, resolve_devices
 from probe.recipe import Recipe
 from probe.remote import Host
 from probe.run._cluster import Cluster
+from probe.run._kept_models import KeptModels
 from probe.run._parallel import Event, Unit, Workers, devices_for, on_each
 from probe.store import LOCK, RunFolder, timed
 from probe.vocabulary import Kernels
@@ -54,6 +55,9 @@ class Setup:
     host: Host | None
     """The server that runs the models; None where they run here."""
 
+    kept: KeptModels
+    """The models that stay in this process."""
+
     def load(self, reference: str, device: str, kernels: Kernels = "eager") -> Model:
         """A model, on the server if there is one, or on a device here.
 
@@ -63,7 +67,10 @@ class Setup:
         options = self.recipe.compute
         if self.host is not None:
             return load_hosted(reference, self.host, options.dtype)
-        return load_model(reference, device, options.dtype, kernels, options.threads)
+        if device == "cpu" and kernels == "auto":
+            kernels = "eager"  # the others are for GPUs
+        load = partial(load_model, reference, device, options.dtype, kernels, options.threads)
+        return self.kept.get(reference, device, kernels, load)
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class Run(Setup):
             # On another machine a file system has another number: whoever does a unit there checks
             # the lock beforehand.
             folder = replace(folder, path=folder.path.absolute(), lock=None)
-        return Setup(self.recipe, folder, self.host)
+        return Setup(self.recipe, folder, self.host, self.kept)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Add the time that is spent within to the record."""
@@ -180,7 +187,9 @@ def running(
         _jobs_shown(host, record, progress),
         Workers(devices) if several else nullcontext() as workers,
     ):
-        yield Run(recipe, folder, host, devices, progress, record, cluster, workers)
+        yield Run(
+            *(recipe, folder, host, KeptModels(), devices, progress, record, cluster, workers)
+        )
 
 
 def recipe_host(recipe: Recipe, console: Console) -> Host | None:

@@ -118,3 +118,11 @@ def test_a_pair_that_cannot_be_compared(tmp_path):
     assert all(model.refusal is None for model in found.models)
     assert "differ in number of layers" in str(found.refusal)
     assert not found.sound
+
+
+def test_files_that_change_are_looked_at_again(tmp_path):
+    folder = shutil.copytree(SFT, tmp_path / "model")
+    assert check_model(str(folder)) == ()
+    settings = folder / "generation_config.json"
+    settings.write_text('{"repetition_penalty": 1.3}')
+    assert "repetition_penalty" in check_model(str(folder))[0]
