@@ -39,6 +39,7 @@ from ._loading import read_config as read_config
 from ._loading import read_files as read_files
 from ._loading import read_tokenizer as read_tokenizer
 from ._loading import resolve_devices as resolve_devices
+from ._loading import tokenizer_at as tokenizer_at
 from ._prompts import CHAT_MESSAGE as CHAT_MESSAGE
 from ._prompts import chat_message as chat_message
 from ._prompts import encode_prompt as encode_prompt

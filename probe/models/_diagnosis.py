@@ -9,9 +9,8 @@ see before a run of hours.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 from probe.checkpoints import (
@@ -24,14 +23,18 @@ from probe.checkpoints import (
     gguf_remark,
     is_gguf,
     read_headers,
-    stamp_of,
     weight_files,
 )
 from probe.errors import ProbeError
 from probe.models._architectures import architecture_of
 from probe.models._decoding import end_tokens, left_out, read_settings
-from probe.models._fitting import check_weights
-from probe.models._loading import check_pair, read_config, read_tokenizer
+from probe.models._loading import (
+    check_pair,
+    read_config,
+    read_tokenizer,
+    tokenizer_at,
+    weights_checked,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,17 +130,10 @@ def check_model(reference: str, numbers: bool = True) -> tuple[str, ...]:
     """
     check_folder(reference)
     architecture_of(read_config(reference).model_type)
-    remarks = _checked(reference, _stamps(fetch_checkpoint(reference)))
+    tokenizer_at(reference)
+    remarks = weights_checked(reference)
     if numbers:
         check_numbers(reference)
-    return remarks
-
-
-@lru_cache(maxsize=64)
-def _checked(reference: str, stamps: tuple[Hashable, ...]) -> tuple[str, ...]:
-    """What `check_model` says of a model's files, once for files with these stamps."""
-    read_tokenizer(reference)
-    remarks = check_weights(reference, read_config(reference, whole=True))
     settings = _left_out(read_settings(fetch_checkpoint(reference).folder))
     if settings:
         remarks = (
@@ -145,13 +141,6 @@ def _checked(reference: str, stamps: tuple[Hashable, ...]) -> tuple[str, ...]:
             f"{reference}: greedy decoding leaves out its own {', '.join(settings)}",
         )
     return remarks
-
-
-def _stamps(checkpoint: Checkpoint) -> tuple[Hashable, ...]:
-    """What changes with any file of a model."""
-    folders = {checkpoint.folder, checkpoint.adapter or checkpoint.folder, checkpoint.tokenizer}
-    files = sorted(file for folder in folders for file in folder.iterdir() if file.is_file())
-    return tuple((str(file), *stamp_of(file)) for file in files)
 
 
 def check_numbers(reference: str) -> None:

@@ -10,15 +10,15 @@ memory.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from probe.checkpoints import fetch_checkpoint
+from probe.checkpoints import Checkpoint, fetch_checkpoint, stamp_of
 from probe.errors import ProbeError, not_known, reason
 from probe.models._architectures import GUIDE, Architecture, Heads, architecture_of
 from probe.models._blocks import Blocks, Mixture, blocks_of, mixture_of, single_block, text_inside
@@ -318,6 +318,43 @@ def read_tokenizer(reference: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def tokenizer_at(reference: str) -> "PreTrainedTokenizerBase":
+    """A model's tokenizer, to be looked at alone: it is read once, as long as no file changes.
+
+    Raises:
+        ProbeError: See `read_tokenizer`.
+    """
+    return _tokenizer_at(reference, _stamps(fetch_checkpoint(reference, weights=False)))
+
+
+@lru_cache(maxsize=16)
+def _tokenizer_at(reference: str, _: tuple[Hashable, ...]) -> "PreTrainedTokenizerBase":
+    return read_tokenizer(reference)
+
+
+def weights_checked(reference: str) -> tuple[str, ...]:
+    """What `check_weights` says of a model, once as long as no file changes.
+
+    Raises:
+        ProbeError: See there.
+    """
+    return _weights_checked(reference, _stamps(fetch_checkpoint(reference)))
+
+
+@lru_cache(maxsize=64)
+def _weights_checked(reference: str, _: tuple[Hashable, ...]) -> tuple[str, ...]:
+    from probe.models._fitting import check_weights
+
+    return check_weights(reference, read_config(reference, whole=True))
+
+
+def _stamps(checkpoint: Checkpoint) -> tuple[Hashable, ...]:
+    """What changes with any file of a model."""
+    folders = {checkpoint.folder, checkpoint.adapter or checkpoint.folder, checkpoint.tokenizer}
+    files = sorted(file for folder in folders for file in folder.iterdir() if file.is_file())
+    return tuple((str(file), *stamp_of(file)) for file in files)
+
+
 def load_model(
     reference: str | Path,
     device: str = "cpu",
@@ -349,7 +386,7 @@ def load_model(
 
     from probe.checkpoints import is_finite
     from probe.models._decoding import read_settings
-    from probe.models._fitting import check_weights, load_weights
+    from probe.models._fitting import load_weights
     from probe.models._kernels import fuse, resolve_kernels
 
     reference = str(reference)
@@ -368,7 +405,7 @@ def load_model(
     )
     # Over several devices a model's layers are laid out evenly.
     layout = {"device_map": "balanced", "max_memory": _room(place, *more)} if more else {}
-    check_weights(reference, whole)
+    weights_checked(reference)
     checkpoint = fetch_checkpoint(reference)
     with without_bars():
         module = load_weights(checkpoint, whole, getattr(torch, dtype), **experts, **layout)
@@ -535,7 +572,7 @@ def check_pair(before: str, after: str) -> None:
             )
     vocabularies = []
     for reference in (before, after):
-        tokenizer = read_tokenizer(reference)
+        tokenizer = tokenizer_at(reference)
         added = tokenizer.get_added_vocab()
         vocabularies.append({t: i for t, i in tokenizer.get_vocab().items() if t not in added})
     if vocabularies[0] != vocabularies[1]:

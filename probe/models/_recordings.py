@@ -8,9 +8,10 @@
 import math
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 MOST = 8
 """So many recorded passes are kept; the one that was not played for longest goes first."""
@@ -21,7 +22,9 @@ MOST_SHAPES = 256
 
 @contextmanager
 def recording(
-    graph: torch.cuda.CUDAGraph, device: torch.device, beside: torch.cuda.CUDAGraph | None = None
+    graph: "torch.cuda.CUDAGraph",
+    device: "torch.device",
+    beside: "torch.cuda.CUDAGraph | None" = None,
 ) -> Iterator[None]:
     """Record what a GPU is asked to do. Another thread may use it meanwhile, for another model.
 
@@ -33,6 +36,8 @@ def recording(
     Raises:
         RuntimeError: What cannot be recorded.
     """
+    import torch
+
     here, pool = torch.cuda.device(device), beside.pool() if beside else None
     try:
         with here, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):

@@ -22,9 +22,9 @@ from probe.models import (
     check_pair,
     no_template,
     read_config,
-    read_tokenizer,
     resolve_devices,
     resolve_kernels,
+    tokenizer_at,
 )
 from probe.problems import BENCHMARKS, Problem, data_set_here, load_problems
 from probe.recipe import Recipe
@@ -66,7 +66,7 @@ def check_here(recipe: Recipe) -> None:
                 checked.add(model)
                 if not options.cluster:  # its nodes say what they have
                     resolve_kernels(options.kernels, devices[0], kind)
-            if chat_message(pair.prompt)[0] and not read_tokenizer(model).chat_template:
+            if chat_message(pair.prompt)[0] and not tokenizer_at(model).chat_template:
                 raise ProbeError(no_template(model))
         if len(models) == 2:
             check_pair(pair.before, pair.after)

@@ -18,7 +18,7 @@ from rich.console import Console
 from probe.checkpoints import fetch_checkpoint, find_checkpoint, weight_files
 from probe.escaping import PlainConsole
 from probe.files import at_home
-from probe.models import check_model, check_pair, encode_prompt, read_tokenizer
+from probe.models import check_model, check_pair, encode_prompt, tokenizer_at
 from probe.problems import Problem, load_problems
 from probe.recipe import Recipe, read_recipe
 from probe.remote import Host
@@ -206,7 +206,7 @@ def check_recipe(recipe: Recipe) -> dict[str, list[Problem]]:
         check_pair(pair.before, pair.after)
     asked = [(model, pair.prompt) for pair in recipe.pairs for model in (pair.before, pair.after)]
     for model, prompt in dict.fromkeys(asked):
-        tokenizer = read_tokenizer(model)
+        tokenizer = tokenizer_at(model)
         for first, *_ in problems.values():
             encode_prompt(tokenizer, prompt, first.question)
     return problems
