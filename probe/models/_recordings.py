@@ -84,16 +84,17 @@ class Recordings:
         return sum(known.bytes for known in self._known.values() if not isinstance(known, int))
 
     def get(self, shape: Hashable) -> Recorded | int:
-        """The recorded pass of a shape, or how often it was seen.
+        """The recorded pass of a shape, or what else is known of it; 0 for nothing.
 
         It is the last now of those that may be forgotten.
         """
         known = self._known.pop(shape, 0)
-        self._known[shape] = known
+        if known:
+            self._known[shape] = known
         return known
 
     def put(self, shape: Hashable, known: Recorded | int) -> None:
-        """Remember a recorded pass, or how often a shape was seen."""
+        """Remember the recorded pass of a shape, or what else is known of it."""
         self._known[shape] = known
         if len(self) > MOST:
             del self._known[next(s for s, k in self._known.items() if not isinstance(k, int))]

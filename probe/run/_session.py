@@ -30,7 +30,14 @@ from rich.progress import (
 from rich.text import Text
 
 from probe.hosting import check_host, load_hosted, open_host
-from probe.models import Model, cpu_threads, load_model, resolve_devices
+from probe.models import (
+    Model,
+    cpu_threads,
+    load_model,
+    read_config,
+    resolve_devices,
+    resolve_kernels,
+)
 from probe.recipe import Recipe
 from probe.remote import Host
 from probe.run._cluster import Cluster
@@ -67,8 +74,9 @@ class Setup:
         options = self.recipe.compute
         if self.host is not None:
             return load_hosted(reference, self.host, options.dtype)
-        if device == "cpu" and kernels == "auto":
-            kernels = "eager"  # the others are for GPUs
+        # Phases that ask for these kernels by other names get one model.
+        (first, *_), kind = resolve_devices(device), read_config(reference, whole=True).model_type
+        kernels = resolve_kernels(kernels, first, kind)
         load = partial(load_model, reference, device, options.dtype, kernels, options.threads)
         return self.kept.get(reference, device, kernels, load)
 

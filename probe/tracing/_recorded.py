@@ -39,8 +39,8 @@ from probe.tracing._targets import Target
 # Python is ahead of the GPU where so much of a pass is left to compute when it has issued all.
 AHEAD = 0.3
 
-# How often a shape was seen: it may be recorded once a pass over it was timed.
-SEEN, TIMED = 1, 2
+# What is known of a shape once a plain pass over it was timed: the next one may be recorded.
+TIMED = 1
 
 _patching = threading.Lock()
 
@@ -143,9 +143,8 @@ def edge_scores_again(
     free = int(batch.positions[0, 0]) > 0  # the first position, at which the filling stands
     again = isinstance(known, Recording) or (checked and _may_be(model, graph, target))
     if not (free and again):
-        recordings.put(shape, known or SEEN)
         return plain()
-    if isinstance(known, int) and known < TIMED:
+    if known == 0:
         found, busy = _timed(plain, model.device)
         if busy:
             recordings.enough = min(recordings.enough, batch.input_ids.numel() * blocks.number)
